@@ -1,1 +1,30 @@
-//! Placeholder root of `executor`.
+#![allow(unused, missing_docs)]
+//! The per-thread executor: one thread, one io_uring, tasks, timers and owned buffers.
+//!
+//! ```text
+//!   task ──await──> FileOp ──SQE──> kernel ──CQE──> wake task
+//!    ▲                 │ keeps the Buffer alive until the CQE, even when dropped
+//!    └── run queue ◄── Handle::spawn (other threads), timers, pollers
+//! ```
+//!
+//! Promises: a future is polled only on the thread that spawned it; a buffer handed to an
+//! operation stays valid until the kernel is done with it; an executor with nothing to do sleeps
+//! in the kernel. The same API runs on a simulated world ([`sim`]), in which completion order,
+//! latency, faults and power cuts come from a seed.
+//!
+//! Must not know: images, guests, sockets' protocols.
+
+pub mod buffer;
+pub mod file;
+pub mod net;
+pub mod pool;
+pub mod runtime;
+pub mod sim;
+pub mod sync;
+pub mod time;
+
+pub use buffer::{Buffer, HeapBuffer};
+pub use file::{File, FileOp, OpenOptions};
+pub use nix::errno::Errno;
+pub use pool::TaskPool;
+pub use runtime::{Config, Executor, Handle, JoinHandle, Poller, spawn};
