@@ -1,1 +1,3 @@
 //! Placeholder root of `harness`.
+
+pub mod nested;
