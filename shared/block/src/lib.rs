@@ -1,1 +1,43 @@
-//! Placeholder root of `block`.
+#![allow(unused, missing_docs)]
+//! The block graph: what a disk is made of, and the rules every request obeys.
+//!
+//! ```text
+//!   export / tool
+//!        │ Root (per-thread RootHandle: counts, drain, request epochs)
+//!        ▼
+//!   Node "top"  ── Driver: FormatNode<qcow2> ── moves data; asks Format "where is it"
+//!     │ file edge        │ backing edge
+//!     ▼                  ▼
+//!   Node "file"        Node "base" ...
+//! ```
+//!
+//! Owns: the [`Driver`] and [`Format`] seams, nodes and edges, permissions, roots and drain,
+//! request epochs. Promises: a request enters only at a root; any node may be entered from any
+//! thread at the same time; edges change only while drained. Must not know: a concrete format or
+//! protocol, guests, QMP.
+
+pub mod driver;
+pub mod edge;
+pub mod epoch;
+pub mod error;
+pub mod format;
+pub mod format_node;
+pub mod graph;
+pub mod node;
+pub mod open;
+pub mod redo_log;
+pub mod root;
+
+pub use driver::{
+    BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Preallocation, Resize,
+    StatusExtent, WriteFlags, ZeroFlags,
+};
+pub use edge::Edge;
+pub use error::{Error, ErrorKind};
+pub use executor::{Buffer, Errno, HeapBuffer};
+pub use format::{Extent, Format, Lookup, Mapping, WritePlan};
+pub use format_node::FormatNode;
+pub use graph::Graph;
+pub use node::{Node, NodeOptions};
+pub use open::{DriverEntry, OpenRequest};
+pub use root::{Root, RootHandle};

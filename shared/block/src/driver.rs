@@ -1,0 +1,199 @@
+//! The object-safe seam that every node implements, and the small future it answers with.
+
+use executor::{Buffer, Errno, FileOp};
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+/// A boxed future of the current thread.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+/// A range of bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ByteRange {
+    /// First byte.
+    pub offset: u64,
+    /// Number of bytes.
+    pub length: u64,
+}
+
+impl ByteRange {
+    /// `length` bytes from `offset`.
+    pub const fn new(offset: u64, length: u64) -> Self {
+        Self { offset, length }
+    }
+    /// One past the last byte; `None` on overflow.
+    pub const fn checked_end(self) -> Option<u64> {
+        self.offset.checked_add(self.length)
+    }
+}
+
+/// The answer to an I/O call: done, one operation on the ring, or code.
+///
+/// Pass-through drivers hand on the child's future as it is.
+pub enum IoFuture<'a> {
+    /// Done already.
+    Ready(Result<(), Errno>),
+    /// One file operation.
+    Op(FileOp),
+    /// Anything longer.
+    Boxed(BoxFuture<'a, Result<(), Errno>>),
+}
+
+impl<'a> IoFuture<'a> {
+    /// Boxes `future`.
+    pub fn boxed(future: impl Future<Output = Result<(), Errno>> + 'a) -> Self {
+        Self::Boxed(Box::pin(future))
+    }
+    /// A failure that is known at once.
+    pub const fn error(errno: Errno) -> Self {
+        Self::Ready(Err(errno))
+    }
+    /// A success that is known at once.
+    pub const fn done() -> Self {
+        Self::Ready(Ok(()))
+    }
+}
+
+impl Future for IoFuture<'_> {
+    type Output = Result<(), Errno>;
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.get_mut() {
+            Self::Ready(result) => Poll::Ready(*result),
+            Self::Op(op) => Pin::new(op).poll(cx),
+            Self::Boxed(future) => future.as_mut().poll(cx),
+        }
+    }
+}
+
+/// Modifiers of a write.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WriteFlags {
+    /// Durable when it completes (forced unit access).
+    pub fua: bool,
+}
+
+/// Modifiers of a write of zeroes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ZeroFlags {
+    /// Durable when it completes.
+    pub fua: bool,
+    /// The range may be deallocated.
+    pub may_unmap: bool,
+    /// Fail with `EOPNOTSUPP` rather than write zero bytes.
+    pub no_fallback: bool,
+}
+
+/// What a driver can take in one call; sizes in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Offsets and lengths of reads and writes are multiples of this (a power of two).
+    pub request_alignment: u32,
+    /// Buffer addresses are multiples of this.
+    pub memory_alignment: u32,
+    /// Largest read or write; 0 = no limit.
+    pub max_transfer: u32,
+    /// Best multiple for allocation-sized requests (cluster size); 0 = none.
+    pub optimal_transfer: u32,
+    /// Write-zeroes and discard are efficient at this multiple (cluster size); 0 = none.
+    pub zero_alignment: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            request_alignment: 1,
+            memory_alignment: 1,
+            max_transfer: 0,
+            optimal_transfer: 0,
+            zero_alignment: 0,
+        }
+    }
+}
+
+/// Preallocation of an image or of the new part of a grown one (`preallocation=` of qemu-img).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preallocation {
+    /// Nothing.
+    #[default]
+    Off,
+    /// Metadata only.
+    Metadata,
+    /// `fallocate`.
+    Falloc,
+    /// Written zeroes.
+    Full,
+}
+
+/// A change of a node's length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resize {
+    /// New length in bytes.
+    pub length: u64,
+    /// How the new part is allocated.
+    pub preallocation: Preallocation,
+}
+
+/// What is known about the start of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StatusExtent {
+    /// Bytes that `status` holds for (> 0).
+    pub length: u64,
+    /// The status.
+    pub status: BlockStatus,
+}
+
+/// Where the content of an extent comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockStatus {
+    /// This node holds bytes for it.
+    pub data: bool,
+    /// It reads as zeroes.
+    pub zero: bool,
+    /// This node decides the content (otherwise its backing does).
+    pub allocated: bool,
+    /// Offset in the data child, when the bytes are stored there plainly.
+    pub offset: Option<u64>,
+    /// Stored compressed.
+    pub compressed: bool,
+}
+
+/// What a node does. `Send + Sync`: any thread may call at any time; the futures stay on the
+/// calling thread.
+///
+/// The caller ([`crate::Node`]) has checked range, alignment and permissions: ranges lie within
+/// `length()` (reads and writes of protocols that grow excepted) and obey `limits()`.
+pub trait Driver: Send + Sync {
+    /// The driver's name on the command line.
+    fn driver_name(&self) -> &'static str;
+    /// Current length in bytes.
+    fn length(&self) -> u64;
+    /// What one call can take.
+    fn limits(&self) -> Limits;
+    /// Whether a write past the end grows the node (protocol files).
+    fn grows(&self) -> bool;
+    /// Fills `buffer` from `offset`.
+    fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_>;
+    /// Writes `buffer` at `offset`.
+    fn write(&self, offset: u64, buffer: Buffer, flags: WriteFlags) -> IoFuture<'_>;
+    /// Makes the range read as zeroes; `EOPNOTSUPP` lets the node write zero bytes instead.
+    fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> IoFuture<'_>;
+    /// Gives the storage of the range up where possible; its content is undefined afterwards
+    /// unless the driver says otherwise.
+    fn discard(&self, range: ByteRange) -> IoFuture<'_>;
+    /// Every write completed before this call is durable when it resolves.
+    fn flush(&self) -> IoFuture<'_>;
+    /// What is known about the start of `range` (at least one byte of it).
+    fn block_status(&self, range: ByteRange) -> BoxFuture<'_, Result<StatusExtent, Errno>>;
+    /// Changes the length.
+    fn resize(&self, resize: Resize) -> BoxFuture<'_, Result<(), crate::Error>>;
+    /// Flushes, marks the image clean and stops background work; no I/O follows.
+    fn close(&self) -> BoxFuture<'_, Result<(), Errno>>;
+    /// The edges to the children, with their roles ("file", "backing", "data-file").
+    fn edges(&self) -> Vec<(&'static str, &crate::Edge)>;
+    /// Driver-specific facts for `query-named-block-nodes` and `info` (an `ImageInfo`-like
+    /// object's members: "cluster-size", "format-specific", "backing-filename", ...).
+    fn describe(&self) -> serde_json::Map<String, serde_json::Value>;
+    /// The file name as QEMU would generate it: a plain path, or "" when there is none.
+    fn filename(&self) -> String;
+}

@@ -1,0 +1,64 @@
+//! Control-path errors: what failed, on what, and why.
+//!
+//! The hot path uses [`executor::Errno`] alone.
+
+use executor::Errno;
+
+/// What kind of failure it is; decides the QMP error class and exit codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// A bad option or combination of options.
+    Invalid,
+    /// No such node, driver or file.
+    NotFound,
+    /// In use, locked or blocked by a permission.
+    Busy,
+    /// The image is malformed.
+    Corrupt,
+    /// The image uses what this build does not support.
+    Unsupported,
+    /// Policy forbids it (a name inside an image).
+    Forbidden,
+    /// The host failed an operation.
+    Io,
+}
+
+/// A control-path error with its message chain.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{message}")]
+pub struct Error {
+    /// The kind.
+    pub kind: ErrorKind,
+    /// The whole message, in QEMU's words where scripts read it.
+    pub message: String,
+    /// The host's error, when there is one.
+    pub errno: Option<Errno>,
+}
+
+/// Control-path result.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// An error of `kind` with a message.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self {
+            kind,
+            message: message.into(),
+            errno: None,
+        }
+    }
+    /// A host error: `message: reason`.
+    pub fn io(message: impl std::fmt::Display, errno: Errno) -> Self {
+        Self {
+            kind: ErrorKind::Io,
+            message: format!("{message}: {}", errno.desc()),
+            errno: Some(errno),
+        }
+    }
+    /// The same error with `context: ` before its message.
+    #[must_use]
+    pub fn context(mut self, context: impl std::fmt::Display) -> Self {
+        self.message = format!("{context}: {}", self.message);
+        self
+    }
+}

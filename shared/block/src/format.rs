@@ -1,0 +1,129 @@
+//! The seam of image formats: a format says where data is and moves none of it.
+//!
+//! A read asks [`Format::lookup`] (synchronous, cached metadata only) and on a miss
+//! [`Format::resolve`]. A write that cannot go in place runs
+//! `prepare_write → data written by FormatNode → commit`, or `abort`.
+//!
+//! ```text
+//!   lookup ──Hit──────────────► I/O on the data child, in place
+//!     │Miss                        ▲ extent.in_place
+//!     ▼                            │
+//!   resolve ─────────────── not in place, not mapped
+//!                                  ▼
+//!   prepare_write (allocates, takes the cluster lock) → WritePlan{host_offset, head, tail}
+//!                                  ▼
+//!   FormatNode fills head and tail with the old content, writes data
+//!                                  ▼
+//!   commit (mapping changes, lock released)       or abort (allocation given back)
+//! ```
+
+use crate::driver::{ByteRange, Limits, Resize, ZeroFlags};
+use crate::edge::Edge;
+use executor::{Buffer, Errno};
+
+/// Where a piece of the virtual disk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mapping {
+    /// Plain bytes at this offset of the data child.
+    Data(u64),
+    /// Zeroes, whatever the backing holds; `Some` when host storage is reserved at that offset.
+    Zero(Option<u64>),
+    /// Not here: the backing's content, or zeroes without one (or beyond its end).
+    Unallocated,
+    /// Bytes that only the format can decode (compressed, encrypted): use
+    /// [`Format::read_encoded`]. The value is the format's own descriptor.
+    Encoded(u64),
+}
+
+/// The mapping of the start of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Bytes it holds for, `1..=` the length asked for; `Data` is contiguous over it.
+    pub length: u64,
+    /// The mapping.
+    pub mapping: Mapping,
+    /// A write of this extent may go straight to a `Data` mapping: nothing else refers to it.
+    pub in_place: bool,
+}
+
+/// The answer of the synchronous lookup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lookup {
+    /// Known.
+    Hit(Extent),
+    /// The metadata is not cached: call [`Format::resolve`].
+    Miss,
+}
+
+/// Where a write that changes the mapping has to go. Ends in [`Format::commit`] or
+/// [`Format::abort`]; dropping it gives the allocation back as an abort would (leaking clusters
+/// at worst, never corrupting).
+pub struct WritePlan<T> {
+    /// The part of the asked-for range that the plan covers: starts at its start.
+    pub range: ByteRange,
+    /// Where `range.offset` goes in the data child.
+    pub host_offset: u64,
+    /// Bytes before `range` that must be filled with the old content (they go to
+    /// `host_offset - head`).
+    pub head: u64,
+    /// Bytes after `range` that must be filled with the old content.
+    pub tail: u64,
+    /// The format's own state: locks held, clusters allocated.
+    pub token: T,
+}
+
+/// An image format. Any thread may call at any time; futures stay on the calling thread.
+#[expect(async_fn_in_trait, reason = "futures are not Send by design")]
+pub trait Format: Send + Sync + 'static {
+    /// State of a prepared write.
+    type Token<'a>
+    where
+        Self: 'a;
+
+    /// The driver's name.
+    fn name(&self) -> &'static str;
+    /// Virtual size in bytes.
+    fn virtual_size(&self) -> u64;
+    /// Limits of the node; `request_alignment` 1 unless the format cannot do less (the data
+    /// child's own alignment is seen to below).
+    fn limits(&self) -> Limits;
+    /// The child that metadata lives in.
+    fn file(&self) -> &Edge;
+    /// The child that `Mapping::Data` refers to (mostly [`Format::file`]).
+    fn data(&self) -> &Edge {
+        self.file()
+    }
+    /// The backing child.
+    fn backing(&self) -> Option<&Edge>;
+    /// Maps the start of `range` from cached metadata; never blocks, never allocates.
+    fn lookup(&self, range: ByteRange) -> Lookup;
+    /// Like `lookup`, reading metadata when needed.
+    async fn resolve(&self, range: ByteRange) -> Result<Extent, Errno>;
+    /// Allocates for a write to the start of `range` and locks its clusters against other
+    /// prepared writes, zeroing and discards until the plan ends. When the range is found to be
+    /// in place meanwhile, the plan has no head and tail and commit is a no-op.
+    async fn prepare_write(&self, range: ByteRange) -> Result<WritePlan<Self::Token<'_>>, Errno>;
+    /// The data of `plan` is written: make the mapping visible. Survives a kill of the process
+    /// when it resolves; survives power loss after the next `flush`.
+    async fn commit<'a>(&'a self, plan: WritePlan<Self::Token<'a>>) -> Result<(), Errno>;
+    /// The data could not be written: give the allocation back.
+    async fn abort<'a>(&'a self, plan: WritePlan<Self::Token<'a>>);
+    /// Makes the start of `range` read as zeroes by metadata alone; resolves to the bytes done.
+    /// `EOPNOTSUPP`: the caller writes zero bytes to that much (partial clusters).
+    async fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> Result<u64, Errno>;
+    /// Unmaps whole clusters in `range`, leaving partial ones alone.
+    async fn discard(&self, range: ByteRange) -> Result<(), Errno>;
+    /// Reads an [`Mapping::Encoded`] extent starting at `offset` into `buffer`.
+    async fn read_encoded(&self, offset: u64, descriptor: u64, buffer: Buffer)
+    -> Result<(), Errno>;
+    /// Everything completed before the call is durable: data and metadata, in order.
+    async fn flush(&self) -> Result<(), Errno>;
+    /// Whether `flush` has metadata to write; when false, flushing the data child is enough.
+    fn metadata_dirty(&self) -> bool;
+    /// Changes the virtual size.
+    async fn resize(&self, resize: Resize) -> Result<(), crate::Error>;
+    /// Flushes and marks the image cleanly closed.
+    async fn close(&self) -> Result<(), Errno>;
+    /// See [`crate::Driver::describe`].
+    fn describe(&self) -> serde_json::Map<String, serde_json::Value>;
+}
