@@ -6,8 +6,26 @@
 //! in shared memory (a file on tmpfs) before the write completes, replayed into the cache by
 //! the next process that opens the image, and emptied when a flush has made the changes durable.
 //! A power cut loses the log together with everything that was not flushed.
+//!
+//! ```text
+//!   words  0 magic  1 device  2 inode  3,4 boot id  5 head  6 tail  7 alive until
+//!         16 record 0 (kind, table, index, value)  20 record 1  ...      a ring of `capacity`
+//! ```
+//!
+//! `head` and `tail` count records since the log was made. A unit of records is published by one
+//! store of `tail`, so a kill leaves all of it or nothing. The log belongs to one image (device
+//! and inode) in one boot of the host. While it holds anything it is stamped with the time about
+//! once a second: an image modified clearly later was written by another program after the
+//! daemon's death, and replaying would corrupt it.
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
+use executor::sync::Notify;
+use executor::{SharedMemory, time};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// One metadata change; the meaning of the fields is the format's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,42 +40,404 @@ pub struct Record {
     pub value: u64,
 }
 
-/// A redo log. Any thread may append.
-pub struct RedoLog {}
-
-impl RedoLog {
-    /// A log that keeps nothing (read-only images).
-    pub fn disabled() -> RedoLog {
-        todo!()
-    }
-    /// A log in anonymous memory shared by its clones (the simulated world: a killed process's
-    /// log is handed to the next).
-    pub fn in_memory(capacity: usize) -> RedoLog {
-        todo!()
-    }
-    /// Another handle on the same memory.
-    pub fn share(&self) -> RedoLog {
-        todo!()
-    }
-    /// The records of the process before, in order; empty after a clean close or power cut.
-    pub fn recover(&self) -> Result<Vec<Record>> {
-        todo!()
-    }
-    /// Appends the records as one unit: after a kill either all of them or none is recovered.
-    /// False when the log is full: flush the metadata, [`RedoLog::reset`], and append again.
-    pub fn append(&self, records: &[Record]) -> bool {
-        todo!()
-    }
-    /// A mark of what is in the log now.
-    pub fn mark(&self) -> Mark {
-        todo!()
-    }
-    /// Everything up to `mark` is durable in the image and is forgotten.
-    pub fn reset(&self, mark: Mark) {
-        todo!()
-    }
-}
-
 /// A position in the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mark(pub u64);
+
+/// Which image a log belongs to, as `stat` tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageIdentity {
+    /// Device number.
+    pub device: u64,
+    /// Inode number.
+    pub inode: u64,
+    /// Time of last modification, nanoseconds since the epoch.
+    pub modified_ns: u64,
+}
+
+/// A redo log. Any thread may append.
+pub struct RedoLog {
+    inner: Option<Arc<Inner>>,
+}
+
+struct Inner {
+    memory: SharedMemory,
+    capacity: u64,
+    path: Option<PathBuf>,
+    appending: Mutex<()>,
+    filled: Notify,
+}
+
+/// "outboard" in ASCII, with the layout's version in the lowest byte.
+const MAGIC: u64 = 0x6f75_7462_6f61_7201;
+const HEADER_WORDS: usize = 16;
+const RECORD_WORDS: usize = 4;
+/// Records in a log made by [`RedoLog::open`]: 1 MiB of memory.
+const DEFAULT_CAPACITY: usize = 32_768;
+/// How often a log that holds something is stamped.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// How much later than the last stamp the dying process may still have modified the image.
+const GRACE_NS: u64 = 3_000_000_000;
+
+mod word {
+    pub(super) const MAGIC: usize = 0;
+    pub(super) const DEVICE: usize = 1;
+    pub(super) const INODE: usize = 2;
+    pub(super) const BOOT_ID: usize = 3;
+    pub(super) const HEAD: usize = 5;
+    pub(super) const TAIL: usize = 6;
+    pub(super) const ALIVE: usize = 7;
+}
+
+impl RedoLog {
+    /// A log that keeps nothing: read-only images, and offline tools, which end with a flush.
+    pub fn disabled() -> RedoLog {
+        RedoLog { inner: None }
+    }
+
+    /// A log in anonymous memory shared by its handles: in the simulated world a killed
+    /// process's log is handed to the next through [`RedoLog::share`].
+    pub fn in_memory(capacity: usize) -> RedoLog {
+        let memory = SharedMemory::anonymous(HEADER_WORDS + capacity * RECORD_WORDS);
+        RedoLog::over(memory, capacity, None)
+    }
+
+    /// Opens the log of `image` in `directory` (private to the daemon, on tmpfs), making it when
+    /// absent and emptying it when it is from an earlier boot of the host.
+    ///
+    /// # Errors
+    /// `Io` when the file cannot be made or mapped; `Corrupt` when it is not a redo log, or when
+    /// the image was modified by another program since.
+    pub fn open(directory: &Path, image: &ImageIdentity) -> Result<RedoLog> {
+        let path = directory.join(format!("redo-{:x}-{:x}", image.device, image.inode));
+        let words = HEADER_WORDS + DEFAULT_CAPACITY * RECORD_WORDS;
+        let memory = SharedMemory::open(&path, words).map_err(|error| {
+            Error::new(
+                ErrorKind::Io,
+                format!("cannot open redo log {}: {error}", path.display()),
+            )
+        })?;
+        let log = RedoLog::over(memory, DEFAULT_CAPACITY, Some(path));
+        log.adopt(image)?;
+        Ok(log)
+    }
+
+    fn over(memory: SharedMemory, capacity: usize, path: Option<PathBuf>) -> RedoLog {
+        let inner = Inner {
+            memory,
+            capacity: capacity as u64,
+            path,
+            appending: Mutex::new(()),
+            filled: Notify::new(),
+        };
+        RedoLog {
+            inner: Some(Arc::new(inner)),
+        }
+    }
+
+    /// Checks that what is in the memory belongs to `image`, or starts afresh.
+    fn adopt(&self, image: &ImageIdentity) -> Result<()> {
+        let Some(inner) = &self.inner else {
+            return Ok(());
+        };
+        let boot = boot_id();
+        let memory = &inner.memory;
+        let magic = memory[word::MAGIC].load(Acquire);
+        let same_boot = boot[0] == memory[word::BOOT_ID].load(Relaxed)
+            && boot[1] == memory[word::BOOT_ID + 1].load(Relaxed);
+        if magic != 0 && magic != MAGIC {
+            return Err(inner.corrupt("not a redo log of this version"));
+        }
+        if magic == MAGIC && same_boot {
+            return inner.check(image);
+        }
+        memory[word::MAGIC].store(0, Release);
+        memory[word::DEVICE].store(image.device, Relaxed);
+        memory[word::INODE].store(image.inode, Relaxed);
+        memory[word::BOOT_ID].store(boot[0], Relaxed);
+        memory[word::BOOT_ID + 1].store(boot[1], Relaxed);
+        memory[word::HEAD].store(0, Relaxed);
+        memory[word::TAIL].store(0, Relaxed);
+        memory[word::MAGIC].store(MAGIC, Release);
+        Ok(())
+    }
+
+    /// Another handle on the same memory.
+    pub fn share(&self) -> RedoLog {
+        RedoLog {
+            inner: self.inner.clone(),
+        }
+    }
+
+    /// The records of the process before, in order; empty after a clean close or power cut. They
+    /// stay in the log until [`RedoLog::reset`].
+    ///
+    /// # Errors
+    /// `Corrupt` when the log's counters make no sense.
+    pub fn recover(&self) -> Result<Vec<Record>> {
+        let Some(inner) = &self.inner else {
+            return Ok(Vec::new());
+        };
+        let (head, tail) = inner.bounds();
+        if tail
+            .checked_sub(head)
+            .is_none_or(|held| held > inner.capacity)
+        {
+            return Err(inner.corrupt(&format!("impossible bounds {head}..{tail}")));
+        }
+        Ok((head..tail)
+            .map(|position| inner.record(position))
+            .collect())
+    }
+
+    /// Appends the records as one unit: after a kill either all of them or none is recovered.
+    /// False when the log is full: flush the metadata, [`RedoLog::reset`], and append again.
+    #[must_use]
+    pub fn append(&self, records: &[Record]) -> bool {
+        let Some(inner) = &self.inner else {
+            return true;
+        };
+        let _appending = inner
+            .appending
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let (head, tail) = inner.bounds();
+        let end = tail + records.len() as u64;
+        if end - head > inner.capacity {
+            return false;
+        }
+        for (position, record) in (tail..end).zip(records) {
+            inner.store(position, record);
+        }
+        if head == tail {
+            inner.stamp();
+            inner.filled.notify_all();
+        }
+        inner.memory[word::TAIL].store(end, Release);
+        true
+    }
+
+    /// A mark of what is in the log now.
+    pub fn mark(&self) -> Mark {
+        Mark(self.inner.as_ref().map_or(0, |inner| inner.bounds().1))
+    }
+
+    /// Everything up to `mark` is durable in the image and is forgotten.
+    pub fn reset(&self, mark: Mark) {
+        let Some(inner) = &self.inner else { return };
+        let _appending = inner
+            .appending
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let (head, tail) = inner.bounds();
+        inner.memory[word::HEAD].store(mark.0.clamp(head, tail), Release);
+    }
+
+    /// Whether nothing would be recovered.
+    pub fn is_empty(&self) -> bool {
+        self.inner.as_ref().is_none_or(|inner| {
+            let (head, tail) = inner.bounds();
+            head == tail
+        })
+    }
+
+    /// Keeps the stamp fresh while the log holds something. Spawn it on the control thread; it
+    /// ends when every handle is gone, and sleeps while the log is empty.
+    pub async fn heartbeat(log: &RedoLog) {
+        let Some(inner) = &log.inner else { return };
+        let inner: Weak<Inner> = Arc::downgrade(inner);
+        while let Some(log) = inner.upgrade() {
+            let filled = log.filled.notified();
+            let (head, tail) = log.bounds();
+            if head == tail {
+                time::timeout(HEARTBEAT * 60, filled).await;
+                continue;
+            }
+            drop(filled);
+            log.stamp();
+            drop(log);
+            time::sleep(HEARTBEAT).await;
+        }
+    }
+
+    /// Removes the log's file when it is empty (after a clean close).
+    pub fn remove(&self) {
+        if let Some(Inner {
+            path: Some(path), ..
+        }) = self.inner.as_deref()
+            && self.is_empty()
+            && let Err(error) = std::fs::remove_file(path)
+        {
+            tracing::warn!(path = %path.display(), %error, "redo log not removed");
+        }
+    }
+}
+
+impl Inner {
+    fn bounds(&self) -> (u64, u64) {
+        (
+            self.memory[word::HEAD].load(Acquire),
+            self.memory[word::TAIL].load(Acquire),
+        )
+    }
+
+    fn words(&self, position: u64) -> &[AtomicU64] {
+        let slot = (position % self.capacity) as usize;
+        let first = HEADER_WORDS + slot * RECORD_WORDS;
+        &self.memory[first..first + RECORD_WORDS]
+    }
+
+    fn record(&self, position: u64) -> Record {
+        let words = self.words(position);
+        let [kind, table, index, value] = [0, 1, 2, 3].map(|i: usize| words[i].load(Relaxed));
+        Record {
+            kind,
+            table,
+            index,
+            value,
+        }
+    }
+
+    fn store(&self, position: u64, record: &Record) {
+        let values = [record.kind, record.table, record.index, record.value];
+        for (word, value) in self.words(position).iter().zip(values) {
+            word.store(value, Relaxed);
+        }
+    }
+
+    fn stamp(&self) {
+        self.memory[word::ALIVE].store(wall_clock_ns(), Relaxed);
+    }
+
+    /// Checks a log of this boot against the image it is opened for.
+    fn check(&self, image: &ImageIdentity) -> Result<()> {
+        if self.memory[word::DEVICE].load(Relaxed) != image.device
+            || self.memory[word::INODE].load(Relaxed) != image.inode
+        {
+            return Err(self.corrupt("belongs to another image"));
+        }
+        let (head, tail) = self.bounds();
+        let alive = self.memory[word::ALIVE].load(Relaxed);
+        if head != tail && image.modified_ns > alive.saturating_add(GRACE_NS) {
+            return Err(self.corrupt(&format!(
+                "the image was changed by another program after the daemon that served it died; \
+                 {} metadata changes no longer fit (remove the log to use the image as it is)",
+                tail.wrapping_sub(head)
+            )));
+        }
+        Ok(())
+    }
+
+    fn corrupt(&self, reason: &str) -> Error {
+        let name = self
+            .path
+            .as_deref()
+            .map_or("(in memory)".into(), Path::to_string_lossy);
+        Error::new(ErrorKind::Corrupt, format!("redo log {name}: {reason}"))
+    }
+}
+
+fn wall_clock_ns() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |now| now.as_nanos() as u64)
+}
+
+/// The kernel's random identifier of this boot; zero where it is not told.
+fn boot_id() -> [u64; 2] {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    let half = |range| {
+        digits
+            .get(range)
+            .and_then(|hex| u64::from_str_radix(hex, 16).ok())
+    };
+    [half(0..16).unwrap_or(0), half(16..32).unwrap_or(0)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(value: u64) -> Record {
+        Record {
+            kind: 1,
+            table: 2,
+            index: 3,
+            value,
+        }
+    }
+
+    fn identity(modified_ns: u64) -> ImageIdentity {
+        ImageIdentity {
+            device: 1,
+            inode: 2,
+            modified_ns,
+        }
+    }
+
+    #[test]
+    fn recovers_what_was_appended_since_the_mark() {
+        let log = RedoLog::in_memory(4);
+        assert!(log.append(&[record(1), record(2)]));
+        let mark = log.mark();
+        assert!(log.append(&[record(3)]));
+        log.reset(mark);
+        assert_eq!(log.share().recover().unwrap(), [record(3)]);
+    }
+
+    #[test]
+    fn refuses_a_unit_that_does_not_fit_and_keeps_the_rest() {
+        let log = RedoLog::in_memory(2);
+        assert!(log.append(&[record(1)]));
+        assert!(!log.append(&[record(2), record(3)]));
+        assert_eq!(log.recover().unwrap(), [record(1)]);
+        log.reset(log.mark());
+        assert!(
+            log.append(&[record(2), record(3)]),
+            "room again after the reset"
+        );
+    }
+
+    #[test]
+    fn a_log_of_this_boot_is_kept_and_one_of_another_is_emptied() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = RedoLog::open(dir.path(), &identity(0)).unwrap();
+        assert!(log.append(&[record(9)]));
+        drop(log);
+        let again = RedoLog::open(dir.path(), &identity(0)).unwrap();
+        assert_eq!(again.recover().unwrap(), [record(9)]);
+        again.inner.as_ref().unwrap().memory[word::BOOT_ID].store(1, Relaxed);
+        let rebooted = RedoLog::open(dir.path(), &identity(0)).unwrap();
+        assert!(rebooted.is_empty());
+    }
+
+    #[test]
+    fn an_image_modified_after_the_death_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = RedoLog::open(dir.path(), &identity(0)).unwrap();
+        assert!(log.append(&[record(9)]));
+        drop(log);
+        let later = wall_clock_ns() + 2 * GRACE_NS;
+        let error = RedoLog::open(dir.path(), &identity(later))
+            .map(|_| ())
+            .unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Corrupt);
+        assert!(
+            error.message.contains("changed by another program"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn an_emptied_log_removes_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = RedoLog::open(dir.path(), &identity(0)).unwrap();
+        assert!(log.append(&[record(1)]));
+        log.remove();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        log.reset(log.mark());
+        log.remove();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}
