@@ -1,1 +1,6 @@
-//! Placeholder root of `vhost_daemon`.
+//! What every device daemon needs to be a vhost-user back-end.
+
+pub mod server;
+pub mod wire;
+
+pub use server::Address;
