@@ -1,3 +1,20 @@
-//! Placeholder root of `harness`.
+//! Test harness: what drives and judges the daemons from outside.
+//!
+//! - [`driver`]: an in-process virtio-blk driver over a memfd; no VM needed.
+//! - [`oracle`]: knows what every sector may hold and judges reads.
+//! - [`load`]: random verified requests on a queue; [`progress`] lets others wait for them.
+//! - [`process`], [`qmp_client`], [`peer`]: daemons, their monitors, and QEMU's tools.
+//! - [`rig`]: a disk image with its daemon.
+//! - [`nested`]: a machine with a working KVM in software.
+//! - [`wire`]: vhost-user messages as bytes.
 
+pub mod driver;
+pub mod load;
 pub mod nested;
+pub mod oracle;
+pub mod peer;
+pub mod process;
+pub mod progress;
+pub mod qmp_client;
+pub mod rig;
+pub mod wire;

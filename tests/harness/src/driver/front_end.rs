@@ -1,0 +1,514 @@
+//! The VMM's side of a vhost-user connection.
+//!
+//! ```text
+//! connect: negotiate -> start (memory table, inflight region, rings, status)
+//! back-end died or closed: hung_up -> reconnect = negotiate with the features acked before, start
+//! ```
+//!
+//! The inflight region and the kick and call eventfds live as long as the front-end and are handed
+//! to every successor. Rings restart from what `GET_VRING_BASE` answered, or from the used index in
+//! guest memory when the back-end died without being asked.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::backend_channel::BackendChannel;
+use super::features::{BlockConfig, bits};
+use super::memory::Region;
+use super::negotiation::{get, get_config, negotiate, open_socket, reply_to};
+use super::ring::device_used_idx;
+use super::setup::{Guest, build_guest};
+use super::{DataPool, Endpoint, Options, Queue};
+use crate::wire::{self, flag, protocol_feature, read_u32, request};
+
+const STATUS_DRIVER: u8 = 1 | 2;
+const STATUS_FEATURES_OK: u8 = 8;
+const STATUS_DRIVER_OK: u8 = 4;
+const RANGES_PER_TABLE: usize = 8;
+
+/// Whether [`FrontEnd::connect_with`] starts the rings at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// Rings are set up and enabled.
+    Now,
+    /// Only negotiation; the caller starts rings later.
+    Later,
+}
+
+#[derive(Debug)]
+struct Inflight {
+    file: File,
+    mmap_size: u64,
+    mmap_offset: u64,
+}
+
+/// A connection to a back-end, which it may outlive.
+#[derive(Debug)]
+pub struct FrontEnd {
+    endpoint: Endpoint,
+    options: Options,
+    socket: UnixStream,
+    offered: u64,
+    features: u64,
+    protocol: u64,
+    max_queues: u64,
+    config: BlockConfig,
+    guest: Guest,
+    bases: Vec<u16>,
+    inflight: Option<Inflight>,
+    channel: Option<BackendChannel>,
+}
+
+impl FrontEnd {
+    /// Connects, negotiates and starts every ring.
+    ///
+    /// # Errors
+    /// When the back-end is not there in time, breaks the protocol, or lacks a needed feature.
+    pub fn connect(endpoint: Endpoint, options: Options) -> Result<(Self, Vec<Queue>)> {
+        Self::connect_with(endpoint, options, Start::Now)
+    }
+
+    /// As [`FrontEnd::connect`], with a choice of when rings start.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::connect`].
+    pub fn connect_with(
+        endpoint: Endpoint,
+        options: Options,
+        start: Start,
+    ) -> Result<(Self, Vec<Queue>)> {
+        let socket = open_socket(&endpoint, options.timeout)?;
+        let greeting = negotiate(&socket, &options)?;
+        let features = greeting.offered & options.features;
+        ensure!(
+            features & bits::VERSION_1 != 0,
+            "the back-end does not offer VERSION_1"
+        );
+        ensure!(
+            greeting.max_queues >= options.queues as u64,
+            "the back-end offers {} queues, {} are wanted",
+            greeting.max_queues,
+            options.queues
+        );
+        let (guest, queues) = build_guest(&options, features)?;
+        let bases = vec![0; options.queues];
+        let mut front_end = Self {
+            endpoint,
+            options,
+            socket,
+            offered: greeting.offered,
+            features,
+            protocol: greeting.protocol,
+            max_queues: greeting.max_queues,
+            config: greeting.config,
+            guest,
+            bases,
+            inflight: None,
+            channel: None,
+        };
+        if start == Start::Now {
+            front_end.start()?;
+        }
+        Ok((front_end, queues))
+    }
+
+    /// Features that the back-end offered.
+    pub fn offered(&self) -> u64 {
+        self.offered
+    }
+
+    /// Features in use.
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// Protocol features in use.
+    pub fn protocol(&self) -> u64 {
+        self.protocol
+    }
+
+    /// Answer to `GET_QUEUE_NUM`.
+    pub fn max_queues(&self) -> u64 {
+        self.max_queues
+    }
+
+    /// Configuration space as of the last [`FrontEnd::refresh_config`].
+    pub fn config(&self) -> &BlockConfig {
+        &self.config
+    }
+
+    /// The data regions.
+    pub fn pool(&self) -> &Arc<DataPool> {
+        &self.guest.pool
+    }
+
+    /// The connection, for tests that send messages of their own.
+    pub fn socket(&self) -> &UnixStream {
+        &self.socket
+    }
+
+    /// Most data segments a request may have: the device's limit, the ring's and the options'.
+    pub fn max_segments(&self) -> usize {
+        let device = if self.features & bits::SEG_MAX != 0 {
+            self.config.seg_max as usize
+        } else {
+            usize::MAX
+        };
+        let ring = usize::from(self.options.queue_size) - 2;
+        device.min(ring).min(self.options.max_segments).max(1)
+    }
+
+    /// Sends features, memory table, inflight region and rings, then enables the rings.
+    ///
+    /// # Errors
+    /// When the back-end refuses one of them.
+    pub fn start(&mut self) -> Result<()> {
+        if self.protocol & protocol_feature::STATUS != 0 {
+            self.set_status(STATUS_DRIVER)?;
+        }
+        if self.protocol & protocol_feature::BACKEND_REQ != 0 {
+            let (channel, theirs) = BackendChannel::open()?;
+            self.set(request::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()])?;
+            self.channel = Some(channel);
+        }
+        self.set(request::SET_FEATURES, &self.features.to_le_bytes(), &[])?;
+        if self.protocol & protocol_feature::STATUS != 0 {
+            self.set_status(STATUS_DRIVER | STATUS_FEATURES_OK)?;
+            let status = self.get(request::GET_STATUS)?;
+            ensure!(
+                status & u64::from(STATUS_FEATURES_OK) != 0,
+                "features refused: {status:#x}"
+            );
+        }
+        self.send_inflight()?;
+        self.send_memory()?;
+        for index in 0..self.guest.vrings.len() {
+            self.start_ring(index)?;
+        }
+        if self.protocol & protocol_feature::STATUS != 0 {
+            self.set_status(STATUS_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK)?;
+        }
+        Ok(())
+    }
+
+    /// Sends one ring, to go on at the index known for it, and enables it.
+    ///
+    /// # Errors
+    /// When the back-end refuses it.
+    pub fn start_ring(&self, index: usize) -> Result<()> {
+        let vring = &self.guest.vrings[index];
+        let number = index as u32;
+        let state = |value: u32| [number.to_le_bytes(), value.to_le_bytes()].concat();
+        self.set(
+            request::SET_VRING_NUM,
+            &state(u32::from(vring.entries)),
+            &[],
+        )?;
+        self.set(
+            request::SET_VRING_BASE,
+            &state(u32::from(self.bases[index])),
+            &[],
+        )?;
+        let mut addresses = state(0);
+        for area in [
+            &vring.parts.descriptors,
+            &vring.parts.used,
+            &vring.parts.available,
+        ] {
+            addresses.extend_from_slice(&area.user_addr(0).to_le_bytes());
+        }
+        addresses.extend_from_slice(&0u64.to_le_bytes());
+        self.set(request::SET_VRING_ADDR, &addresses, &[])?;
+        let index_word = u64::from(number).to_le_bytes();
+        self.set(request::SET_VRING_KICK, &index_word, &[vring.kick.as_fd()])?;
+        self.set(request::SET_VRING_CALL, &index_word, &[vring.call.as_fd()])?;
+        self.set(request::SET_VRING_ENABLE, &state(1), &[])
+    }
+
+    /// Stops a ring and returns the index of the first request the back-end did not take.
+    ///
+    /// # Errors
+    /// When the reply is missing or malformed.
+    pub fn stop_ring(&mut self, index: usize) -> Result<u16> {
+        let body = [(index as u32).to_le_bytes(), [0; 4]].concat();
+        wire::send(&self.socket, (request::GET_VRING_BASE, 0), &body, &[])?;
+        let reply = self.reply_to(request::GET_VRING_BASE)?;
+        ensure!(
+            reply.len() == 8,
+            "GET_VRING_BASE answered with {} bytes",
+            reply.len()
+        );
+        ensure!(
+            read_u32(&reply, 0) == index as u32,
+            "GET_VRING_BASE answered for another ring"
+        );
+        let base = u16::try_from(read_u32(&reply, 4)).context("base of a split ring")?;
+        self.bases[index] = base;
+        Ok(base)
+    }
+
+    /// The used index that the back-end has written into ring `index`.
+    pub fn used_idx(&self, index: usize) -> u16 {
+        device_used_idx(&self.guest.vrings[index].parts)
+    }
+
+    /// Waits until the back-end has closed the connection.
+    ///
+    /// # Errors
+    /// When it is still open after `limit`.
+    pub fn hung_up(&self, limit: Duration) -> Result<()> {
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLHUP)];
+        let ready = poll(&mut fds, PollTimeout::try_from(limit)?)?;
+        ensure!(
+            ready > 0,
+            "the back-end keeps the connection open after {limit:?}"
+        );
+        Ok(())
+    }
+
+    /// Closes the connection without stopping rings, as a VMM that crashed and came back.
+    pub fn disconnect(&mut self) {
+        self.channel = None;
+        // An error means that the back-end closed first, which serves as well.
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+    }
+
+    /// Connects to the back-end's successor and hands it the device as it stands: same features,
+    /// same inflight region, rings from their used index.
+    ///
+    /// # Errors
+    /// When the successor is not there in time, or no longer offers what is in use.
+    pub fn reconnect(&mut self) -> Result<()> {
+        self.disconnect();
+        let socket = open_socket(&self.endpoint, self.options.timeout)?;
+        let greeting = negotiate(&socket, &self.options)?;
+        ensure!(
+            greeting.offered & self.features == self.features,
+            "features {:#x} are no longer offered",
+            self.features & !greeting.offered
+        );
+        self.socket = socket;
+        self.protocol = greeting.protocol;
+        self.config = greeting.config;
+        for (base, vring) in self.bases.iter_mut().zip(&self.guest.vrings) {
+            *base = device_used_idx(&vring.parts);
+        }
+        self.start()
+    }
+
+    /// Resets the device; the caller resets the queues and calls [`FrontEnd::start`].
+    ///
+    /// # Errors
+    /// When the back-end refuses, or offers no way to do it.
+    pub fn reset_device(&mut self) -> Result<()> {
+        if self.protocol & protocol_feature::RESET_DEVICE != 0 {
+            self.set(request::RESET_DEVICE, &[], &[])?;
+        } else {
+            ensure!(
+                self.protocol & protocol_feature::STATUS != 0,
+                "no RESET_DEVICE and no STATUS"
+            );
+            self.set_status(0)?;
+        }
+        self.bases.fill(0);
+        Ok(())
+    }
+
+    /// Device status, when the STATUS protocol feature is in use.
+    ///
+    /// # Errors
+    /// When the reply is missing.
+    pub fn status(&self) -> Result<u64> {
+        self.get(request::GET_STATUS)
+    }
+
+    /// Reads the configuration space again.
+    ///
+    /// # Errors
+    /// When the back-end does not answer with a whole one.
+    pub fn refresh_config(&mut self) -> Result<&BlockConfig> {
+        self.config = get_config(&self.socket)?;
+        Ok(&self.config)
+    }
+
+    /// Writes the configuration space.
+    ///
+    /// # Errors
+    /// When the back-end refuses.
+    pub fn set_config(&self, offset: u32, bytes: &[u8]) -> Result<()> {
+        let mut body = [offset, bytes.len() as u32, 0]
+            .map(u32::to_le_bytes)
+            .concat();
+        body.extend_from_slice(bytes);
+        self.set(request::SET_CONFIG, &body, &[])
+    }
+
+    /// Waits for a config-change message on the back-end channel.
+    ///
+    /// # Errors
+    /// When none arrives within `limit`, or the back-end has no such channel.
+    pub fn config_change(&self, limit: Duration) -> Result<()> {
+        self.channel
+            .as_ref()
+            .context("no back-end channel")?
+            .config_change(limit)
+    }
+
+    /// Announces all regions: one `SET_MEM_TABLE`, or one `ADD_MEM_REG` each with memory slots.
+    ///
+    /// # Errors
+    /// When the back-end refuses.
+    pub fn send_memory(&self) -> Result<()> {
+        if self.protocol & protocol_feature::CONFIGURE_MEM_SLOTS != 0 {
+            self.regions()
+                .iter()
+                .try_for_each(|region| self.add_region(region))
+        } else {
+            self.set_memory_table()
+        }
+    }
+
+    /// Announces all regions with one `SET_MEM_TABLE`.
+    ///
+    /// # Errors
+    /// When the back-end refuses, or there are more regions than the message holds.
+    pub fn set_memory_table(&self) -> Result<()> {
+        self.send_table(&self.regions())
+    }
+
+    fn send_table(&self, regions: &[Arc<Region>]) -> Result<()> {
+        ensure!(
+            regions.len() <= RANGES_PER_TABLE,
+            "{} regions",
+            regions.len()
+        );
+        let mut body = [(regions.len() as u32).to_le_bytes(), [0; 4]].concat();
+        let mut fds: Vec<BorrowedFd<'_>> = Vec::new();
+        for region in regions {
+            body.extend_from_slice(&region.table_entry());
+            fds.push(region.fd());
+        }
+        self.set(request::SET_MEM_TABLE, &body, &fds)
+    }
+
+    /// Replaces the data region at `place` by a new one at the same guest address while the others
+    /// stay in use: with memory slots one message removes and one adds, without them two tables.
+    ///
+    /// # Errors
+    /// When the back-end refuses, or requests keep the old region in use for too long.
+    pub fn replace_region(&self, place: usize) -> Result<()> {
+        let slots = self.protocol & protocol_feature::CONFIGURE_MEM_SLOTS != 0;
+        let old = self.guest.pool.withdraw(place, self.options.timeout)?;
+        if slots {
+            self.set(request::REM_MEM_REG, &region_body(&old), &[])?;
+        } else {
+            self.set_memory_table()?;
+        }
+        let new = Arc::new(self.options.data_region(place)?);
+        if slots {
+            self.add_region(&new)?;
+            self.guest.pool.offer(place, new);
+        } else {
+            let mut regions = self.regions();
+            regions.push(new.clone());
+            self.send_table(&regions)?;
+            self.guest.pool.offer(place, new);
+        }
+        Ok(())
+    }
+
+    fn add_region(&self, region: &Region) -> Result<()> {
+        self.set(request::ADD_MEM_REG, &region_body(region), &[region.fd()])
+    }
+
+    fn regions(&self) -> Vec<Arc<Region>> {
+        let mut regions = vec![self.guest.control.clone()];
+        regions.extend(self.guest.pool.regions());
+        regions
+    }
+
+    fn send_inflight(&mut self) -> Result<()> {
+        if self.protocol & protocol_feature::INFLIGHT_SHMFD == 0 {
+            return Ok(());
+        }
+        let shape = [
+            (self.options.queues as u16).to_le_bytes(),
+            self.options.queue_size.to_le_bytes(),
+        ];
+        if self.inflight.is_none() {
+            let body = inflight_body((0, 0), shape.concat());
+            wire::send(&self.socket, (request::GET_INFLIGHT_FD, 0), &body, &[])?;
+            let reply = wire::receive(&self.socket).context("GET_INFLIGHT_FD")?;
+            ensure!(
+                reply.request == request::GET_INFLIGHT_FD,
+                "reply to {}",
+                reply.request
+            );
+            ensure!(
+                reply.body.len() >= 20,
+                "inflight reply of {} bytes",
+                reply.body.len()
+            );
+            self.inflight = Some(Inflight {
+                mmap_size: wire::read_u64(&reply.body, 0),
+                mmap_offset: wire::read_u64(&reply.body, 8),
+                file: reply
+                    .file
+                    .context("GET_INFLIGHT_FD answered without a descriptor")?,
+            });
+        }
+        let region = self
+            .inflight
+            .as_ref()
+            .context("the region was just fetched")?;
+        let body = inflight_body((region.mmap_size, region.mmap_offset), shape.concat());
+        self.set(request::SET_INFLIGHT_FD, &body, &[region.file.as_fd()])
+    }
+
+    fn set_status(&self, status: u8) -> Result<()> {
+        self.set(request::SET_STATUS, &u64::from(status).to_le_bytes(), &[])
+    }
+
+    fn get(&self, number: u32) -> Result<u64> {
+        get(&self.socket, number)
+    }
+
+    fn set(&self, number: u32, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
+        let acknowledged = self.protocol & protocol_feature::REPLY_ACK != 0;
+        let flags = if acknowledged { flag::NEED_REPLY } else { 0 };
+        wire::send(&self.socket, (number, flags), body, fds)
+            .with_context(|| format!("sending request {number}"))?;
+        if acknowledged {
+            let reply = self.reply_to(number)?;
+            ensure!(
+                reply.len() == 8,
+                "request {number} acknowledged with {} bytes",
+                reply.len()
+            );
+            let code = wire::read_u64(&reply, 0);
+            ensure!(code == 0, "request {number} refused with {code}");
+        }
+        Ok(())
+    }
+
+    fn reply_to(&self, number: u32) -> Result<Vec<u8>> {
+        reply_to(&self.socket, number)
+    }
+}
+
+fn region_body(region: &Region) -> Vec<u8> {
+    [&[0; 8], region.table_entry().as_slice()].concat()
+}
+
+fn inflight_body((size, offset): (u64, u64), shape: Vec<u8>) -> Vec<u8> {
+    let mut body = [size.to_le_bytes(), offset.to_le_bytes()].concat();
+    body.extend_from_slice(&shape);
+    body.resize(24, 0);
+    body
+}

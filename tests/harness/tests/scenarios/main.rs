@@ -1,0 +1,6 @@
+//! Scenarios: the daemons as their users see them, driven and judged by the harness.
+//!
+//! One binary, because linking dominates build time. Each module takes one side of the product; a
+//! scenario's name states what holds.
+
+mod verify;
