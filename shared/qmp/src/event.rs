@@ -1,0 +1,56 @@
+//! Events: what a server tells every negotiated client without being asked.
+
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// One event, stamped with the time it happened.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    name: &'static str,
+    data: Option<Value>,
+    at: SystemTime,
+}
+
+impl Event {
+    /// An event without data that happens now.
+    pub fn new(name: &'static str) -> Self {
+        Self {
+            name,
+            data: None,
+            at: SystemTime::now(),
+        }
+    }
+
+    /// An event with data that happens now.
+    ///
+    /// Data that has no JSON form (a map with keys that are not strings) becomes an empty object.
+    pub fn with_data(name: &'static str, data: impl Serialize) -> Self {
+        let data = serde_json::to_value(data).unwrap_or_else(|_| Value::Object(Map::new()));
+        Self {
+            data: Some(data),
+            ..Self::new(name)
+        }
+    }
+
+    /// Its name, in capitals.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// The message on the wire.
+    pub(crate) fn to_value(&self) -> Value {
+        let since_epoch = self.at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let mut message = json!({
+            "timestamp": {
+                "seconds": since_epoch.as_secs(),
+                "microseconds": since_epoch.subsec_micros(),
+            },
+            "event": self.name,
+        });
+        if let Some(data) = &self.data {
+            message["data"] = data.clone();
+        }
+        message
+    }
+}
