@@ -1,6 +1,34 @@
 //! What every device daemon needs to be a vhost-user back-end.
+//!
+//! ```text
+//!  front-end (VMM)                          control thread
+//!    unix socket ──bytes+fds──> wire ──Message──> session ──┐   one loop for all devices
+//!    BACKEND_REQ <──config change, ...───────────── session │
+//!                                                           ▼
+//!                                                 Device: features, config, start_queue / stop_queue
+//!                                                           │ QueueSetup (Send)
+//!                                          queue thread     ▼
+//!    guest memory <──descriptors, data, used──> ring ── queue ── Handler (the device's requests)
+//! ```
+//!
+//! Promises: whatever the front-end or the guest sends, the daemon survives; a bad message ends or
+//! refuses that connection, a bad ring ends that queue. Requests in flight keep the memory they
+//! use mapped. A request that was in flight when the daemon died is served again by its successor
+//! when the front-end keeps an inflight region.
+//!
+//! Must not know: what a device does with its requests, block nodes, QMP.
 
+pub mod device;
+pub mod inflight;
+pub mod memory;
+pub mod queue;
+pub mod ring;
 pub mod server;
+pub mod session;
+mod sigbus;
 pub mod wire;
 
-pub use server::Address;
+pub use device::{Device, DeviceError};
+pub use queue::{Handler, Queue, QueueError, QueueRemote, QueueSetup};
+pub use ring::Chain;
+pub use server::{Address, Server};

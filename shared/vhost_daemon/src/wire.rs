@@ -290,7 +290,7 @@ impl Parts<'_> {
     fn vring_state(&self) -> Result<(u16, u32), WireError> {
         self.expect_fds(0)?;
         let state: VhostUserVringState = self.plain()?;
-        let index = u16::try_from({ state.index }).map_err(|_| WireError::Payload(self.request))?;
+        let index = u16::try_from(state.index).map_err(|_| WireError::Payload(self.request))?;
         Ok((index, state.num))
     }
 
@@ -352,7 +352,7 @@ impl Parts<'_> {
             return Err(WireError::Payload(self.request));
         }
         Ok(Message::SetVringAddr {
-            index: u16::try_from({ addr.index }).map_err(|_| WireError::Payload(self.request))?,
+            index: u16::try_from(addr.index).map_err(|_| WireError::Payload(self.request))?,
             addresses: RingAddresses {
                 descriptors: addr.descriptor,
                 available: addr.available,

@@ -1,0 +1,665 @@
+//! One front-end's session: its messages in order, and the state they build up.
+//!
+//! ```text
+//!   per ring:  stopped ──kick set──> started, disabled ──enabled──> running
+//!                 ▲                          ▲    disable (drains)──┘ │
+//!                 └──────────────── GET_VRING_BASE (drains) ──────────┘
+//! ```
+//! A ring runs once it has a size, addresses that shared memory holds, a kick (or none to come)
+//! and is enabled, in whatever order these arrive. Without `VHOST_USER_F_PROTOCOL_FEATURES` it is
+//! enabled by its kick.
+//!
+//! Promises: messages are handled one at a time; a request that cannot be fulfilled is refused
+//! with a non-zero acknowledgement where the front-end asked for one and ends the session
+//! otherwise; when a session ends, every queue has drained.
+
+use std::cell::RefCell;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use executor::net::Stream;
+use executor::sync::Notify;
+use executor::{Errno, JoinHandle};
+use vhost::vhost_user::message::{
+    BackendReq, VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures,
+};
+
+use crate::device::{Device, DeviceError};
+use crate::inflight::{InflightError, InflightRegion};
+use crate::memory::{MAX_REGIONS, MemoryError, MemoryTable};
+use crate::queue::{Failure, QueueChange, QueueError, QueueSetup};
+use crate::wire::{
+    self, ConfigRange, HEADER_LEN, Header, InflightSpec, MAX_FDS, Message, RingAddresses, WireError,
+};
+
+/// Protocol features that the session itself knows how to serve.
+pub const PROTOCOL_FEATURES: u64 = Protocol::MQ.bits()
+    | Protocol::REPLY_ACK.bits()
+    | Protocol::BACKEND_REQ.bits()
+    | Protocol::CONFIG.bits()
+    | Protocol::INFLIGHT_SHMFD.bits()
+    | Protocol::RESET_DEVICE.bits()
+    | Protocol::CONFIGURE_MEM_SLOTS.bits()
+    | Protocol::STATUS.bits();
+
+/// `VHOST_USER_F_PROTOCOL_FEATURES`.
+const F_PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+/// `DEVICE_NEEDS_RESET` of the device status field (virtio 1.2 section 2.1).
+const STATUS_NEEDS_RESET: u8 = 0x40;
+
+/// Why a message is refused, or a session ends.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SessionError {
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    #[error("socket: {0}")]
+    Socket(Errno),
+    #[error("the connection ended inside of a message")]
+    Truncated,
+    #[error("{0} was not negotiated")]
+    NotNegotiated(&'static str),
+    #[error("features {wanted:#x} are not all offered ({offered:#x})")]
+    Features { wanted: u64, offered: u64 },
+    #[error("queue {0} does not exist")]
+    NoQueue(u16),
+    #[error("queue {index}: {what} cannot change while it runs")]
+    Running { index: u16, what: &'static str },
+    #[error("queue {index}: ring size {size} is not a power of two up to {max}")]
+    RingSize { index: u16, size: u32, max: u16 },
+    #[error("queue {index}: base {base} is beyond 65535")]
+    Base { index: u16, base: u32 },
+    #[error("queue {index}: {source}")]
+    Queue { index: u16, source: QueueError },
+    #[error("inflight region of {num_queues} queues, {queue_size} descriptors each")]
+    InflightRequest { num_queues: u16, queue_size: u16 },
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error("descriptor: {0}")]
+    Descriptor(Errno),
+    #[error("device status {0:#x}")]
+    Status(u64),
+}
+
+/// How the guest says that it made something available.
+#[derive(Clone, Default)]
+enum Kick {
+    /// The ring is stopped.
+    #[default]
+    Unset,
+    /// It does not say: poll.
+    Poll,
+    Fd(Arc<OwnedFd>),
+}
+
+/// A ring as the front-end has set it up so far.
+#[derive(Default)]
+struct Vring {
+    size: u16,
+    addresses: Option<RingAddresses>,
+    base: u16,
+    kick: Kick,
+    call: Option<Arc<OwnedFd>>,
+    err: Option<Arc<OwnedFd>>,
+    enabled: bool,
+    running: bool,
+}
+
+/// What goes back for a message.
+enum Answer {
+    /// Nothing but an acknowledgement, if wanted.
+    Done,
+    Payload(Vec<u8>),
+    PayloadFd(Vec<u8>, OwnedFd),
+}
+
+impl Answer {
+    fn number(value: u64) -> Answer {
+        Answer::Payload(value.to_ne_bytes().to_vec())
+    }
+}
+
+type Reply = Result<Answer, SessionError>;
+
+/// The channel for the back-end's own requests, shared with the task that sends them.
+type BackendChannel = Rc<RefCell<Option<Rc<Stream>>>>;
+
+/// A front-end's session.
+pub(crate) struct Session<D> {
+    device: Rc<D>,
+    stream: Rc<Stream>,
+    name: Arc<str>,
+    features: u64,
+    protocol: u64,
+    memory: Arc<MemoryTable>,
+    vrings: Vec<Vring>,
+    inflight: Option<Arc<InflightRegion>>,
+    channel: BackendChannel,
+    status: u8,
+    failure: Arc<Failure>,
+    changed: Arc<Notify>,
+    notifier: Option<JoinHandle<()>>,
+    messages: u64,
+}
+
+impl<D: Device> Session<D> {
+    /// A session with the front-end at the other end of `stream`. `changed` is notified when the
+    /// configuration space changes.
+    pub(crate) fn new(device: Rc<D>, stream: Rc<Stream>, changed: Arc<Notify>) -> Session<D> {
+        let vrings = (0..device.queue_count()).map(|_| Vring::default());
+        let channel = BackendChannel::default();
+        let notifier = executor::spawn(announce_changes(changed.clone(), channel.clone()));
+        Session {
+            name: device.name().into(),
+            vrings: vrings.collect(),
+            device,
+            stream,
+            features: 0,
+            protocol: 0,
+            memory: Arc::default(),
+            inflight: None,
+            channel,
+            status: 0,
+            failure: Arc::new(Failure::new(changed.clone())),
+            changed,
+            notifier: Some(notifier),
+            messages: 0,
+        }
+    }
+
+    /// Messages handled.
+    pub(crate) fn messages(&self) -> u64 {
+        self.messages
+    }
+
+    /// Handles messages until the front-end leaves.
+    ///
+    /// # Errors
+    /// What made the session impossible to continue.
+    pub(crate) async fn run(&mut self) -> Result<(), SessionError> {
+        while let Some((header, payload, fds)) = self.receive().await? {
+            let result = match Message::parse(header.request, &payload, fds) {
+                Ok(message) => self.handle(message).await,
+                Err(error) => Err(error.into()),
+            };
+            let wants_ack = header.need_reply && self.negotiated(Protocol::REPLY_ACK);
+            self.answer(header.request, wants_ack, result).await?;
+            self.messages += 1;
+        }
+        Ok(())
+    }
+
+    /// Stops everything; afterwards the device is as if no front-end had been there.
+    pub(crate) async fn close(&mut self) {
+        self.stop_all().await;
+        self.device.reset();
+        if let Some(notifier) = self.notifier.take() {
+            notifier.cancel();
+        }
+    }
+
+    /// The next message's parts; `None` when the front-end has left.
+    async fn receive(&self) -> Result<Option<(Header, Vec<u8>, Vec<OwnedFd>)>, SessionError> {
+        let mut fds = Vec::new();
+        let Some(head) = self.receive_exactly(HEADER_LEN, &mut fds).await? else {
+            return Ok(None);
+        };
+        let head: [u8; HEADER_LEN] = head.try_into().map_err(|_| SessionError::Truncated)?;
+        let header = Header::parse(&head)?;
+        let payload = match header.size {
+            0 => Vec::new(),
+            size => self
+                .receive_exactly(size, &mut fds)
+                .await?
+                .ok_or(SessionError::Truncated)?,
+        };
+        Ok(Some((header, payload, fds)))
+    }
+
+    async fn receive_exactly(
+        &self,
+        len: usize,
+        fds: &mut Vec<OwnedFd>,
+    ) -> Result<Option<Vec<u8>>, SessionError> {
+        let mut bytes = Vec::with_capacity(len);
+        while bytes.len() < len {
+            let room = MAX_FDS - fds.len();
+            let received = self.stream.recv_with_fds(len - bytes.len(), room).await;
+            let (part, more) = received.map_err(SessionError::Socket)?;
+            if part.is_empty() {
+                return if bytes.is_empty() {
+                    Ok(None)
+                } else {
+                    Err(SessionError::Truncated)
+                };
+            }
+            bytes.extend_from_slice(&part);
+            fds.extend(more);
+        }
+        Ok(Some(bytes))
+    }
+
+    async fn answer(
+        &self,
+        request: u32,
+        wants_ack: bool,
+        result: Reply,
+    ) -> Result<(), SessionError> {
+        let (payload, fd) = match result {
+            Ok(Answer::Payload(payload)) => (payload, None),
+            Ok(Answer::PayloadFd(payload, fd)) => (payload, Some(fd)),
+            Ok(Answer::Done) if wants_ack => (0u64.to_ne_bytes().to_vec(), None),
+            Ok(Answer::Done) => return Ok(()),
+            Err(error) if wants_ack => {
+                tracing::warn!(device = %self.name, request, "refused: {error}");
+                (1u64.to_ne_bytes().to_vec(), None)
+            }
+            Err(error) => return Err(error),
+        };
+        let bytes = wire::reply(request, &payload);
+        let sent = match fd {
+            Some(fd) => self.stream.send_with_fds(bytes, &[fd.as_fd()]).await,
+            None => self.stream.send_all(bytes).await,
+        };
+        sent.map_err(SessionError::Socket)
+    }
+
+    fn negotiated(&self, feature: Protocol) -> bool {
+        self.protocol & feature.bits() != 0
+    }
+
+    fn need(&self, feature: Protocol, name: &'static str) -> Result<(), SessionError> {
+        if self.negotiated(feature) {
+            Ok(())
+        } else {
+            Err(SessionError::NotNegotiated(name))
+        }
+    }
+
+    async fn handle(&mut self, message: Message) -> Reply {
+        match message {
+            Message::GetFeatures => {
+                Ok(Answer::number(self.device.features() | F_PROTOCOL_FEATURES))
+            }
+            Message::SetFeatures(wanted) => self.set_features(wanted),
+            Message::GetProtocolFeatures => Ok(Answer::number(self.offered_protocol())),
+            Message::SetProtocolFeatures(wanted) => self.set_protocol_features(wanted),
+            Message::GetQueueNum => Ok(Answer::number(u64::from(self.device.queue_count()))),
+            Message::SetOwner => Ok(Answer::Done),
+            Message::ResetOwner => self.stop_rings().await,
+            Message::ResetDevice => {
+                self.need(Protocol::RESET_DEVICE, "RESET_DEVICE")?;
+                self.reset_device().await
+            }
+            Message::GetStatus => self.get_status(),
+            Message::SetStatus(status) => self.set_status(status).await,
+            Message::GetConfig(range) => self.get_config(range),
+            Message::SetConfig(range, data) => {
+                self.need(Protocol::CONFIG, "CONFIG")?;
+                self.device.write_config(range.offset, &data)?;
+                Ok(Answer::Done)
+            }
+            Message::SetBackendReqFd(fd) => self.set_channel(fd),
+            Message::GetInflightFd(spec) => self.get_inflight(spec),
+            Message::SetInflightFd(spec, fd) => self.set_inflight(spec, fd),
+            Message::GetMaxMemSlots => Ok(Answer::number(MAX_REGIONS as u64)),
+            memory @ (Message::SetMemTable(_) | Message::AddMemReg(..) | Message::RemMemReg(_)) => {
+                self.change_memory(memory).await
+            }
+            vring => self.handle_vring(vring).await,
+        }
+    }
+
+    fn offered_protocol(&self) -> u64 {
+        self.device.protocol_features() & PROTOCOL_FEATURES
+    }
+
+    fn set_features(&mut self, wanted: u64) -> Reply {
+        let offered = self.device.features() | F_PROTOCOL_FEATURES;
+        if wanted & !offered != 0 {
+            return Err(SessionError::Features { wanted, offered });
+        }
+        if wanted != self.features {
+            self.expect_stopped("features")?;
+        }
+        self.features = wanted;
+        self.device.set_features(wanted & !F_PROTOCOL_FEATURES);
+        Ok(Answer::Done)
+    }
+
+    fn set_protocol_features(&mut self, wanted: u64) -> Reply {
+        let offered = self.offered_protocol();
+        if wanted & !offered != 0 {
+            return Err(SessionError::Features { wanted, offered });
+        }
+        self.protocol = wanted;
+        Ok(Answer::Done)
+    }
+
+    fn expect_stopped(&self, what: &'static str) -> Result<(), SessionError> {
+        match self.vrings.iter().position(|vring| vring.running) {
+            Some(index) => Err(SessionError::Running {
+                index: index as u16,
+                what,
+            }),
+            None => Ok(()),
+        }
+    }
+
+    fn get_status(&self) -> Reply {
+        self.need(Protocol::STATUS, "STATUS")?;
+        let broken = if self.failure.failed() {
+            STATUS_NEEDS_RESET
+        } else {
+            0
+        };
+        Ok(Answer::number(u64::from(self.status | broken)))
+    }
+
+    async fn set_status(&mut self, status: u64) -> Reply {
+        self.need(Protocol::STATUS, "STATUS")?;
+        let status = u8::try_from(status).map_err(|_| SessionError::Status(status))?;
+        if status == 0 {
+            return self.reset_device().await;
+        }
+        self.status = status & !STATUS_NEEDS_RESET;
+        Ok(Answer::Done)
+    }
+
+    async fn reset_device(&mut self) -> Reply {
+        self.stop_rings().await?;
+        self.device.reset();
+        self.device
+            .set_features(self.features & !F_PROTOCOL_FEATURES);
+        self.status = 0;
+        self.failure = Arc::new(Failure::new(self.changed.clone()));
+        Ok(Answer::Done)
+    }
+
+    fn get_config(&self, range: ConfigRange) -> Reply {
+        self.need(Protocol::CONFIG, "CONFIG")?;
+        let config = self.device.config();
+        // Front-ends newer than the device ask for more than it has; the rest reads as zeroes.
+        let mut data = vec![0; range.size as usize];
+        let start = (range.offset as usize).min(config.len());
+        let len = data.len().min(config.len() - start);
+        data[..len].copy_from_slice(&config[start..start + len]);
+        Ok(Answer::Payload(wire::config_payload(&range, &data)))
+    }
+
+    fn set_channel(&mut self, fd: OwnedFd) -> Reply {
+        self.need(Protocol::BACKEND_REQ, "BACKEND_REQ")?;
+        let stream = Stream::from_fd(fd).map_err(|error| {
+            SessionError::Descriptor(Errno::from_raw(error.raw_os_error().unwrap_or(0)))
+        })?;
+        self.channel.replace(Some(Rc::new(stream)));
+        Ok(Answer::Done)
+    }
+
+    fn get_inflight(&self, spec: InflightSpec) -> Reply {
+        self.need(Protocol::INFLIGHT_SHMFD, "INFLIGHT_SHMFD")?;
+        let (num_queues, queue_size) = (spec.num_queues, spec.queue_size);
+        if num_queues > self.device.queue_count() || queue_size > self.device.max_queue_size() {
+            return Err(SessionError::InflightRequest {
+                num_queues,
+                queue_size,
+            });
+        }
+        let (spec, fd) = InflightRegion::create(num_queues, queue_size)?;
+        Ok(Answer::PayloadFd(wire::inflight_payload(&spec), fd))
+    }
+
+    fn set_inflight(&mut self, spec: InflightSpec, fd: OwnedFd) -> Reply {
+        self.need(Protocol::INFLIGHT_SHMFD, "INFLIGHT_SHMFD")?;
+        self.expect_stopped("the inflight region")?;
+        let region = InflightRegion::adopt(&spec, fd)?;
+        self.inflight = Some(Arc::new(region));
+        Ok(Answer::Done)
+    }
+
+    async fn change_memory(&mut self, message: Message) -> Reply {
+        let slots =
+            |session: &Self| session.need(Protocol::CONFIGURE_MEM_SLOTS, "CONFIGURE_MEM_SLOTS");
+        let table = match message {
+            Message::SetMemTable(regions) => self.memory.replaced(regions)?,
+            Message::AddMemReg(spec, fd) => {
+                slots(self)?;
+                self.memory.with(&spec, fd)?
+            }
+            Message::RemMemReg(spec) => {
+                slots(self)?;
+                self.memory.without(&spec)?
+            }
+            _ => return Ok(Answer::Done),
+        };
+        self.memory = Arc::new(table);
+        for index in 0..self.vrings.len() as u16 {
+            if self.vrings[usize::from(index)].running {
+                let change = QueueChange::Memory(self.memory.clone());
+                self.device.change_queue(index, change).await;
+            }
+            self.maybe_start(index).await?;
+        }
+        Ok(Answer::Done)
+    }
+
+    fn vring(&mut self, index: u16) -> Result<&mut Vring, SessionError> {
+        self.vrings
+            .get_mut(usize::from(index))
+            .ok_or(SessionError::NoQueue(index))
+    }
+
+    fn stopped_vring(
+        &mut self,
+        index: u16,
+        what: &'static str,
+    ) -> Result<&mut Vring, SessionError> {
+        let vring = self.vring(index)?;
+        if vring.running {
+            return Err(SessionError::Running { index, what });
+        }
+        Ok(vring)
+    }
+
+    async fn handle_vring(&mut self, message: Message) -> Reply {
+        match message {
+            Message::SetVringNum { index, size } => self.set_size(index, size),
+            Message::SetVringBase { index, base } => {
+                let narrow = u16::try_from(base);
+                let base = narrow.map_err(|_| SessionError::Base { index, base })?;
+                self.stopped_vring(index, "the base")?.base = base;
+                Ok(Answer::Done)
+            }
+            Message::SetVringAddr { index, addresses } => {
+                if self.vring(index)?.addresses != Some(addresses) {
+                    self.stopped_vring(index, "the address")?.addresses = Some(addresses);
+                }
+                self.maybe_start(index).await
+            }
+            Message::SetVringKick { index, fd } => self.set_kick(index, fd).await,
+            Message::SetVringCall { index, fd } => {
+                let fd = fd.map(eventfd).transpose()?;
+                self.vring(index)?.call = fd.clone();
+                self.change_queue(index, QueueChange::Call(fd)).await
+            }
+            Message::SetVringErr { index, fd } => {
+                let fd = fd.map(eventfd).transpose()?;
+                self.vring(index)?.err = fd.clone();
+                self.change_queue(index, QueueChange::Err(fd)).await
+            }
+            Message::SetVringEnable { index, enable } => {
+                self.vring(index)?.enabled = enable;
+                if enable {
+                    self.maybe_start(index).await
+                } else {
+                    self.pause(index).await;
+                    Ok(Answer::Done)
+                }
+            }
+            Message::GetVringBase { index } => self.get_base(index).await,
+            _ => Ok(Answer::Done),
+        }
+    }
+
+    fn set_size(&mut self, index: u16, size: u32) -> Reply {
+        let max = self.device.max_queue_size();
+        let inflight = self.inflight.clone();
+        let vring = self.stopped_vring(index, "the size")?;
+        let narrow = u16::try_from(size).ok();
+        let size = narrow
+            .filter(|size| size.is_power_of_two() && *size <= max)
+            .ok_or(SessionError::RingSize { index, size, max })?;
+        if let Some(region) = inflight {
+            region.check_queue(index, size)?;
+        }
+        vring.size = size;
+        Ok(Answer::Done)
+    }
+
+    async fn set_kick(&mut self, index: u16, fd: Option<OwnedFd>) -> Reply {
+        let fd = fd.map(eventfd).transpose()?;
+        let vring = self.vring(index)?;
+        vring.kick = match &fd {
+            Some(fd) => Kick::Fd(fd.clone()),
+            None => Kick::Poll,
+        };
+        if vring.running {
+            return self.change_queue(index, QueueChange::Kick(fd)).await;
+        }
+        self.maybe_start(index).await
+    }
+
+    async fn get_base(&mut self, index: u16) -> Reply {
+        self.vring(index)?;
+        self.pause(index).await;
+        let vring = self.vring(index)?;
+        vring.kick = Kick::Unset;
+        let base = u32::from(vring.base);
+        Ok(Answer::Payload(wire::vring_state_payload(index, base)))
+    }
+
+    async fn change_queue(&mut self, index: u16, change: QueueChange) -> Reply {
+        if self.vring(index)?.running {
+            self.device.change_queue(index, change).await;
+        }
+        Ok(Answer::Done)
+    }
+
+    /// Starts the ring when everything it needs is there.
+    async fn maybe_start(&mut self, index: u16) -> Reply {
+        let enabled_by_kick = self.features & F_PROTOCOL_FEATURES == 0;
+        let Some(setup) = self.setup(index, enabled_by_kick)? else {
+            return Ok(Answer::Done);
+        };
+        let err = setup.err.clone();
+        match self.device.start_queue(setup).await {
+            Ok(()) => {
+                self.vring(index)?.running = true;
+                tracing::debug!(device = %self.name, queue = index, "queue started");
+                Ok(Answer::Done)
+            }
+            Err(source) => {
+                if let Some(err) = err {
+                    crate::queue::signal(&err);
+                }
+                Err(SessionError::Queue { index, source })
+            }
+        }
+    }
+
+    fn setup(&self, index: u16, enabled: bool) -> Result<Option<QueueSetup>, SessionError> {
+        let vring = self
+            .vrings
+            .get(usize::from(index))
+            .ok_or(SessionError::NoQueue(index))?;
+        let kick = match &vring.kick {
+            Kick::Unset => return Ok(None),
+            Kick::Poll => None,
+            Kick::Fd(fd) => Some(fd.clone()),
+        };
+        let Some(addresses) = vring.addresses else {
+            return Ok(None);
+        };
+        let ready = !vring.running && vring.size > 0 && (vring.enabled || enabled);
+        if !ready || !crate::ring::is_mapped(&self.memory, &addresses, vring.size) {
+            return Ok(None);
+        }
+        Ok(Some(QueueSetup {
+            device: self.name.clone(),
+            index,
+            size: vring.size,
+            base: vring.base,
+            addresses,
+            features: self.features,
+            memory: self.memory.clone(),
+            kick,
+            call: vring.call.clone(),
+            err: vring.err.clone(),
+            inflight: self.inflight.clone(),
+            failure: self.failure.clone(),
+        }))
+    }
+
+    /// Stops a running ring and remembers where it is to go on.
+    async fn pause(&mut self, index: u16) {
+        let vring = &mut self.vrings[usize::from(index)];
+        if vring.running {
+            vring.running = false;
+            vring.base = self.device.stop_queue(index).await;
+            tracing::debug!(device = %self.name, queue = index, base = vring.base, "queue stopped");
+        }
+    }
+
+    async fn stop_all(&mut self) {
+        for index in 0..self.vrings.len() as u16 {
+            self.pause(index).await;
+        }
+    }
+
+    /// Stops and disables every ring.
+    async fn stop_rings(&mut self) -> Reply {
+        self.stop_all().await;
+        for vring in &mut self.vrings {
+            vring.kick = Kick::Unset;
+            vring.enabled = false;
+        }
+        Ok(Answer::Done)
+    }
+}
+
+/// Takes an event descriptor of the front-end's, after making sure that using it cannot block a
+/// queue thread: eventfds are anonymous inodes, which files, pipes and sockets are not.
+fn eventfd(fd: OwnedFd) -> Result<Arc<OwnedFd>, SessionError> {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    let failed = SessionError::Descriptor;
+    let stat = nix::sys::stat::fstat(&fd).map_err(failed)?;
+    if stat.st_mode & libc::S_IFMT != 0 {
+        return Err(failed(Errno::EINVAL));
+    }
+    let flags = fcntl(&fd, FcntlArg::F_GETFL).map_err(failed)?;
+    let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
+    fcntl(&fd, FcntlArg::F_SETFL(flags)).map_err(failed)?;
+    Ok(Arc::new(fd))
+}
+
+/// Tells the front-end about every change of the configuration space (and of the device status,
+/// which drivers look at then).
+async fn announce_changes(changed: Arc<Notify>, channel: BackendChannel) {
+    let mut next = changed.notified();
+    loop {
+        next.await;
+        next = changed.notified();
+        let Some(stream) = channel.borrow().clone() else {
+            continue;
+        };
+        let message = wire::backend_request(BackendReq::CONFIG_CHANGE_MSG);
+        if let Err(errno) = stream.send_all(message).await {
+            tracing::debug!("back-end channel: {errno}");
+            channel.replace(None);
+        }
+    }
+}
