@@ -1,4 +1,3 @@
-#![allow(unused, missing_docs)]
 //! The per-thread executor: one thread, one io_uring, tasks, timers and owned buffers.
 //!
 //! ```text
@@ -17,12 +16,18 @@
 pub mod buffer;
 pub mod file;
 pub mod net;
+mod op;
+mod poller;
 pub mod pool;
+mod remote;
+mod ring;
 pub mod runtime;
 pub mod shared_memory;
 pub mod sim;
 pub mod sync;
+mod task;
 pub mod time;
+mod turn;
 
 pub use buffer::{Buffer, HeapBuffer};
 pub use file::{File, FileOp, OpenOptions};

@@ -3,14 +3,40 @@
 //! One turn: run ready tasks → poll pollers → submit SQEs in one batch → reap CQEs → fire
 //! timers. With nothing ready, pollers are spun for the adaptive window, then armed
 //! (notifications on), then the thread sleeps in `io_uring_enter`.
+//!
+//! A thread has one current executor: the one made last, or, within `block_on`, `run` and `turn`,
+//! the one that runs. Operations, timers and `spawn` use the current one.
+#![expect(
+    unsafe_code,
+    reason = "the running executor is a thread-local pointer into the stack of its thread"
+)]
 
+use crate::op::OpTable;
+use crate::poller::Pollers;
+pub use crate::poller::{Poller, PollerRegistration, register_poller};
+pub use crate::remote::Handle;
+pub(crate) use crate::remote::Shared;
+use crate::ring::{Completion, Ring};
+use crate::sim;
+use crate::task::{TaskCell, TaskRef};
+use crate::time::Timers;
+use slab::Slab;
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::BorrowedFd;
-use std::pin::Pin;
-use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::pin::{Pin, pin};
+use std::ptr;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
+
+/// Rounds that one [`Executor::turn`] runs before it lets its host's loop have the thread.
+const ROUNDS_PER_TURN: u32 = 64;
 
 /// How an executor is set up.
 #[derive(Clone, Debug)]
@@ -30,124 +56,300 @@ impl Default for Config {
     }
 }
 
-/// Looks for work outside the ring: a virtqueue's available ring.
-pub trait Poller {
-    /// Looks for work without a syscall and starts it; returns whether there was any.
-    fn poll(&self) -> bool;
-    /// Asks for notifications before the thread sleeps; returns whether work came in meanwhile.
-    fn arm(&self) -> bool;
-    /// Stops notifications after waking.
-    fn disarm(&self);
+/// One thread's executor. `!Send`; others reach it through its [`Handle`].
+///
+/// Dropping it drops its tasks, then waits for the operations that the kernel still works on.
+pub struct Executor {
+    inner: Rc<Inner>,
 }
 
-/// One thread's executor. `!Send`; others reach it through its [`Handle`].
-pub struct Executor {}
+/// Where operations go.
+pub(crate) enum Backend {
+    Ring(RefCell<Ring>),
+    Sim(sim::Disk),
+}
+
+/// The state of an executor; operations in flight keep it alive.
+pub(crate) struct Inner {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) backend: Backend,
+    /// Ready tasks.
+    pub(crate) queue: RefCell<VecDeque<TaskRef>>,
+    /// Every unfinished task, so that none outlives the executor.
+    tasks: RefCell<Slab<TaskRef>>,
+    pub(crate) ops: RefCell<OpTable>,
+    pub(crate) timers: RefCell<Timers>,
+    pub(crate) pollers: Pollers,
+    /// Room for what one reaping finds.
+    pub(crate) completions: Cell<Vec<Completion>>,
+    running: Cell<bool>,
+}
+
+thread_local! {
+    /// The executor that runs on this thread, kept alive by the innermost [`Enter`].
+    static RUNNING: Cell<*const Inner> = const { Cell::new(ptr::null()) };
+    /// The executor made last on this thread.
+    static DEFAULT: RefCell<Weak<Inner>> = const { RefCell::new(Weak::new()) };
+}
+
+/// Calls `f` with the current executor, if there is one.
+pub(crate) fn with_current<R>(f: impl FnOnce(Option<&Rc<Inner>>) -> R) -> R {
+    let running = RUNNING.get();
+    if running.is_null() {
+        let default = DEFAULT.try_with(|default| default.borrow().upgrade());
+        return f(default.ok().flatten().as_ref());
+    }
+    // SAFETY: `running` came from `Rc::as_ptr` of the `Rc` in an `Enter` further up this thread's
+    // stack, which outlives this call; `ManuallyDrop` leaves its count alone.
+    let inner = ManuallyDrop::new(unsafe { Rc::from_raw(running) });
+    f(Some(&inner))
+}
+
+/// The current executor; panics outside of one.
+pub(crate) fn current() -> Rc<Inner> {
+    with_current(|inner| inner.cloned()).expect("there is no executor on this thread")
+}
+
+/// Makes an executor the running one until dropped. Never leaked: it lives on the stack.
+struct Enter {
+    inner: Rc<Inner>,
+    previous: *const Inner,
+}
+
+impl Enter {
+    fn new(inner: &Rc<Inner>) -> Enter {
+        assert!(
+            !inner.running.replace(true),
+            "an executor is run from one of its own tasks"
+        );
+        Enter {
+            inner: Rc::clone(inner),
+            previous: RUNNING.replace(Rc::as_ptr(inner)),
+        }
+    }
+}
+
+impl Drop for Enter {
+    fn drop(&mut self) {
+        RUNNING.set(self.previous);
+        self.inner.running.set(false);
+    }
+}
 
 impl Executor {
     /// A new executor on a ring of its own, for the current thread.
     pub fn new(config: &Config) -> io::Result<Executor> {
-        todo!()
+        let shared = Shared::new()?;
+        let ring = Ring::new(config.ring_entries, shared.eventfd())?;
+        let pollers = Pollers::new(config.poll_max);
+        Ok(Self::make(
+            shared,
+            Backend::Ring(RefCell::new(ring)),
+            pollers,
+        ))
     }
+
     /// An executor whose files and time are those of `world`.
-    pub fn simulated(world: &crate::sim::World) -> Executor {
-        todo!()
+    ///
+    /// A world runs on one executor at a time. [`Executor::block_on`] panics with `deadlock: ...`
+    /// when no task is ready and no operation or timer is left to wait for.
+    pub fn simulated(world: &sim::World) -> Executor {
+        let shared = Shared::new().expect("an eventfd can be made");
+        let pollers = Pollers::new(Duration::ZERO);
+        Self::make(shared, Backend::Sim(world.disk()), pollers)
     }
+
+    fn make(shared: Arc<Shared>, backend: Backend, pollers: Pollers) -> Executor {
+        let inner = Rc::new(Inner {
+            shared,
+            backend,
+            queue: RefCell::default(),
+            tasks: RefCell::default(),
+            ops: RefCell::default(),
+            timers: RefCell::default(),
+            pollers,
+            completions: Cell::default(),
+            running: Cell::new(false),
+        });
+        DEFAULT.set(Rc::downgrade(&inner));
+        Executor { inner }
+    }
+
     /// Runs until `future` is done; other tasks run meanwhile.
     pub fn block_on<F: Future>(&self, future: F) -> F::Output {
-        todo!()
+        let inner = &*self.inner;
+        let _enter = Enter::new(&self.inner);
+        let main = Arc::new(MainWaker {
+            woken: AtomicBool::new(true),
+            owner: Arc::clone(&inner.shared),
+        });
+        let waker = Waker::from(Arc::clone(&main));
+        let mut context = Context::from_waker(&waker);
+        let mut future = pin!(future);
+        let mut rounds = 0;
+        loop {
+            if main.woken.swap(false, Ordering::AcqRel)
+                && let Poll::Ready(output) = future.as_mut().poll(&mut context)
+            {
+                return output;
+            }
+            inner.round(&mut rounds, &main.woken);
+        }
     }
+
     /// Runs tasks until [`Handle::stop`].
     pub fn run(&self) {
-        todo!()
+        let inner = &*self.inner;
+        let _enter = Enter::new(&self.inner);
+        let mut rounds = 0;
+        while !inner.shared.take_stop() {
+            inner.round(&mut rounds, inner.shared.stop_flag());
+        }
     }
+
     /// Does everything that is ready without blocking; for hosts with a loop of their own.
     pub fn turn(&self) -> io::Result<()> {
-        todo!()
+        let inner = &*self.inner;
+        let _enter = Enter::new(&self.inner);
+        inner.shared.awake();
+        inner.pollers.disarm();
+        for _ in 0..ROUNDS_PER_TURN {
+            let worked = inner.work();
+            let reaped = inner.exchange();
+            if !worked && !reaped && !inner.pollers.arm() && inner.shared.try_sleep() {
+                return Ok(());
+            }
+        }
+        inner.shared.signal();
+        Ok(())
     }
+
     /// Readable when [`Executor::turn`] has work.
     pub fn fd(&self) -> BorrowedFd<'_> {
-        todo!()
+        match &self.inner.backend {
+            // SAFETY: the ring's descriptor is open as long as the executor lives.
+            Backend::Ring(ring) => unsafe { BorrowedFd::borrow_raw(ring.borrow().raw_fd()) },
+            Backend::Sim(_) => self.inner.shared.eventfd(),
+        }
     }
-    /// Until when [`Executor::turn`] has nothing to do but timers.
+
+    /// Until when [`Executor::turn`] has nothing to do but timers, on the clock of
+    /// [`crate::time::now`]; `None` without timers.
     pub fn next_deadline(&self) -> Option<Duration> {
-        todo!()
+        self.inner.timers.borrow().next_deadline()
     }
+
     /// A handle for other threads.
     pub fn handle(&self) -> Handle {
-        todo!()
+        Handle::new(&self.inner.shared)
+    }
+}
+
+impl Drop for Executor {
+    fn drop(&mut self) {
+        let inner = &*self.inner;
+        let _enter = Enter::new(&self.inner);
+        // Dropping one future may spawn, wake or drop others.
+        loop {
+            let remote = inner.shared.close();
+            let ready = inner.queue.take();
+            let tasks = inner.tasks.take();
+            if remote.is_empty() && ready.is_empty() && tasks.is_empty() {
+                break;
+            }
+            for (_, task) in &tasks {
+                task.clear();
+            }
+        }
+        inner.timers.take();
+        inner.pollers.clear();
+        inner.settle();
+    }
+}
+
+impl Inner {
+    /// Adds an unfinished task; its key.
+    pub(crate) fn add_task(&self, task: TaskRef) -> usize {
+        self.tasks.borrow_mut().insert(task)
+    }
+
+    /// Removes a finished task.
+    pub(crate) fn forget_task(&self, key: usize) {
+        let _task = self.tasks.borrow_mut().try_remove(key);
+    }
+
+    /// Spawns a task.
+    pub(crate) fn spawn<F: Future<Output = ()> + 'static>(&self, future: F) -> TaskRef {
+        let cell = TaskCell::new(&self.shared);
+        cell.fill(future, None);
+        let task: TaskRef = Arc::clone(&cell) as TaskRef;
+        cell.set_key(self.add_task(Arc::clone(&task)));
+        cell.wake();
+        task
+    }
+}
+
+/// Wakes the future of a `block_on`.
+struct MainWaker {
+    woken: AtomicBool,
+    owner: Arc<Shared>,
+}
+
+impl Wake for MainWaker {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.woken.store(true, Ordering::SeqCst);
+        self.owner.rouse();
     }
 }
 
 /// Spawns a task on the current thread's executor; panics outside of one.
 pub fn spawn<F: Future + 'static>(future: F) -> JoinHandle<F::Output> {
-    todo!()
+    let state = Rc::new(JoinState {
+        output: Cell::new(None),
+        waker: Cell::new(None),
+    });
+    let done = Rc::clone(&state);
+    let task = current().spawn(async move {
+        done.output.set(Some(future.await));
+        if let Some(waker) = done.waker.take() {
+            waker.wake();
+        }
+    });
+    JoinHandle { state, task }
 }
 
-/// Registers a poller with the current executor until the returned registration is dropped.
-pub fn register_poller(poller: Rc<dyn Poller>) -> PollerRegistration {
-    todo!()
+struct JoinState<T> {
+    output: Cell<Option<T>>,
+    waker: Cell<Option<Waker>>,
 }
-
-/// Keeps a poller registered.
-pub struct PollerRegistration {}
 
 /// Resolves to the output of a spawned task. Dropping it detaches the task.
+///
+/// When the executor goes first the handle never resolves. A panic of the task is not caught: it
+/// leaves through the `block_on`, `run` or `turn` that polled it.
 pub struct JoinHandle<T> {
-    _t: std::marker::PhantomData<T>,
+    state: Rc<JoinState<T>>,
+    task: TaskRef,
 }
 
 impl<T> JoinHandle<T> {
     /// Drops the task at the next turn; its operations finish in the ring.
     pub fn cancel(self) {
-        todo!()
+        self.task.cancel();
     }
 }
 
 impl<T> Future for JoinHandle<T> {
     type Output = T;
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
-        todo!()
-    }
-}
-
-/// Reaches an executor from any thread.
-#[derive(Clone)]
-pub struct Handle {}
-
-impl Handle {
-    /// The current thread's executor; panics outside of one.
-    pub fn current() -> Handle {
-        todo!()
-    }
-    /// Runs `start` on the executor's thread and spawns the future it returns. False when the
-    /// executor is gone.
-    pub fn spawn<S, F>(&self, start: S) -> bool
-    where
-        S: FnOnce() -> F + Send + 'static,
-        F: Future<Output = ()> + 'static,
-    {
-        todo!()
-    }
-    /// Like [`Handle::spawn`], and waits (on the caller's executor) for the output; `None` when
-    /// the executor ended first.
-    pub async fn call<S, F, T>(&self, start: S) -> Option<T>
-    where
-        S: FnOnce() -> F + Send + 'static,
-        F: Future<Output = T> + 'static,
-        T: Send + 'static,
-    {
-        todo!()
-    }
-    /// Ends [`Executor::run`] after the current turn.
-    pub fn stop(&self) {
-        todo!()
-    }
-    /// Whether this is the calling thread's executor.
-    pub fn is_current(&self) -> bool {
-        todo!()
-    }
-    /// A small number unique among the executors of the process, for per-thread tables.
-    pub fn index(&self) -> usize {
-        todo!()
+        if let Some(output) = self.state.output.take() {
+            return Poll::Ready(output);
+        }
+        self.state.waker.set(Some(cx.waker().clone()));
+        Poll::Pending
     }
 }

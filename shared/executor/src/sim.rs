@@ -93,3 +93,47 @@ pub enum Subset {
     /// A random subset from this seed, some entries torn.
     Random(u64),
 }
+
+use crate::OpenOptions;
+use crate::op::Op;
+use std::time::Duration;
+
+pub(crate) struct Disk {}
+#[derive(Debug)]
+pub(crate) struct SimFile {}
+pub(crate) enum Step {
+    Completed(u32, i32),
+    Deadline,
+    Nothing,
+}
+impl World {
+    pub(crate) fn disk(&self) -> Disk {
+        todo!()
+    }
+}
+impl Disk {
+    pub(crate) fn submit(&self, slot: u32, op: &Op) {
+        todo!()
+    }
+    pub(crate) fn step(&self, deadline: Option<Duration>) -> Step {
+        todo!()
+    }
+    pub(crate) fn now(&self) -> Duration {
+        todo!()
+    }
+    pub(crate) fn open(
+        &self,
+        path: &std::path::Path,
+        options: &OpenOptions,
+    ) -> std::io::Result<SimFile> {
+        todo!()
+    }
+}
+impl SimFile {
+    pub(crate) fn len(&self) -> u64 {
+        todo!()
+    }
+    pub(crate) fn next_data(&self, offset: u64) -> Option<(u64, u64)> {
+        todo!()
+    }
+}

@@ -1,18 +1,127 @@
 //! Timers on the executor's clock (virtual in a simulated world).
 
-use std::time::Duration;
+use crate::runtime::{Backend, Inner, current};
+use std::collections::BTreeMap;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::sync::OnceLock;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+/// The timers of one executor, by deadline and then by order of creation.
+#[derive(Default)]
+pub(crate) struct Timers {
+    waiting: BTreeMap<(Duration, u64), Waker>,
+    created: u64,
+}
+
+impl Timers {
+    pub(crate) fn next_deadline(&self) -> Option<Duration> {
+        self.waiting.keys().next().map(|key| key.0)
+    }
+}
+
+impl Inner {
+    /// The time on this executor's clock.
+    pub(crate) fn now(&self) -> Duration {
+        static START: OnceLock<Instant> = OnceLock::new();
+        match &self.backend {
+            Backend::Ring(_) => START.get_or_init(Instant::now).elapsed(),
+            Backend::Sim(disk) => disk.now(),
+        }
+    }
+
+    /// Wakes whom a passed deadline concerns; whether there was one.
+    pub(crate) fn fire_timers(&self) -> bool {
+        if self.timers.borrow().waiting.is_empty() {
+            return false;
+        }
+        let now = self.now();
+        let mut fired = false;
+        loop {
+            let mut timers = self.timers.borrow_mut();
+            let Some(entry) = timers.waiting.first_entry() else {
+                return fired;
+            };
+            if entry.key().0 > now {
+                return fired;
+            }
+            let waker = entry.remove();
+            drop(timers);
+            waker.wake();
+            fired = true;
+        }
+    }
+}
+
+/// One timer; leaves the list when dropped.
+struct Timer {
+    executor: Rc<Inner>,
+    key: (Duration, u64),
+}
+
+impl Timer {
+    fn new(duration: Duration) -> Timer {
+        let executor = current();
+        let deadline = executor.now().saturating_add(duration);
+        let mut timers = executor.timers.borrow_mut();
+        timers.created += 1;
+        let key = (deadline, timers.created);
+        drop(timers);
+        Timer { executor, key }
+    }
+
+    fn poll(&self, context: &mut Context<'_>) -> Poll<()> {
+        if self.executor.now() >= self.key.0 {
+            return Poll::Ready(());
+        }
+        let mut timers = self.executor.timers.borrow_mut();
+        timers.waiting.insert(self.key, context.waker().clone());
+        Poll::Pending
+    }
+}
+
+impl Drop for Timer {
+    fn drop(&mut self) {
+        let waker = self.executor.timers.borrow_mut().waiting.remove(&self.key);
+        drop(waker);
+    }
+}
 
 /// Resolves after `duration`.
 pub async fn sleep(duration: Duration) {
-    todo!()
+    let timer = Timer::new(duration);
+    poll_fn(|context| timer.poll(context)).await;
 }
 
 /// The output of `future`, or `None` when `duration` passes first (the future is dropped).
 pub async fn timeout<F: Future>(duration: Duration, future: F) -> Option<F::Output> {
-    todo!()
+    let mut future = pin!(future);
+    let timer = Timer::new(duration);
+    poll_fn(|context| {
+        if let Poll::Ready(output) = Pin::as_mut(&mut future).poll(context) {
+            return Poll::Ready(Some(output));
+        }
+        timer.poll(context).map(|()| None)
+    })
+    .await
+}
+
+/// Lets every task that is ready run once before the caller goes on.
+pub async fn yield_now() {
+    let mut yielded = false;
+    poll_fn(|context| {
+        if std::mem::replace(&mut yielded, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 /// Time since an arbitrary start on the executor's clock.
 pub fn now() -> Duration {
-    todo!()
+    current().now()
 }

@@ -1,0 +1,270 @@
+//! What other threads see of an executor: a queue of wakes and starts, and an eventfd.
+//!
+//! The eventfd is written only when the executor said that it sleeps:
+//!
+//! ```text
+//!   executor                        other thread
+//!   sleeping = true                 push, pending = true
+//!   pending? ── yes: stay awake     sleeping? ── yes: write the eventfd
+//! ```
+//!
+//! All four accesses are sequentially consistent, so at least one side sees the other.
+
+use crate::runtime::{Inner, current, with_current};
+use crate::sync::short_lock;
+use crate::task::TaskRef;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use std::future::poll_fn;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Poll, Waker};
+
+/// Numbers of the executors alive; the lowest free one is given out.
+static INDICES: Mutex<Vec<bool>> = Mutex::new(Vec::new());
+
+/// What another thread asks for.
+pub(crate) enum RemoteItem {
+    /// Queue a task that was woken.
+    Task(TaskRef),
+    /// Call this on the executor's thread.
+    Start(Box<dyn FnOnce() + Send>),
+}
+
+#[derive(Default)]
+struct Remote {
+    items: Vec<RemoteItem>,
+    closed: bool,
+}
+
+/// The thread-safe part of an executor.
+pub(crate) struct Shared {
+    remote: Mutex<Remote>,
+    /// There may be items.
+    pending: AtomicBool,
+    /// The executor sleeps, or is about to.
+    sleeping: AtomicBool,
+    stop: AtomicBool,
+    eventfd: EventFd,
+    index: usize,
+}
+
+impl Shared {
+    pub(crate) fn new() -> io::Result<Arc<Shared>> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let eventfd = EventFd::from_flags(flags)?;
+        let mut indices = short_lock(&INDICES);
+        let index = indices.iter().position(|used| !used);
+        let index = index.unwrap_or(indices.len());
+        if index == indices.len() {
+            indices.push(true);
+        } else {
+            indices[index] = true;
+        }
+        Ok(Arc::new(Shared {
+            remote: Mutex::default(),
+            pending: AtomicBool::new(false),
+            sleeping: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            eventfd,
+            index,
+        }))
+    }
+
+    pub(crate) fn eventfd(&self) -> BorrowedFd<'_> {
+        self.eventfd.as_fd()
+    }
+
+    /// Queues a woken task; dropped when the executor is gone.
+    pub(crate) fn push_task(&self, task: TaskRef) {
+        self.push(RemoteItem::Task(task));
+    }
+
+    fn push(&self, item: RemoteItem) -> bool {
+        let mut remote = short_lock(&self.remote);
+        if remote.closed {
+            // Not under the lock: dropping the item may run anything.
+            drop(remote);
+            return false;
+        }
+        remote.items.push(item);
+        drop(remote);
+        self.pending.store(true, Ordering::SeqCst);
+        self.rouse();
+        true
+    }
+
+    /// Wakes the executor's thread when it sleeps. What it shall find is stored before.
+    pub(crate) fn rouse(&self) {
+        if self.sleeping.swap(false, Ordering::SeqCst) {
+            self.signal();
+        }
+    }
+
+    /// Makes the eventfd readable.
+    pub(crate) fn signal(&self) {
+        // The one error, EAGAIN, says that the counter is full: the eventfd is readable already.
+        let _ = self.eventfd.write(1);
+    }
+
+    /// Takes what others have queued.
+    pub(crate) fn take(&self) -> Option<Vec<RemoteItem>> {
+        if !self.pending.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.pending.store(false, Ordering::SeqCst);
+        Some(std::mem::take(&mut short_lock(&self.remote).items))
+    }
+
+    /// Announces sleep; false when something came in meanwhile.
+    pub(crate) fn try_sleep(&self) -> bool {
+        self.sleeping.store(true, Ordering::SeqCst);
+        !self.pending.load(Ordering::SeqCst)
+    }
+
+    /// Ends what [`Shared::try_sleep`] announced.
+    pub(crate) fn awake(&self) {
+        self.sleeping.store(false, Ordering::SeqCst);
+    }
+
+    /// Whether others have queued something.
+    pub(crate) fn has_pending(&self) -> bool {
+        self.pending.load(Ordering::Relaxed)
+    }
+
+    /// Set by [`Handle::stop`].
+    pub(crate) fn stop_flag(&self) -> &AtomicBool {
+        &self.stop
+    }
+
+    /// Whether to stop; asked once.
+    pub(crate) fn take_stop(&self) -> bool {
+        self.stop.load(Ordering::Relaxed) && self.stop.swap(false, Ordering::AcqRel)
+    }
+
+    /// Refuses further items and gives those that are left.
+    pub(crate) fn close(&self) -> Vec<RemoteItem> {
+        let mut remote = short_lock(&self.remote);
+        remote.closed = true;
+        std::mem::take(&mut remote.items)
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        short_lock(&INDICES)[self.index] = false;
+    }
+}
+
+/// Reaches an executor from any thread.
+#[derive(Clone)]
+pub struct Handle {
+    shared: Arc<Shared>,
+}
+
+impl Handle {
+    pub(crate) fn new(shared: &Arc<Shared>) -> Handle {
+        Handle {
+            shared: Arc::clone(shared),
+        }
+    }
+
+    /// The current thread's executor; panics outside of one.
+    pub fn current() -> Handle {
+        Handle::new(&current().shared)
+    }
+
+    /// Runs `start` on the executor's thread and spawns the future it returns. False when the
+    /// executor is gone.
+    pub fn spawn<S, F>(&self, start: S) -> bool
+    where
+        S: FnOnce() -> F + Send + 'static,
+        F: Future<Output = ()> + 'static,
+    {
+        self.shared.push(RemoteItem::Start(Box::new(move || {
+            current().spawn(start());
+        })))
+    }
+
+    /// Like [`Handle::spawn`], and waits (on the caller's executor) for the output; `None` when
+    /// the executor ended first.
+    pub async fn call<S, F, T>(&self, start: S) -> Option<T>
+    where
+        S: FnOnce() -> F + Send + 'static,
+        F: Future<Output = T> + 'static,
+        T: Send + 'static,
+    {
+        let answer = Arc::new(Mutex::new(Answer::Awaited(None)));
+        let caller = Caller(Arc::clone(&answer));
+        self.spawn(move || {
+            // `caller` is made part of the future here, so that it is dropped, and answers, even
+            // when neither `start` nor the future is run to its end.
+            let future = start();
+            async move {
+                let output = future.await;
+                caller.answer(Answer::Given(output));
+            }
+        });
+        poll_fn(|context| {
+            let mut answer = short_lock(&answer);
+            match std::mem::replace(&mut *answer, Answer::Never) {
+                Answer::Given(output) => Poll::Ready(Some(output)),
+                Answer::Never => Poll::Ready(None),
+                Answer::Awaited(_) => {
+                    *answer = Answer::Awaited(Some(context.waker().clone()));
+                    Poll::Pending
+                }
+            }
+        })
+        .await
+    }
+
+    /// Ends [`crate::Executor::run`] after the current turn.
+    pub fn stop(&self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.rouse();
+    }
+
+    /// Whether this is the calling thread's executor.
+    pub fn is_current(&self) -> bool {
+        let here = |inner: &std::rc::Rc<Inner>| ptr::eq(&*inner.shared, &*self.shared);
+        with_current(|inner| inner.is_some_and(here))
+    }
+
+    /// A small number unique among the executors of the process, for per-thread tables.
+    pub fn index(&self) -> usize {
+        self.shared.index
+    }
+}
+
+/// What a [`Handle::call`] waits for.
+enum Answer<T> {
+    Awaited(Option<Waker>),
+    Given(T),
+    Never,
+}
+
+/// Answers once, with [`Answer::Never`] when dropped.
+struct Caller<T>(Arc<Mutex<Answer<T>>>);
+
+impl<T> Caller<T> {
+    fn answer(&self, given: Answer<T>) {
+        let mut answer = short_lock(&self.0);
+        if let Answer::Awaited(waker) = &mut *answer {
+            let waker = waker.take();
+            *answer = given;
+            drop(answer);
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+        }
+    }
+}
+
+impl<T> Drop for Caller<T> {
+    fn drop(&mut self) {
+        self.answer(Answer::Never);
+    }
+}

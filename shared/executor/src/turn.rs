@@ -1,0 +1,127 @@
+//! One turn of an executor: what it looks at, in which order, and how it waits.
+
+use crate::remote::RemoteItem;
+use crate::runtime::{Backend, Inner};
+use crate::sim::Step;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Rounds of ready work between two submissions when work does not end.
+const ROUNDS_PER_SUBMIT: u32 = 8;
+
+impl Inner {
+    /// One step of `block_on` and `run`: work, or when there is none, wait. Returns at once when
+    /// `woken` is set.
+    pub(crate) fn round(&self, rounds: &mut u32, woken: &AtomicBool) {
+        if self.work() || woken.load(Ordering::Relaxed) {
+            *rounds += 1;
+            if rounds.is_multiple_of(ROUNDS_PER_SUBMIT) || !self.pollers.is_empty() {
+                self.exchange();
+            }
+        } else {
+            self.idle(woken);
+        }
+    }
+
+    /// Runs what is ready without a syscall; whether there was anything.
+    pub(crate) fn work(&self) -> bool {
+        let mut worked = self.take_remote();
+        worked |= self.run_ready();
+        worked |= self.pollers.poll();
+        worked |= self.reap();
+        worked |= self.fire_timers();
+        worked
+    }
+
+    /// Runs the tasks that are ready now; tasks that they wake are left for the next round.
+    fn run_ready(&self) -> bool {
+        let ready = self.queue.borrow().len();
+        for _ in 0..ready {
+            let task = self.queue.borrow_mut().pop_front();
+            let Some(task) = task else { break };
+            task.run(self);
+        }
+        ready > 0
+    }
+
+    fn take_remote(&self) -> bool {
+        let Some(items) = self.shared.take() else {
+            return false;
+        };
+        for item in items {
+            match item {
+                RemoteItem::Task(task) => self.queue.borrow_mut().push_back(task),
+                RemoteItem::Start(start) => start(),
+            }
+        }
+        true
+    }
+
+    /// Polls, then sleeps until there is something to do.
+    fn idle(&self, woken: &AtomicBool) {
+        if self.spin() {
+            return;
+        }
+        if !self.pollers.arm() && self.shared.try_sleep() && !woken.load(Ordering::SeqCst) {
+            self.sleep();
+        }
+        self.shared.awake();
+        self.pollers.disarm();
+    }
+
+    /// Submits what is queued and takes in what has finished; whether there was anything.
+    pub(crate) fn exchange(&self) -> bool {
+        match &self.backend {
+            Backend::Ring(ring) => {
+                let submitted = ring.borrow_mut().submit();
+                submitted.expect("submitting to an open ring");
+                self.reap()
+            }
+            Backend::Sim(disk) => match disk.step(self.next_deadline()) {
+                Step::Completed(slot, result) => {
+                    self.complete(slot, result);
+                    true
+                }
+                Step::Deadline => self.fire_timers(),
+                Step::Nothing => false,
+            },
+        }
+    }
+
+    /// Takes in what the ring has finished, without a syscall; whether there was anything.
+    pub(crate) fn reap(&self) -> bool {
+        let Backend::Ring(ring) = &self.backend else {
+            return false;
+        };
+        let mut completions = self.completions.take();
+        ring.borrow_mut().reap(&mut completions);
+        let any = !completions.is_empty();
+        for (slot, result) in completions.drain(..) {
+            self.complete(slot, result);
+        }
+        self.completions.set(completions);
+        any
+    }
+
+    /// Sleeps in the kernel until a completion, a deadline or a wake from another thread. In a
+    /// simulated world goes to the next event.
+    fn sleep(&self) {
+        match &self.backend {
+            Backend::Ring(ring) => {
+                let deadline = self.next_deadline();
+                let timeout = deadline.map(|deadline| deadline.saturating_sub(self.now()));
+                let waited = ring.borrow_mut().wait(timeout);
+                waited.expect("waiting on an open ring");
+            }
+            Backend::Sim(_) => {
+                assert!(
+                    self.exchange(),
+                    "deadlock: no task is ready, no operation in flight and no timer set"
+                );
+            }
+        }
+    }
+
+    fn next_deadline(&self) -> Option<std::time::Duration> {
+        self.timers.borrow().next_deadline()
+    }
+}
