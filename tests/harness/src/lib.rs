@@ -4,7 +4,8 @@
 //! - [`oracle`]: knows what every sector may hold and judges reads.
 //! - [`load`]: random verified requests on a queue; [`progress`] lets others wait for them.
 //! - [`process`], [`qmp_client`], [`peer`]: daemons, their monitors, and QEMU's tools.
-//! - [`rig`]: a disk image with its daemon.
+//! - [`rig`]: a disk image with its daemon; [`supervisor`] interrupts it under load.
+//! - [`ramdisk`]: an independent back-end that the driver itself is tested against.
 //! - [`nested`]: a machine with a working KVM in software.
 //! - [`wire`]: vhost-user messages as bytes.
 
@@ -16,5 +17,7 @@ pub mod peer;
 pub mod process;
 pub mod progress;
 pub mod qmp_client;
+pub mod ramdisk;
 pub mod rig;
+pub mod supervisor;
 pub mod wire;

@@ -223,7 +223,7 @@ impl Daemon {
     ///
     /// # Errors
     /// When it does not end in time.
-    pub fn terminate(self) -> Result<ExitStatus> {
+    pub fn stop(&mut self) -> Result<ExitStatus> {
         kill(Pid::from_raw(self.pid().try_into()?), Signal::SIGTERM).context("SIGTERM")?;
         self.ended()
     }
@@ -232,7 +232,7 @@ impl Daemon {
     ///
     /// # Errors
     /// When it does not end in time.
-    pub fn ended(mut self) -> Result<ExitStatus> {
+    pub fn ended(&mut self) -> Result<ExitStatus> {
         let mut fds = [PollFd::new(self.log.closed.as_fd(), PollFlags::POLLIN)];
         let ready = poll(&mut fds, PollTimeout::try_from(PATIENCE)?)?;
         ensure!(

@@ -5,6 +5,7 @@
 
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
@@ -204,7 +205,7 @@ pub struct Rig {
     /// The disk's description.
     pub disk: Disk,
     /// What the disk should hold.
-    pub oracle: Oracle,
+    pub oracle: Arc<Oracle>,
     /// Where things are.
     pub paths: Paths,
     /// The daemon.
@@ -252,7 +253,7 @@ impl Rig {
             launch = launch.with_listener(listener.try_clone()?);
         }
         let daemon = launch.start()?;
-        let oracle = Oracle::new(disk.bytes / 512, Initial::Zero);
+        let oracle = Arc::new(Oracle::new(disk.bytes / 512, Initial::Zero));
         Ok(Self {
             disk,
             oracle,
@@ -299,9 +300,16 @@ impl Rig {
     ///
     /// # Errors
     /// When it had ended before, or does not come up.
-    pub fn kill_and_restart(&mut self, between: impl FnOnce() -> Result<()>) -> Result<()> {
+    pub fn kill_and_restart(&mut self) -> Result<()> {
         self.daemon.kill()?;
-        between()?;
+        self.restart()
+    }
+
+    /// Starts the daemon, which has ended, with the same command line.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn restart(&mut self) -> Result<()> {
         self.daemon = self.launch.start()?;
         Ok(())
     }
@@ -322,9 +330,9 @@ impl Rig {
     ///
     /// # Errors
     /// At the first disagreement.
-    pub fn finish_offline(self, leaks: Leaks) -> Result<()> {
+    pub fn finish_offline(mut self, leaks: Leaks) -> Result<()> {
         let log = self.daemon.stderr();
-        let status = self.daemon.terminate()?;
+        let status = self.daemon.stop()?;
         ensure!(
             status.success(),
             "SIGTERM ended the daemon with {status}\n{log}"

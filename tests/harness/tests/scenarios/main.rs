@@ -3,4 +3,9 @@
 //! One binary, because linking dominates build time. Each module takes one side of the product; a
 //! scenario's name states what holds.
 
+mod clear;
+mod kill;
+mod lifecycle;
+mod memory;
+mod peers;
 mod verify;
