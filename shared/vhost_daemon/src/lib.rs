@@ -21,8 +21,10 @@
 pub mod device;
 pub mod inflight;
 pub mod memory;
+pub mod notify;
 pub mod queue;
 pub mod ring;
+pub mod sandbox;
 pub mod server;
 pub mod session;
 mod sigbus;

@@ -1,0 +1,190 @@
+//! What a daemon gets from whoever starts it, and what it tells back.
+//!
+//! Owns readiness and stop messages to the service manager ([`Notifier`]), descriptors handed over
+//! by number or by name ([`claim_inherited`], [`activation_fds`]), and the way into the background
+//! ([`daemonize`]). Everything here runs on the control thread.
+//!
+//! Must not know: what is served on a descriptor.
+
+#![expect(
+    unsafe_code,
+    reason = "taking over inherited descriptors and forking have no safe form"
+)]
+
+use std::env;
+use std::io::{self, Read, Write};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+
+use nix::unistd::ForkResult;
+use sd_notify::NotifyState;
+
+/// The first descriptor of socket activation.
+const FIRST_ACTIVATION_FD: RawFd = 3;
+/// Descriptors that socket activation may hand over; more is a broken environment.
+const MAX_ACTIVATION_FDS: RawFd = 1024;
+
+/// The service manager's ear. Silent when there is none.
+///
+/// The socket is connected at the start, so that a sandbox needs to allow nothing for it.
+#[derive(Debug, Default)]
+pub struct Notifier {
+    socket: Option<UnixDatagram>,
+}
+
+impl Notifier {
+    /// Connects to `$NOTIFY_SOCKET`, when set.
+    pub fn from_env() -> io::Result<Self> {
+        let Some(name) = env::var_os("NOTIFY_SOCKET") else {
+            return Ok(Self::default());
+        };
+        let address = match name.as_bytes() {
+            [b'@', rest @ ..] => SocketAddr::from_abstract_name(rest)?,
+            _ => SocketAddr::from_pathname(&name)?,
+        };
+        let socket = UnixDatagram::unbound()?;
+        socket.connect_addr(&address)?;
+        let socket = Some(socket);
+        Ok(Self { socket })
+    }
+
+    /// The daemon serves.
+    pub fn ready(&self) -> io::Result<()> {
+        // With --daemonize the process that was started is not the one that serves.
+        self.send(&[NotifyState::MainPid(std::process::id()), NotifyState::Ready])
+    }
+
+    /// The daemon has begun to stop.
+    pub fn stopping(&self) -> io::Result<()> {
+        self.send(&[NotifyState::Stopping])
+    }
+
+    fn send(&self, states: &[NotifyState<'_>]) -> io::Result<()> {
+        let Some(socket) = &self.socket else {
+            return Ok(());
+        };
+        let lines: String = states.iter().map(|state| format!("{state}\n")).collect();
+        socket.send(lines.as_bytes()).map(drop)
+    }
+}
+
+/// The descriptors of socket activation as `(name, number)`, in order. Claim them to use them.
+pub fn activation_fds() -> io::Result<Vec<(String, RawFd)>> {
+    let invalid = |name: &str| io::Error::other(format!("invalid ${name}"));
+    let own_pid = std::process::id().to_string();
+    if env::var("LISTEN_PID").ok().is_none_or(|pid| pid != own_pid) {
+        return Ok(Vec::new());
+    }
+    let count = env::var("LISTEN_FDS").map_err(|_| invalid("LISTEN_FDS"))?;
+    let count: RawFd = count.parse().map_err(|_| invalid("LISTEN_FDS"))?;
+    if !(0..=MAX_ACTIVATION_FDS).contains(&count) {
+        return Err(invalid("LISTEN_FDS"));
+    }
+    let names = env::var("LISTEN_FDNAMES").unwrap_or_default();
+    let mut names = names.split(':').filter(|name| !name.is_empty());
+    let numbers = FIRST_ACTIVATION_FD..FIRST_ACTIVATION_FD + count;
+    Ok(numbers
+        .map(|number| (names.next().unwrap_or("unknown").to_owned(), number))
+        .collect())
+}
+
+/// Takes over descriptor `number`, which the parent process left open for this one.
+///
+/// # Errors
+/// `EBADF` when it is not open, or was not inherited, or was claimed before.
+pub fn claim_inherited(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: F_GETFD takes no argument and changes nothing, whatever `number` is.
+    let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if number <= libc::STDERR_FILENO || flags & libc::FD_CLOEXEC != 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: the descriptor is open; F_SETFD sets a flag of it and touches no memory.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is open, and nobody in this process owns it: whatever the process
+    // opens is close-on-exec from the start, and a claimed descriptor has become so above.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// The two sides of [`daemonize`].
+#[derive(Debug)]
+pub enum Daemonized {
+    /// The process that was started: it ends now, with success when the daemon got ready.
+    Parent {
+        /// Whether the daemon called [`Background::enter`].
+        ready: bool,
+    },
+    /// The daemon, still with the terminal of the parent for its error messages.
+    Child(Background),
+}
+
+/// What is left to do for a daemon that is ready.
+#[derive(Debug)]
+pub struct Background {
+    parent: io::PipeWriter,
+}
+
+/// Forks; the child leads a session of its own. Call it before any thread exists.
+///
+/// # Errors
+/// The host's, of pipe and fork; `EBUSY` when the process has several threads.
+pub fn daemonize() -> io::Result<Daemonized> {
+    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
+        return Err(io::Error::from_raw_os_error(libc::EBUSY));
+    }
+    let (mut from_child, parent) = io::pipe()?;
+    // SAFETY: the process has one thread, so no lock is held by a thread that the child lacks.
+    match unsafe { nix::unistd::fork() }? {
+        ForkResult::Parent { .. } => {
+            drop(parent);
+            let mut byte = [0];
+            let ready = from_child.read(&mut byte)? == byte.len();
+            Ok(Daemonized::Parent { ready })
+        }
+        ForkResult::Child => {
+            nix::unistd::setsid()?;
+            Ok(Daemonized::Child(Background { parent }))
+        }
+    }
+}
+
+impl Background {
+    /// Leaves the parent's directory and terminal, and lets the parent end with success.
+    pub fn enter(mut self) -> io::Result<()> {
+        env::set_current_dir("/")?;
+        let null = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/null")?;
+        nix::unistd::dup2_stdin(&null)?;
+        nix::unistd::dup2_stdout(&null)?;
+        nix::unistd::dup2_stderr(&null)?;
+        self.parent.write_all(&[1])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::{AsRawFd, IntoRawFd};
+
+    #[test]
+    fn a_descriptor_is_claimed_once_and_only_when_inherited() {
+        let (reader, _writer) = io::pipe().unwrap();
+        let own = claim_inherited(reader.as_raw_fd()).unwrap_err();
+        assert_eq!(own.raw_os_error(), Some(libc::EBADF));
+        // A plain dup is not close-on-exec, like a descriptor that came through exec.
+        let number = nix::unistd::dup(&reader).unwrap().into_raw_fd();
+        let claimed = claim_inherited(number).unwrap();
+        assert_eq!(claimed.as_raw_fd(), number);
+        assert!(claim_inherited(number).is_err());
+        drop(claimed);
+        assert!(claim_inherited(0).is_err());
+    }
+}

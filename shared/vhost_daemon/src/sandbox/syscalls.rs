@@ -1,0 +1,147 @@
+//! The syscalls that a serving daemon makes, each with why.
+//!
+//! Two filters: the first makes `clone3` look absent, because its flags are in memory that a
+//! filter cannot read, so that libc falls back to `clone`; the second allows what is listed. The
+//! kernel takes the strictest answer of both.
+
+use std::collections::BTreeMap;
+
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+use super::{Error, Mode};
+
+/// Allowed whatever the arguments.
+const PLAIN: &[libc::c_long] = &[
+    // The ring; a thread added later makes its own.
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_setup,
+    libc::SYS_io_uring_register,
+    // Files: transfers that the page cache answers, allocation, size, durability.
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_preadv2,
+    libc::SYS_pwritev2,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_lseek,
+    libc::SYS_ftruncate,
+    libc::SYS_fallocate,
+    libc::SYS_fdatasync,
+    libc::SYS_fstat,
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
+    libc::SYS_fcntl,
+    libc::SYS_close,
+    // Paths, as far as Landlock lets them through.
+    libc::SYS_openat,
+    libc::SYS_openat2,
+    libc::SYS_unlink,
+    // Sockets, of the unix family.
+    libc::SYS_bind,
+    libc::SYS_listen,
+    libc::SYS_connect,
+    libc::SYS_accept4,
+    libc::SYS_sendmsg,
+    libc::SYS_recvmsg,
+    libc::SYS_sendto,
+    libc::SYS_recvfrom,
+    libc::SYS_shutdown,
+    libc::SYS_poll,
+    libc::SYS_eventfd2,
+    libc::SYS_memfd_create,
+    // Memory and threads.
+    libc::SYS_munmap,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_brk,
+    libc::SYS_futex,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_sigaltstack,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_getrandom,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+/// ioctls on block devices and descriptors.
+const IOCTLS: &[u64] = &[
+    libc::FIONBIO,
+    // BLKDISCARD, BLKZEROOUT, BLKGETSIZE64, BLKSSZGET, BLKPBSZGET
+    0x1277,
+    0x127f,
+    0x8008_1272,
+    0x1268,
+    0x127b,
+];
+
+/// The programs to load, in order.
+pub(super) fn filters(mode: Mode) -> Result<Vec<BpfProgram>, Error> {
+    let refusal = match mode {
+        Mode::Strict => SeccompAction::KillProcess,
+        Mode::On | Mode::Off => SeccompAction::Errno(libc::EPERM as u32),
+    };
+    let hide_clone3 = program(
+        BTreeMap::from([(libc::SYS_clone3, Vec::new())]),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS as u32),
+    )?;
+    let allow_list = program(rules()?, refusal, SeccompAction::Allow)?;
+    Ok(vec![hide_clone3, allow_list])
+}
+
+fn program(
+    rules: BTreeMap<libc::c_long, Vec<SeccompRule>>,
+    otherwise: SeccompAction,
+    matched: SeccompAction,
+) -> Result<BpfProgram, Error> {
+    let arch = TargetArch::try_from(std::env::consts::ARCH)?;
+    let filter = SeccompFilter::new(rules, otherwise, matched, arch)?;
+    Ok(BpfProgram::try_from(filter)?)
+}
+
+/// Every allowed syscall with its conditions; an empty list allows all arguments.
+fn rules() -> Result<BTreeMap<libc::c_long, Vec<SeccompRule>>, Error> {
+    let mut rules: BTreeMap<_, _> = PLAIN.iter().map(|number| (*number, Vec::new())).collect();
+    rules.insert(libc::SYS_clone3, Vec::new());
+    // A thread, never a process.
+    let thread = libc::CLONE_THREAD as u64;
+    rules.insert(libc::SYS_clone, vec![masked(0, thread, thread)?]);
+    let exec = libc::PROT_EXEC as u64;
+    rules.insert(libc::SYS_mmap, vec![masked(2, exec, 0)?]);
+    rules.insert(libc::SYS_mprotect, vec![masked(2, exec, 0)?]);
+    rules.insert(libc::SYS_socket, vec![equal(0, libc::AF_UNIX as u64)?]);
+    rules.insert(libc::SYS_prctl, vec![equal(0, libc::PR_SET_NAME as u64)?]);
+    let ioctls: Result<_, Error> = IOCTLS.iter().map(|request| equal(1, *request)).collect();
+    rules.insert(libc::SYS_ioctl, ioctls?);
+    Ok(rules)
+}
+
+fn equal(argument: u8, value: u64) -> Result<SeccompRule, Error> {
+    rule(argument, SeccompCmpOp::Eq, value)
+}
+
+/// The bits of `mask` in an argument are those of `value`.
+fn masked(argument: u8, mask: u64, value: u64) -> Result<SeccompRule, Error> {
+    rule(argument, SeccompCmpOp::MaskedEq(mask), value)
+}
+
+fn rule(argument: u8, operator: SeccompCmpOp, value: u64) -> Result<SeccompRule, Error> {
+    let width = SeccompCmpArgLen::Dword;
+    let condition = SeccompCondition::new(argument, width, operator, value)?;
+    Ok(SeccompRule::new(vec![condition])?)
+}
+
+/// Number of syscalls that get through, with whatever arguments.
+#[cfg(test)]
+pub(super) fn count() -> usize {
+    let rules = rules().expect("the rules are constant");
+    rules
+        .keys()
+        .filter(|number| **number != libc::SYS_clone3)
+        .count()
+}
