@@ -171,6 +171,13 @@ impl Queue {
         }
     }
 
+    /// Returns a request that breaks its device's rules so that it has no place for an error: the
+    /// ring is broken, because `reason`.
+    pub fn reject(&self, head: u16, reason: &'static str) {
+        self.fail(&RingError::Request(reason));
+        self.complete(head, 0);
+    }
+
     /// Shows the guest what completed; whether there was anything.
     #[inline]
     fn flush_used(&self) -> bool {

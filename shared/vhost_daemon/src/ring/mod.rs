@@ -69,6 +69,9 @@ pub enum RingError {
     /// The front-end truncated memory that it shares.
     #[error("shared memory was truncated by the front-end")]
     Truncated,
+    /// A request that its device cannot even refuse.
+    #[error("{0}")]
+    Request(&'static str),
     /// The kick descriptor failed.
     #[error("kick descriptor: {0}")]
     Kick(nix::errno::Errno),

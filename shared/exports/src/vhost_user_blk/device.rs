@@ -1,0 +1,182 @@
+//! The disk as the vhost-user session sees it: features, configuration, queues.
+
+use std::cell::{Cell, RefCell};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use block::Root;
+use executor::Handle;
+use vhost_daemon::queue::QueueChange;
+use vhost_daemon::session::PROTOCOL_FEATURES;
+use vhost_daemon::{Device, DeviceError, QueueError, QueueRemote, QueueSetup};
+use virtio_bindings::virtio_blk as blk;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use super::config::{Geometry, WRITEBACK_OFFSET};
+use super::request::BlkHandler;
+use super::{MAX_SERIAL, VhostUserBlkOptions};
+
+/// What the queue threads of a disk share.
+pub(super) struct Traits {
+    /// Whether writes are allowed.
+    pub(super) writable: bool,
+    /// Logical block size in bytes; requests are multiples of it.
+    pub(super) block_size: u32,
+    /// What GET_ID answers, padded with zeroes.
+    pub(super) serial: [u8; MAX_SERIAL],
+    /// Whether completed writes may still be volatile until a flush.
+    pub(super) writeback: AtomicBool,
+}
+
+/// The device behind an export.
+pub(super) struct Disk {
+    id: String,
+    root: Root,
+    traits: Arc<Traits>,
+    num_queues: u16,
+    queue_size_max: u16,
+    threads: Vec<Handle>,
+    queues: RefCell<Vec<Option<QueueRemote>>>,
+    acked: Cell<u64>,
+}
+
+const fn bit(number: u32) -> u64 {
+    1 << number
+}
+
+impl Disk {
+    /// A disk over `root`. The options were checked and name at least one thread.
+    pub(super) fn new(root: Root, options: &VhostUserBlkOptions) -> Disk {
+        let mut serial = [0; MAX_SERIAL];
+        serial[..options.serial.len()].copy_from_slice(options.serial.as_bytes());
+        let traits = Traits {
+            writable: options.writable,
+            block_size: options.logical_block_size,
+            serial,
+            writeback: AtomicBool::new(true),
+        };
+        Disk {
+            id: options.id.clone(),
+            root,
+            traits: Arc::new(traits),
+            num_queues: options.num_queues,
+            queue_size_max: options.queue_size_max,
+            threads: options.iothreads.clone(),
+            queues: RefCell::new((0..options.num_queues).map(|_| None).collect()),
+            acked: Cell::new(0),
+        }
+    }
+
+    fn has(&self, feature: u32) -> bool {
+        self.acked.get() & bit(feature) != 0
+    }
+}
+
+impl Device for Disk {
+    fn name(&self) -> &str {
+        &self.id
+    }
+
+    fn features(&self) -> u64 {
+        let mut features = bit(VIRTIO_F_VERSION_1)
+            | bit(VIRTIO_RING_F_INDIRECT_DESC)
+            | bit(VIRTIO_RING_F_EVENT_IDX)
+            | bit(blk::VIRTIO_BLK_F_SIZE_MAX)
+            | bit(blk::VIRTIO_BLK_F_SEG_MAX)
+            | bit(blk::VIRTIO_BLK_F_BLK_SIZE)
+            | bit(blk::VIRTIO_BLK_F_TOPOLOGY)
+            | bit(blk::VIRTIO_BLK_F_FLUSH)
+            | bit(blk::VIRTIO_BLK_F_CONFIG_WCE)
+            | bit(blk::VIRTIO_BLK_F_DISCARD)
+            | bit(blk::VIRTIO_BLK_F_WRITE_ZEROES);
+        if self.num_queues > 1 {
+            features |= bit(blk::VIRTIO_BLK_F_MQ);
+        }
+        if !self.traits.writable {
+            features |= bit(blk::VIRTIO_BLK_F_RO);
+        }
+        features
+    }
+
+    fn protocol_features(&self) -> u64 {
+        PROTOCOL_FEATURES
+    }
+
+    fn set_features(&self, acked: u64) {
+        self.acked.set(acked);
+        // A driver that can neither flush nor turn the cache off relies on every completed write
+        // being stable (virtio 1.2 section 5.2.6.2).
+        if !self.has(blk::VIRTIO_BLK_F_CONFIG_WCE) {
+            let writeback = self.has(blk::VIRTIO_BLK_F_FLUSH);
+            self.traits.writeback.store(writeback, Ordering::Relaxed);
+        }
+    }
+
+    fn queue_count(&self) -> u16 {
+        self.num_queues
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        self.queue_size_max
+    }
+
+    fn config(&self) -> Vec<u8> {
+        let node = self.root.node();
+        let geometry = Geometry {
+            length: node.length(),
+            block_size: self.traits.block_size,
+            num_queues: self.num_queues,
+            writeback: self.traits.writeback.load(Ordering::Relaxed),
+            limits: node.driver().limits(),
+        };
+        geometry.encode()
+    }
+
+    fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), DeviceError> {
+        match data {
+            [value @ 0..=1] if offset as usize == WRITEBACK_OFFSET => {
+                self.traits.writeback.store(*value == 1, Ordering::Relaxed);
+                Ok(())
+            }
+            [_] if offset as usize == WRITEBACK_OFFSET => {
+                Err(DeviceError::InvalidValue("writeback"))
+            }
+            _ => Err(DeviceError::ReadOnlyConfig {
+                offset: u64::from(offset),
+                end: u64::from(offset) + data.len() as u64,
+            }),
+        }
+    }
+
+    async fn start_queue(&self, setup: QueueSetup) -> Result<(), QueueError> {
+        let index = usize::from(setup.index);
+        let thread = &self.threads[index % self.threads.len()];
+        let (root, traits) = (self.root.clone(), self.traits.clone());
+        let make = move || BlkHandler::new(root.attach(), traits);
+        let remote = QueueRemote::start(thread, setup, make).await?;
+        self.queues.borrow_mut()[index] = Some(remote);
+        Ok(())
+    }
+
+    async fn change_queue(&self, index: u16, change: QueueChange) {
+        let taken = self.queues.borrow_mut()[usize::from(index)].take();
+        if let Some(queue) = taken {
+            queue.change(change).await;
+            self.queues.borrow_mut()[usize::from(index)] = Some(queue);
+        }
+    }
+
+    async fn stop_queue(&self, index: u16) -> u16 {
+        let queue = self.queues.borrow_mut()[usize::from(index)].take();
+        match queue {
+            Some(queue) => queue.stop().await.unwrap_or(0),
+            None => 0,
+        }
+    }
+
+    fn reset(&self) {
+        self.acked.set(0);
+        self.traits.writeback.store(true, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,143 @@
+//! A node as a virtio-blk disk over vhost-user (virtio 1.2 section 5.2).
+//!
+//! ```text
+//!   control thread:  VhostUserBlk ── Server ── device::Disk ── Root
+//!   queue thread i:  vhost_daemon::Queue ──Chain──> request::Handler ── RootHandle
+//! ```
+//!
+//! Promises: requests are checked against the disk's size and block size before the node sees
+//! them; a guest error is a status byte, never more; a resized node reaches the guest as a config
+//! change.
+
+mod config;
+mod device;
+mod request;
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use block::edge::Permissions;
+use block::error::{Error, ErrorKind, Result};
+use block::{Errno, Node, Root};
+use executor::Handle;
+use vhost_daemon::{Address, Server};
+
+use device::Disk;
+
+/// Most queues of one export.
+const MAX_QUEUES: u16 = 256;
+/// Longest serial in bytes (`VIRTIO_BLK_ID_BYTES`).
+const MAX_SERIAL: usize = 20;
+
+/// Options of a vhost-user-blk export (`BlockExportOptionsVhostUserBlk` and more).
+pub struct VhostUserBlkOptions {
+    /// The export's id, for log lines.
+    pub id: String,
+    /// `addr`
+    pub address: Address,
+    /// `writable`; false offers `VIRTIO_BLK_F_RO`.
+    pub writable: bool,
+    /// `logical-block-size` in bytes: a power of two from 512 to 65536.
+    pub logical_block_size: u32,
+    /// `num-queues`, 1 to 256.
+    pub num_queues: u16,
+    /// Largest ring size: a power of two from 2 to 32768.
+    pub queue_size_max: u16,
+    /// What GET_ID answers, at most 20 bytes.
+    pub serial: String,
+    /// Threads of the queues: queue `i` runs on number `i % len`; empty = the current executor.
+    pub iothreads: Vec<Handle>,
+}
+
+impl VhostUserBlkOptions {
+    /// The defaults of qemu-storage-daemon for `id` on `address`.
+    pub fn new(id: &str, address: Address) -> Self {
+        Self {
+            id: id.to_owned(),
+            address,
+            writable: false,
+            logical_block_size: 512,
+            num_queues: 1,
+            queue_size_max: 1024,
+            serial: "vhost_user_blk".to_owned(),
+            iothreads: Vec::new(),
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        let invalid = |message: String| Err(Error::new(ErrorKind::Invalid, message));
+        if self.num_queues == 0 {
+            return invalid("num-queues must be greater than 0".to_owned());
+        }
+        if self.num_queues > MAX_QUEUES {
+            return invalid(format!("num-queues must not be greater than {MAX_QUEUES}"));
+        }
+        let size = self.logical_block_size;
+        if !size.is_power_of_two() || !(512..=65536).contains(&size) {
+            return invalid(format!(
+                "logical-block-size {size} is not a power of 2 between 512 and 65536"
+            ));
+        }
+        let size = self.queue_size_max;
+        if !size.is_power_of_two() || !(2..=32768).contains(&size) {
+            return invalid(format!(
+                "queue-size {size} is not a power of 2 between 2 and 32768"
+            ));
+        }
+        if self.serial.len() > MAX_SERIAL {
+            return invalid(format!("serial is longer than {MAX_SERIAL} bytes"));
+        }
+        Ok(())
+    }
+}
+
+/// A running vhost-user-blk export. Lives on the control thread.
+pub struct VhostUserBlk {
+    server: Server,
+    disk: Rc<Disk>,
+}
+
+impl VhostUserBlk {
+    /// Starts exporting `node` on the current executor as the control thread. A unix path is bound
+    /// when this returns.
+    ///
+    /// # Errors
+    /// `Invalid` for an option out of range, `Busy` when the node's users do not tolerate it, `Io`
+    /// when the socket cannot be bound.
+    pub fn start(node: &Arc<Node>, mut options: VhostUserBlkOptions) -> Result<Self> {
+        options.check()?;
+        let permissions = Permissions {
+            consistent_read: true,
+            write: options.writable,
+            ..Permissions::default()
+        };
+        let shared = Permissions {
+            consistent_read: true,
+            write: true,
+            write_unchanged: true,
+            resize: true,
+        };
+        let name = format!("export {}", options.id);
+        let root = Root::new(&name, node, permissions, shared)?;
+        if options.iothreads.is_empty() {
+            options.iothreads.push(Handle::current());
+        }
+        let disk = Rc::new(Disk::new(root.clone(), &options));
+        let server = Server::start(disk.clone(), options.address).map_err(|error| {
+            let errno = Errno::from_raw(error.raw_os_error().unwrap_or(Errno::EIO as i32));
+            Error::io(
+                format!("export '{}': cannot use its address", options.id),
+                errno,
+            )
+        })?;
+        let changed = server.config_changed();
+        root.on_resize(Box::new(move |_length| changed.notify_all()));
+        Ok(VhostUserBlk { server, disk })
+    }
+
+    /// Ends the front-end's session, completes every request in flight, releases the node.
+    pub async fn stop(self) {
+        self.server.stop().await;
+        drop(self.disk);
+    }
+}

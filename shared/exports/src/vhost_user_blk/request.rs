@@ -1,0 +1,344 @@
+//! virtio-blk requests (virtio 1.2 section 5.2.6): from a chain to the node and back.
+//!
+//! ```text
+//!   Chain ─parse─> Operation ─RootHandle─> errno ─> status byte ─> Queue::complete
+//!                  ready at first poll: done in place; else a task of the pool
+//! ```
+//!
+//! Nothing is allocated per request once warm: iovec lists and task cells are reused. The header
+//! and the ranges of a discard are copied out of guest memory before they are looked at.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use block::{Buffer, ByteRange, Errno, RootHandle, WriteFlags, ZeroFlags};
+use executor::TaskPool;
+use executor::buffer::IoVecs;
+use smallvec::SmallVec;
+use vhost_daemon::ring::GuestBytes;
+use vhost_daemon::{Chain, Queue};
+use virtio_bindings::virtio_blk as blk;
+
+use super::config::{MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
+use super::device::Traits;
+
+/// Length of a request header in bytes: type u32, reserved u32, sector u64.
+const HEADER_LEN: usize = 16;
+/// Length of one range of a discard or write of zeroes: sector u64, sectors u32, flags u32.
+const RANGE_LEN: usize = 16;
+/// Requests in flight that need no allocation.
+const POOL: usize = 256;
+
+const OK: u8 = blk::VIRTIO_BLK_S_OK as u8;
+const IOERR: u8 = blk::VIRTIO_BLK_S_IOERR as u8;
+const UNSUPP: u8 = blk::VIRTIO_BLK_S_UNSUPP as u8;
+
+/// One range of a discard or write of zeroes.
+#[derive(Clone, Copy)]
+struct Range {
+    bytes: ByteRange,
+    unmap: bool,
+}
+
+/// What a request asks of the node.
+enum Operation {
+    Read(Transfer),
+    Write(Transfer),
+    Flush,
+    Discard(SmallVec<[Range; 1]>),
+    WriteZeroes(SmallVec<[Range; 1]>),
+}
+
+/// Data to move.
+struct Transfer {
+    offset: u64,
+    len: u32,
+    iovecs: Rc<IoVecs>,
+}
+
+/// A request whose chain was parsed.
+struct Request {
+    head: u16,
+    status: GuestBytes,
+    operation: Operation,
+}
+
+/// What parsing a chain comes to.
+enum Parsed {
+    Start(Operation),
+    /// Done already: bytes written besides the status.
+    Done(u32),
+}
+
+/// The state of a queue's requests.
+struct Inner {
+    root: RootHandle,
+    traits: Arc<Traits>,
+    spare: RefCell<Vec<Rc<IoVecs>>>,
+}
+
+/// Serves one queue's requests. Stays on its thread.
+pub(super) struct BlkHandler {
+    inner: Rc<Inner>,
+    spawn: Box<dyn Fn(Rc<Queue>, Request)>,
+}
+
+impl BlkHandler {
+    /// A handler that sends requests to `root`.
+    pub(super) fn new(root: RootHandle, traits: Arc<Traits>) -> BlkHandler {
+        let inner = Rc::new(Inner {
+            root,
+            traits,
+            spare: RefCell::new((0..POOL).map(|_| Rc::default()).collect()),
+        });
+        BlkHandler {
+            spawn: spawner(inner.clone()),
+            inner,
+        }
+    }
+}
+
+/// Starts requests as pooled tasks. The future's type has no name, hence the closure.
+fn spawner(inner: Rc<Inner>) -> Box<dyn Fn(Rc<Queue>, Request)> {
+    let pool = TaskPool::with_capacity(POOL);
+    Box::new(move |queue, request| {
+        pool.spawn(serve(inner.clone(), queue, request));
+    })
+}
+
+impl vhost_daemon::Handler for BlkHandler {
+    #[inline]
+    fn handle(&self, queue: &Rc<Queue>, chain: &Chain) {
+        let head = chain.head();
+        let Some(status) = chain.writable_tail(1) else {
+            return queue.reject(head, "a request without room for its status");
+        };
+        match self.inner.parse(chain) {
+            Ok(Parsed::Start(operation)) => {
+                let request = Request {
+                    head,
+                    status,
+                    operation,
+                };
+                (self.spawn)(queue.clone(), request);
+            }
+            Ok(Parsed::Done(written)) => {
+                status.write(&[OK]);
+                queue.complete(head, written + 1);
+            }
+            Err(code) => {
+                status.write(&[code]);
+                queue.complete(head, 1);
+            }
+        }
+    }
+}
+
+/// Serves one request to its end.
+async fn serve(inner: Rc<Inner>, queue: Rc<Queue>, request: Request) {
+    let (result, written) = match request.operation {
+        Operation::Read(transfer) => {
+            let len = transfer.len;
+            (inner.read(transfer).await, len)
+        }
+        Operation::Write(transfer) => (inner.write(transfer).await, 0),
+        Operation::Flush => (inner.root.flush().await, 0),
+        Operation::Discard(ranges) => (inner.discard(&ranges).await, 0),
+        Operation::WriteZeroes(ranges) => (inner.write_zeroes(&ranges).await, 0),
+    };
+    let (code, written) = match result {
+        Ok(()) => (OK, written + 1),
+        Err(errno) => (status_of(errno), 1),
+    };
+    request.status.write(&[code]);
+    queue.complete(request.head, written);
+}
+
+/// The status byte of a failed request.
+fn status_of(errno: Errno) -> u8 {
+    match errno {
+        Errno::EOPNOTSUPP => UNSUPP,
+        _ => IOERR,
+    }
+}
+
+impl Inner {
+    async fn read(&self, transfer: Transfer) -> Result<(), Errno> {
+        let buffer = Buffer::from_iovecs(transfer.iovecs.clone());
+        let result = self.root.read(transfer.offset, buffer).await;
+        self.recycle(transfer.iovecs);
+        result
+    }
+
+    async fn write(&self, transfer: Transfer) -> Result<(), Errno> {
+        let buffer = Buffer::from_iovecs(transfer.iovecs.clone());
+        let flags = WriteFlags::default();
+        let result = self.root.write(transfer.offset, buffer, flags).await;
+        self.recycle(transfer.iovecs);
+        result?;
+        self.settle().await
+    }
+
+    /// With the write cache off, what completes is stable.
+    async fn settle(&self) -> Result<(), Errno> {
+        if self.traits.writeback.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        self.root.flush().await
+    }
+
+    async fn discard(&self, ranges: &[Range]) -> Result<(), Errno> {
+        for range in ranges {
+            self.root.discard(range.bytes).await?;
+        }
+        self.settle().await
+    }
+
+    async fn write_zeroes(&self, ranges: &[Range]) -> Result<(), Errno> {
+        for range in ranges {
+            let flags = ZeroFlags {
+                may_unmap: range.unmap,
+                ..ZeroFlags::default()
+            };
+            self.root.write_zeroes(range.bytes, flags).await?;
+        }
+        self.settle().await
+    }
+
+    /// Keeps an iovec list for the next request, unless the kernel still uses it.
+    fn recycle(&self, mut iovecs: Rc<IoVecs>) {
+        if let Some(list) = Rc::get_mut(&mut iovecs) {
+            list.clear();
+            let mut spare = self.spare.borrow_mut();
+            if spare.len() < POOL {
+                spare.push(iovecs);
+            }
+        }
+    }
+
+    /// Reads the header and the rest of the chain; a status byte when that cannot be served.
+    #[inline]
+    fn parse(&self, chain: &Chain) -> Result<Parsed, u8> {
+        let header: [u8; HEADER_LEN] = chain.read_head().ok_or(IOERR)?;
+        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
+        let sector = u64::from_le_bytes(sector);
+        match u32::from_le_bytes([t0, t1, t2, t3]) {
+            blk::VIRTIO_BLK_T_IN => {
+                let mut transfer = self.transfer(sector, chain.writable_len() - 1)?;
+                self.collect(&mut transfer, |list| {
+                    chain.writable_iovecs(0..chain.writable_len() - 1, list)
+                })?;
+                Ok(Parsed::Start(Operation::Read(transfer)))
+            }
+            blk::VIRTIO_BLK_T_OUT => {
+                self.expect_writable()?;
+                let mut transfer = self.transfer(sector, chain.readable_len() - HEADER_LEN)?;
+                self.collect(&mut transfer, |list| {
+                    chain.readable_iovecs(HEADER_LEN..chain.readable_len(), list)
+                })?;
+                Ok(Parsed::Start(Operation::Write(transfer)))
+            }
+            blk::VIRTIO_BLK_T_FLUSH => Ok(Parsed::Start(Operation::Flush)),
+            blk::VIRTIO_BLK_T_GET_ID => self.get_id(chain),
+            blk::VIRTIO_BLK_T_DISCARD => {
+                let ranges = self.ranges(chain, 0)?;
+                Ok(Parsed::Start(Operation::Discard(ranges)))
+            }
+            blk::VIRTIO_BLK_T_WRITE_ZEROES => {
+                let ranges = self.ranges(chain, blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)?;
+                Ok(Parsed::Start(Operation::WriteZeroes(ranges)))
+            }
+            _ => Err(UNSUPP),
+        }
+    }
+
+    /// Gives `transfer` an iovec list that `fill` puts the data's pieces on.
+    #[inline]
+    fn collect(
+        &self,
+        transfer: &mut Transfer,
+        fill: impl FnOnce(&mut IoVecs) -> bool,
+    ) -> Result<(), u8> {
+        let list = Rc::get_mut(&mut transfer.iovecs).expect("a spare list has one owner");
+        if fill(list) { Ok(()) } else { Err(IOERR) }
+    }
+
+    /// A transfer of `len` bytes at `sector` that lies on the disk, without its pieces yet.
+    #[inline]
+    fn transfer(&self, sector: u64, len: usize) -> Result<Transfer, u8> {
+        let range = self.on_disk(sector, len as u64)?;
+        Ok(Transfer {
+            offset: range.offset,
+            len: u32::try_from(len).map_err(|_| IOERR)?,
+            iovecs: self.spare.borrow_mut().pop().unwrap_or_default(),
+        })
+    }
+
+    /// The bytes of `len` from `sector`, when they are whole blocks of the disk.
+    #[inline]
+    fn on_disk(&self, sector: u64, len: u64) -> Result<ByteRange, u8> {
+        let block_size = u64::from(self.traits.block_size);
+        let offset = sector.checked_mul(SECTOR).ok_or(IOERR)?;
+        let end = offset.checked_add(len).ok_or(IOERR)?;
+        // The disk ends at a whole sector, as its capacity says.
+        let capacity = self.root.length() & !(SECTOR - 1);
+        if (offset | len) & (block_size - 1) != 0 || end > capacity {
+            return Err(IOERR);
+        }
+        Ok(ByteRange::new(offset, len))
+    }
+
+    fn expect_writable(&self) -> Result<(), u8> {
+        if self.traits.writable {
+            Ok(())
+        } else {
+            Err(IOERR)
+        }
+    }
+
+    fn get_id(&self, chain: &Chain) -> Result<Parsed, u8> {
+        let len = (chain.writable_len() - 1).min(self.traits.serial.len());
+        if !chain.copy_writable(0, &self.traits.serial[..len]) {
+            return Err(IOERR);
+        }
+        Ok(Parsed::Done(len as u32))
+    }
+
+    /// The ranges of a discard or write of zeroes, which may carry `flags`.
+    fn ranges(&self, chain: &Chain, flags: u32) -> Result<SmallVec<[Range; 1]>, u8> {
+        self.expect_writable()?;
+        let len = chain.readable_len() - HEADER_LEN;
+        if len == 0 || !len.is_multiple_of(RANGE_LEN) {
+            return Err(IOERR);
+        }
+        if len / RANGE_LEN > MAX_RANGES {
+            return Err(UNSUPP);
+        }
+        (0..len / RANGE_LEN)
+            .map(|i| self.range(chain, HEADER_LEN + i * RANGE_LEN, flags))
+            .collect()
+    }
+
+    fn range(&self, chain: &Chain, at: usize, allowed: u32) -> Result<Range, u8> {
+        let mut bytes = [0; RANGE_LEN];
+        if !chain.copy_readable(at, &mut bytes) {
+            return Err(IOERR);
+        }
+        let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] = bytes;
+        let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+        let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
+        let flags = u32::from_le_bytes(flags);
+        if flags & !allowed != 0 {
+            return Err(UNSUPP);
+        }
+        if sectors > MAX_RANGE_SECTORS {
+            return Err(IOERR);
+        }
+        Ok(Range {
+            bytes: self.on_disk(sector, u64::from(sectors) * SECTOR)?,
+            unmap: flags & blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0,
+        })
+    }
+}
