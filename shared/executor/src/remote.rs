@@ -25,6 +25,12 @@ use std::task::{Poll, Waker};
 /// Numbers of the executors alive; the lowest free one is given out.
 static INDICES: Mutex<Vec<bool>> = Mutex::new(Vec::new());
 
+/// An eventfd that never blocks.
+pub(crate) fn new_eventfd() -> io::Result<EventFd> {
+    let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+    Ok(EventFd::from_flags(flags)?)
+}
+
 /// What another thread asks for.
 pub(crate) enum RemoteItem {
     /// Queue a task that was woken.
@@ -53,8 +59,7 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn new() -> io::Result<Arc<Shared>> {
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let eventfd = EventFd::from_flags(flags)?;
+        let eventfd = new_eventfd()?;
         let mut indices = short_lock(&INDICES);
         let index = indices.iter().position(|used| !used);
         let index = index.unwrap_or(indices.len());

@@ -51,8 +51,9 @@ impl Ring {
         Ok(ring)
     }
 
-    pub(crate) fn raw_fd(&self) -> RawFd {
-        self.ring.as_raw_fd()
+    /// Makes the kernel write `eventfd` when something has finished.
+    pub(crate) fn notify(&self, eventfd: BorrowedFd<'_>) -> io::Result<()> {
+        self.ring.submitter().register_eventfd(eventfd.as_raw_fd())
     }
 
     /// Queues an entry for the next [`Ring::submit`] or [`Ring::wait`]. What it points to must

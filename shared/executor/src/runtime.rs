@@ -16,17 +16,19 @@ use crate::poller::Pollers;
 pub use crate::poller::{Poller, PollerRegistration, register_poller};
 pub use crate::remote::Handle;
 pub(crate) use crate::remote::Shared;
+use crate::remote::new_eventfd;
 use crate::ring::{Completion, Ring};
 use crate::sim;
 use crate::task::{TaskCell, TaskRef};
 use crate::time::Timers;
+use nix::sys::eventfd::EventFd;
 use slab::Slab;
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
 use std::mem::ManuallyDrop;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::{Pin, pin};
 use std::ptr;
 use std::rc::{Rc, Weak};
@@ -82,6 +84,8 @@ pub(crate) struct Inner {
     pub(crate) pollers: Pollers,
     /// Room for what one reaping finds.
     pub(crate) completions: Cell<Vec<Completion>>,
+    /// Notified of completions, for [`Executor::fd`].
+    turn_fd: OnceCell<EventFd>,
     running: Cell<bool>,
 }
 
@@ -169,6 +173,7 @@ impl Executor {
             timers: RefCell::default(),
             pollers,
             completions: Cell::default(),
+            turn_fd: OnceCell::new(),
             running: Cell::new(false),
         });
         DEFAULT.set(Rc::downgrade(&inner));
@@ -213,6 +218,10 @@ impl Executor {
         let _enter = Enter::new(&self.inner);
         inner.shared.awake();
         inner.pollers.disarm();
+        if let Some(fd) = inner.turn_fd.get() {
+            // EAGAIN: the host came for a timer.
+            let _ = fd.read();
+        }
         for _ in 0..ROUNDS_PER_TURN {
             let worked = inner.work();
             let reaped = inner.exchange();
@@ -227,8 +236,17 @@ impl Executor {
     /// Readable when [`Executor::turn`] has work.
     pub fn fd(&self) -> BorrowedFd<'_> {
         match &self.inner.backend {
-            // SAFETY: the ring's descriptor is open as long as the executor lives.
-            Backend::Ring(ring) => unsafe { BorrowedFd::borrow_raw(ring.borrow().raw_fd()) },
+            Backend::Ring(ring) => {
+                let fd = self.inner.turn_fd.get_or_init(|| {
+                    let fd = new_eventfd().expect("an eventfd can be made");
+                    let registered = ring.borrow().notify(fd.as_fd());
+                    registered.expect("an eventfd can be registered with an open ring");
+                    // What has finished until now was not notified.
+                    let _ = fd.write(1);
+                    fd
+                });
+                fd.as_fd()
+            }
             Backend::Sim(_) => self.inner.shared.eventfd(),
         }
     }
