@@ -251,8 +251,14 @@ impl Inner {
     /// Cancels what may wait without end and waits for the rest, so that the kernel uses nothing
     /// of this executor any more.
     pub(crate) fn settle(&self) {
-        let Backend::Ring(ring) = &self.backend else {
-            return;
+        let ring = match &self.backend {
+            Backend::Ring(ring) => ring,
+            Backend::Sim(disk) => {
+                while self.has_in_flight() {
+                    self.exchange();
+                }
+                return disk.detach();
+            }
         };
         for (index, slot) in self.ops.borrow().slots.iter().enumerate() {
             let in_flight = matches!(slot.state, State::Waiting(_) | State::Dropped);

@@ -66,6 +66,10 @@ pub struct Executor {
 }
 
 /// Where operations go.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one per thread, and the large one is the fast one"
+)]
 pub(crate) enum Backend {
     Ring(RefCell<Ring>),
     Sim(sim::Disk),

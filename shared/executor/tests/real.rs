@@ -1,4 +1,5 @@
 //! The executor on the real kernel.
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 use executor::file::Fallocate;
 use executor::runtime::{PollerRegistration, register_poller};
