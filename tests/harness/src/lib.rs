@@ -7,9 +7,11 @@
 //! - [`rig`]: a disk image with its daemon; [`supervisor`] interrupts it under load.
 //! - [`ramdisk`]: an independent back-end that the driver itself is tested against.
 //! - [`nested`]: a machine with a working KVM in software.
+//! - [`fuzz_frontend`]: a front-end that means harm.
 //! - [`wire`]: vhost-user messages as bytes.
 
 pub mod driver;
+pub mod fuzz_frontend;
 pub mod load;
 pub mod nested;
 pub mod oracle;

@@ -144,7 +144,7 @@ impl Disk {
         }
         arguments.extend(["--export".to_owned(), self.export(paths)]);
         if self.second_export {
-            let null = "driver=null-co,node-name=z,size=1M,read-zeroes=on".to_owned();
+            let null = "driver=null-co,node-name=z,size=1048576,read-zeroes=on".to_owned();
             let export = format!(
                 "type=vhost-user-blk,id=e2,node-name=z,addr.type=unix,addr.path={}",
                 show(&paths.second)
@@ -286,6 +286,15 @@ impl Rig {
             ..options
         };
         FrontEnd::connect(self.endpoint()?, options)
+    }
+
+    /// A driver on the second export.
+    ///
+    /// # Errors
+    /// When the daemon does not cooperate.
+    pub fn connect_second(&self) -> Result<(FrontEnd, Vec<Queue>)> {
+        let endpoint = Endpoint::Connect(self.paths.second.clone());
+        FrontEnd::connect(endpoint, Options::default())
     }
 
     /// The daemon's monitor.

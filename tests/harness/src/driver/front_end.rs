@@ -24,7 +24,7 @@ use super::memory::Region;
 use super::negotiation::{get, get_config, negotiate, open_socket, reply_to};
 use super::ring::device_used_idx;
 use super::setup::{Guest, build_guest};
-use super::{DataPool, Endpoint, Options, Queue};
+use super::{DataPool, Endpoint, Options, Queue, RingParts};
 use crate::wire::{self, flag, protocol_feature, read_u32, request};
 
 const STATUS_DRIVER: u8 = 1 | 2;
@@ -256,6 +256,24 @@ impl FrontEnd {
     /// The used index that the back-end has written into ring `index`.
     pub fn used_idx(&self, index: usize) -> u16 {
         device_used_idx(&self.guest.vrings[index].parts)
+    }
+
+    /// Memory and size of ring `index`, for tests that write it themselves.
+    pub fn ring(&self, index: usize) -> (RingParts, u16) {
+        let vring = &self.guest.vrings[index];
+        (vring.parts.clone(), vring.entries)
+    }
+
+    /// Kicks ring `index`.
+    ///
+    /// # Errors
+    /// When the eventfd cannot be written.
+    pub fn kick(&self, index: usize) -> Result<()> {
+        self.guest.vrings[index]
+            .kick
+            .write(1)
+            .context("kick")
+            .map(drop)
     }
 
     /// Waits until the back-end has closed the connection.

@@ -4,8 +4,11 @@
 //! scenario's name states what holds.
 
 mod clear;
+mod device;
+mod hostile;
 mod kill;
 mod lifecycle;
 mod memory;
+mod monitor;
 mod peers;
 mod verify;
