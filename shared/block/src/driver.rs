@@ -1,5 +1,7 @@
 //! The object-safe seam that every node implements, and the small future it answers with.
 
+use crate::edge::Permissions;
+use crate::node::WriteGuard;
 use executor::{Buffer, Errno, FileOp};
 use std::future::Future;
 use std::pin::Pin;
@@ -36,6 +38,8 @@ pub enum IoFuture<'a> {
     Ready(Result<(), Errno>),
     /// One file operation.
     Op(FileOp),
+    /// One write to a node that keeps count of its writes ([`crate::Node`] makes these).
+    Tracked(FileOp, Option<WriteGuard<'a>>),
     /// Anything longer.
     Boxed(BoxFuture<'a, Result<(), Errno>>),
 }
@@ -61,6 +65,13 @@ impl Future for IoFuture<'_> {
         match self.get_mut() {
             Self::Ready(result) => Poll::Ready(*result),
             Self::Op(op) => Pin::new(op).poll(cx),
+            Self::Tracked(op, guard) => {
+                let result = Pin::new(op).poll(cx);
+                if result.is_ready() {
+                    *guard = None;
+                }
+                result
+            }
             Self::Boxed(future) => future.as_mut().poll(cx),
         }
     }
@@ -144,7 +155,7 @@ pub struct StatusExtent {
 }
 
 /// Where the content of an extent comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BlockStatus {
     /// This node holds bytes for it.
     pub data: bool,
@@ -162,7 +173,10 @@ pub struct BlockStatus {
 /// calling thread.
 ///
 /// The caller ([`crate::Node`]) has checked range, alignment and permissions: ranges lie within
-/// `length()` (reads and writes of protocols that grow excepted) and obey `limits()`.
+/// `length()` (reads and writes of protocols that grow excepted) and obey `limits()`. Flags never
+/// ask for FUA: the node flushes after the request. `limits()`, `grows()` and the set of `edges()`
+/// do not change while the driver lives; `length()` changes only by `resize` (its own or a
+/// child's), or by writes when it grows.
 pub trait Driver: Send + Sync {
     /// The driver's name on the command line.
     fn driver_name(&self) -> &'static str;
@@ -189,6 +203,15 @@ pub trait Driver: Send + Sync {
     fn resize(&self, resize: Resize) -> BoxFuture<'_, Result<(), crate::Error>>;
     /// Flushes, marks the image clean and stops background work; no I/O follows.
     fn close(&self) -> BoxFuture<'_, Result<(), Errno>>;
+    /// What all users of the node together do and tolerate has changed: file locks follow. On an
+    /// error nothing changes. Only drivers that lock something need it.
+    fn set_permissions(
+        &self,
+        _permissions: Permissions,
+        _shared: Permissions,
+    ) -> Result<(), crate::Error> {
+        Ok(())
+    }
     /// The edges to the children, with their roles ("file", "backing", "data-file").
     fn edges(&self) -> Vec<(&'static str, &crate::Edge)>;
     /// Driver-specific facts for `query-named-block-nodes` and `info` (an `ImageInfo`-like

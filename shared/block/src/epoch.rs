@@ -3,29 +3,270 @@
 //! A request pins the current epoch when it enters at a root. Clusters freed in epoch `e` may be
 //! reused once no request pinned in `e` or before is left. Counting is per thread: no shared
 //! counter is written on the request path.
+//!
+//! ```text
+//!   thread record: pins[even], pins[odd]     written by its own thread only
+//!   clock g → g+1  when pins[parity of g-1] is zero on every thread
+//!   passed(e)      when the clock is at e+3 or later
+//! ```
+//!
+//! Why three steps: a thread may read the clock and be stopped before its pin is seen, and may
+//! then pin under an old parity. Before the clock reads its counters it makes every thread pass a
+//! memory barrier (`membarrier`), so such a late pin is either counted, or its request began after
+//! what was freed had become unreachable. Of the steps `e → e+1 → e+2 → e+3` the last two begin
+//! after the free and look at both parities, so whatever parity a request holds, it is waited
+//! for.
+//!
+//! Must not know: what is freed. Needs the `membarrier` system call to stay allowed in a sandbox;
+//! where it is missing each pin pays for a full fence instead.
 
-/// The process-wide epoch clock.
-pub struct Epochs {}
+#![expect(
+    unsafe_code,
+    reason = "membarrier has no safe wrapper; it takes no pointers"
+)]
 
-/// A point in time that [`Epochs::passed`] can be asked about.
+use std::cell::Cell;
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+/// A point in time that [`passed`] can be asked about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Epoch(pub u64);
 
+static CLOCK: AtomicU64 = AtomicU64::new(1);
+
+/// Records of all threads that ever pinned and still live.
+static THREADS: Mutex<Vec<Arc<Record>>> = Mutex::new(Vec::new());
+
+/// How many requests of one thread are pinned, by parity of their epoch.
+#[repr(align(128))]
+#[derive(Default)]
+struct Record {
+    pins: [AtomicUsize; 2],
+}
+
 /// The current epoch; a free that happened before this call belongs to it.
 pub fn current() -> Epoch {
-    todo!()
+    // The unmapping that makes a free comes before this load on every thread's view.
+    fence(Ordering::SeqCst);
+    Epoch(CLOCK.load(Ordering::SeqCst))
 }
 
 /// Whether every request that began up to and including `epoch` has ended. Tries to advance the
 /// epoch, so that asking again and again makes progress.
 pub fn passed(epoch: Epoch) -> bool {
-    todo!()
+    let clock = CLOCK.load(Ordering::SeqCst);
+    clock >= epoch.0.saturating_add(3) || advance(clock) >= epoch.0.saturating_add(3)
+}
+
+/// Moves the clock on as far as it goes now (three steps at most).
+fn advance(mut clock: u64) -> u64 {
+    let threads = THREADS.lock().unwrap_or_else(PoisonError::into_inner);
+    for _ in 0..3 {
+        if !barrier_everywhere() {
+            break;
+        }
+        let parity = parity(clock.wrapping_sub(1));
+        if threads
+            .iter()
+            .any(|record| record.pins[parity].load(Ordering::SeqCst) != 0)
+        {
+            break;
+        }
+        // The lock is held: nobody else moves the clock.
+        clock = CLOCK.fetch_add(1, Ordering::SeqCst) + 1;
+    }
+    clock
+}
+
+const fn parity(epoch: u64) -> usize {
+    (epoch & 1) as usize
 }
 
 /// Pins the current epoch on this thread until dropped (what a root does for each request).
 pub fn pin() -> Pin {
-    todo!()
+    ThreadEpoch::current().pin()
 }
 
 /// A pinned epoch.
-pub struct Pin {}
+#[must_use = "the epoch is pinned only while this lives"]
+pub struct Pin {
+    thread: ThreadEpoch,
+    parity: usize,
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        self.thread.unpin(self.parity);
+    }
+}
+
+/// This thread's counters, for whoever pins often.
+#[derive(Clone)]
+pub(crate) struct ThreadEpoch {
+    record: Arc<Record>,
+    fenced: bool,
+    /// The counters are written by their own thread only.
+    _not_send: PhantomData<*const ()>,
+}
+
+impl ThreadEpoch {
+    /// The current thread's counters.
+    pub(crate) fn current() -> ThreadEpoch {
+        thread_local! {
+            static THREAD: Registration = Registration::new();
+        }
+        THREAD.with(|registration| ThreadEpoch {
+            record: Arc::clone(&registration.record),
+            fenced: !has_membarrier(),
+            _not_send: PhantomData,
+        })
+    }
+
+    fn pin(self) -> Pin {
+        let parity = self.enter();
+        Pin {
+            thread: self,
+            parity,
+        }
+    }
+
+    /// Pins; returns what [`ThreadEpoch::unpin`] needs.
+    #[inline]
+    pub(crate) fn enter(&self) -> usize {
+        let parity = parity(CLOCK.load(Ordering::Relaxed));
+        let pins = &self.record.pins[parity];
+        pins.store(pins.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        if self.fenced {
+            fence(Ordering::SeqCst);
+        } else {
+            // The barrier of the clock's side stands in for the processor's; the compiler must
+            // not move the request's loads before the store either.
+            std::sync::atomic::compiler_fence(Ordering::SeqCst);
+        }
+        parity
+    }
+
+    #[inline]
+    pub(crate) fn unpin(&self, parity: usize) {
+        let pins = &self.record.pins[parity];
+        pins.store(pins.load(Ordering::Relaxed) - 1, Ordering::Release);
+    }
+}
+
+/// Keeps a thread's record in the list while the thread lives.
+struct Registration {
+    record: Arc<Record>,
+    _not_sync: PhantomData<Cell<()>>,
+}
+
+impl Registration {
+    fn new() -> Self {
+        let record = Arc::new(Record::default());
+        THREADS
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(Arc::clone(&record));
+        Self {
+            record,
+            _not_sync: PhantomData,
+        }
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        // Pins cannot leave the thread, so those still counted were leaked with their request and
+        // hold nothing any more.
+        THREADS
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|record| !Arc::ptr_eq(record, &self.record));
+    }
+}
+
+const REGISTER_PRIVATE_EXPEDITED: libc::c_int = 1 << 4;
+const PRIVATE_EXPEDITED: libc::c_int = 1 << 3;
+
+fn membarrier(command: libc::c_int) -> bool {
+    // SAFETY: `membarrier` takes integers only and touches no memory of ours.
+    unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) == 0 }
+}
+
+fn has_membarrier() -> bool {
+    static REGISTERED: OnceLock<bool> = OnceLock::new();
+    *REGISTERED.get_or_init(|| membarrier(REGISTER_PRIVATE_EXPEDITED))
+}
+
+/// Makes every running thread of the process pass a memory barrier. False when the system call is
+/// refused although it was there at first: then nothing may be concluded and nothing is reused.
+fn barrier_everywhere() -> bool {
+    fence(Ordering::SeqCst);
+    !has_membarrier() || membarrier(PRIVATE_EXPEDITED)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The clock is the process's: tests that move it take turns.
+    static TURN: Mutex<()> = Mutex::new(());
+
+    fn turn() -> std::sync::MutexGuard<'static, ()> {
+        TURN.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn passes_soon(epoch: Epoch) -> bool {
+        (0..8).any(|_| passed(epoch))
+    }
+
+    #[test]
+    fn an_epoch_passes_only_after_its_pins() {
+        let _turn = turn();
+        let pin = pin();
+        let freed = current();
+        assert!(!passes_soon(freed));
+        drop(pin);
+        assert!(passes_soon(freed));
+    }
+
+    #[test]
+    fn a_later_pin_does_not_hold_an_epoch_forever() {
+        let _turn = turn();
+        let first = pin();
+        let freed = current();
+        assert!(!passes_soon(freed));
+        let later = pin();
+        drop(first);
+        // The later pin may hold the clock for a step, never the freed epoch for good, once pins
+        // are renewed.
+        let mut held = later;
+        for _ in 0..4 {
+            let renewed = pin();
+            drop(held);
+            passed(freed);
+            held = renewed;
+        }
+        assert!(passed(freed));
+        drop(held);
+    }
+
+    #[test]
+    fn pins_of_other_threads_count() {
+        let _turn = turn();
+        let (pinned_tx, pinned_rx) = std::sync::mpsc::channel();
+        let (end_tx, end_rx) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            let _pin = pin();
+            pinned_tx.send(()).unwrap();
+            end_rx.recv().unwrap();
+        });
+        pinned_rx.recv().unwrap();
+        let freed = current();
+        assert!(!passes_soon(freed));
+        end_tx.send(()).unwrap();
+        thread.join().unwrap();
+        assert!(passes_soon(freed));
+    }
+}

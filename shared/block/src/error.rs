@@ -33,6 +33,8 @@ pub struct Error {
     pub message: String,
     /// The host's error, when there is one.
     pub errno: Option<Errno>,
+    /// Advice for a human, on a line of its own (command lines print it, QMP does not).
+    pub hint: Option<String>,
 }
 
 /// Control-path result.
@@ -45,6 +47,7 @@ impl Error {
             kind,
             message: message.into(),
             errno: None,
+            hint: None,
         }
     }
     /// A host error: `message: reason`.
@@ -53,7 +56,14 @@ impl Error {
             kind: ErrorKind::Io,
             message: format!("{message}: {}", errno.desc()),
             errno: Some(errno),
+            hint: None,
         }
+    }
+    /// The same error with advice for a human.
+    #[must_use]
+    pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
     }
     /// The same error with `context: ` before its message.
     #[must_use]

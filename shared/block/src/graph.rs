@@ -1,48 +1,234 @@
 //! The registry of nodes: names, insertion, removal, the driver catalogue.
+//!
+//! Owns: every node of the process by name, and which of them the user added (the others are
+//! inline children and go with their last parent). Promises: a failed `add` leaves no node behind;
+//! a node in use is not removed; parents close before their children. Must not know: concrete
+//! drivers.
 
-use crate::error::Result;
+use crate::driver::BoxFuture;
+use crate::error::{Error, ErrorKind, Result};
 use crate::node::Node;
-use crate::open::DriverEntry;
+use crate::open::{Definition, DriverEntry, OpenRequest, Options, Place};
+use serde_json::{Map, Value};
+use std::cell::{Cell, RefCell};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 /// What names inside images may open besides files beneath the image's own directory.
 #[derive(Clone, Debug, Default)]
 pub struct NamePolicy {
-    /// Directories given with `--allow-dir`.
+    /// Directories given with `--allow-dir`, as absolute paths.
     pub allowed_dirs: Vec<PathBuf>,
 }
 
+struct Entry {
+    node: Arc<Node>,
+    /// Added by the user, who has to remove it.
+    owned: bool,
+}
+
 /// All nodes of a process. Used by the control thread only.
-pub struct Graph {}
+pub struct Graph {
+    drivers: Vec<&'static DriverEntry>,
+    policy: NamePolicy,
+    /// In order of insertion.
+    entries: RefCell<Vec<Entry>>,
+    generated: Cell<u64>,
+}
 
 impl Graph {
     /// An empty graph with the drivers of `tables`.
     pub fn new(tables: &[&'static [DriverEntry]], policy: NamePolicy) -> Graph {
-        todo!()
+        Graph {
+            drivers: tables.iter().flat_map(|table| table.iter()).collect(),
+            policy,
+            entries: RefCell::default(),
+            generated: Cell::new(0),
+        }
     }
     /// Opens a node (and inline children) from `--blockdev`/`blockdev-add` options and adds it.
     /// Values may be typed JSON or strings (from `key=value`).
-    pub async fn add(
-        &self,
-        options: serde_json::Map<String, serde_json::Value>,
-    ) -> Result<Arc<Node>> {
-        todo!()
+    pub async fn add(&self, options: Map<String, Value>) -> Result<Arc<Node>> {
+        let opened = self
+            .open(Definition {
+                options,
+                inherited: None,
+                place: Place::default(),
+                descriptor: None,
+            })
+            .await;
+        if opened.is_err() {
+            self.sweep().await;
+        }
+        opened
     }
     /// Removes and closes a node that has no parents; inline children go with it.
     pub async fn remove(&self, node_name: &str) -> Result<()> {
-        todo!()
+        let node = self.node(node_name).ok_or_else(|| {
+            let message = format!("Failed to find node with node-name='{node_name}'");
+            Error::new(ErrorKind::NotFound, message)
+        })?;
+        let busy = |message: String| Err(Error::new(ErrorKind::Busy, message));
+        if node.users().has_root() {
+            return busy(format!("Node {node_name} is in use"));
+        }
+        if !self.is_owned(node_name) {
+            return busy(format!("Node {node_name} is not owned by the monitor"));
+        }
+        if node.in_use() {
+            return busy(format!("Block device {node_name} is in use"));
+        }
+        let result = self.close(&node).await;
+        self.forget(&node);
+        drop(node);
+        self.sweep().await;
+        result
     }
     /// A node by name.
     pub fn node(&self, node_name: &str) -> Option<Arc<Node>> {
-        todo!()
+        let entries = self.entries.borrow();
+        let entry = entries.iter().find(|entry| entry.node.name() == node_name)?;
+        Some(Arc::clone(&entry.node))
     }
     /// All nodes, newest first (the order of `query-named-block-nodes`).
     pub fn nodes(&self) -> Vec<Arc<Node>> {
-        todo!()
+        let entries = self.entries.borrow();
+        entries
+            .iter()
+            .rev()
+            .map(|entry| Arc::clone(&entry.node))
+            .collect()
     }
-    /// Flushes and closes every node, parents first.
+    /// Whether the user added the node (and did not get it as somebody's inline child).
+    pub fn is_owned(&self, node_name: &str) -> bool {
+        let entries = self.entries.borrow();
+        entries
+            .iter()
+            .any(|entry| entry.owned && entry.node.name() == node_name)
+    }
+    /// Flushes and closes every node, parents first. The first error is reported, after all have
+    /// been tried. Roots must be gone.
     pub async fn close_all(&self) -> Result<()> {
-        todo!()
+        let mut result = Ok(());
+        // A parent is always younger than its children.
+        for node in self.nodes() {
+            let closed = self.close(&node).await;
+            result = result.and(closed);
+            self.forget(&node);
+        }
+        result
+    }
+
+    pub(crate) fn policy(&self) -> &NamePolicy {
+        &self.policy
+    }
+
+    /// A node that options refer to.
+    pub(crate) fn find(&self, node_name: &str) -> Result<Arc<Node>> {
+        self.node(node_name).ok_or_else(|| {
+            let message =
+                format!("Cannot find device='{node_name}' nor node-name='{node_name}'");
+            Error::new(ErrorKind::NotFound, message)
+        })
+    }
+
+    /// Opens a node and registers it. Boxed: children open recursively.
+    pub(crate) fn open(&self, definition: Definition) -> BoxFuture<'_, Result<Arc<Node>>> {
+        Box::pin(self.open_one(definition))
+    }
+
+    async fn open_one(&self, definition: Definition) -> Result<Arc<Node>> {
+        let owned = definition.inherited.is_none();
+        let mut options = Options::new(definition.options, definition.place.path.clone());
+        let driver = options.take_driver()?;
+        let entry = self
+            .drivers
+            .iter()
+            .find(|entry| entry.name == driver)
+            .ok_or_else(|| options.unknown_driver(&driver))?;
+        let mut node = options.take_node(definition.inherited.unwrap_or_default())?;
+        node.node_name = match options.take_node_name()? {
+            Some(name) => name,
+            None if owned => {
+                let message = "'node-name' must be specified for the root node";
+                return Err(Error::new(ErrorKind::Invalid, message));
+            }
+            None => self.generate_name(),
+        };
+        self.check_free(&node.node_name)?;
+        let mut request = OpenRequest {
+            graph: self,
+            node,
+            options,
+            place: definition.place,
+            descriptor: definition.descriptor,
+        };
+        let driver = (entry.open)(&mut request).await?;
+        let free = request
+            .options
+            .finish()
+            .and_then(|()| self.check_free(&request.node.node_name));
+        let node = Node::new(request.node, driver);
+        if let Err(error) = free {
+            self.close(&node).await.ok();
+            return Err(error);
+        }
+        self.entries.borrow_mut().push(Entry {
+            node: Arc::clone(&node),
+            owned,
+        });
+        Ok(node)
+    }
+
+    fn check_free(&self, node_name: &str) -> Result<()> {
+        if self.node(node_name).is_some() {
+            let message = format!("Duplicate nodes with node-name='{node_name}'");
+            return Err(Error::new(ErrorKind::Invalid, message));
+        }
+        Ok(())
+    }
+
+    fn generate_name(&self) -> String {
+        self.generated.set(self.generated.get() + 1);
+        format!("#block{:03}", self.generated.get())
+    }
+
+    async fn close(&self, node: &Node) -> Result<()> {
+        let flushed = match node.options().read_only {
+            true => Ok(()),
+            false => node.flush().await,
+        };
+        // Closed in any case: locks are given back and nothing runs on.
+        let closed = node.driver().close().await;
+        flushed
+            .and(closed)
+            .map_err(|errno| Error::io(format!("Could not close node '{}'", node.name()), errno))
+    }
+
+    fn forget(&self, node: &Arc<Node>) {
+        self.entries
+            .borrow_mut()
+            .retain(|entry| !Arc::ptr_eq(&entry.node, node));
+    }
+
+    /// Closes and forgets inline children without a parent.
+    async fn sweep(&self) {
+        // A node that is being opened, or that somebody holds, has another count.
+        let is_orphan = |entry: &Entry| {
+            !entry.owned && !entry.node.in_use() && Arc::strong_count(&entry.node) == 1
+        };
+        loop {
+            let orphan = {
+                let mut entries = self.entries.borrow_mut();
+                entries
+                    .iter()
+                    .position(is_orphan)
+                    .map(|index| entries.remove(index).node)
+            };
+            let Some(orphan) = orphan else { return };
+            if let Err(error) = self.close(&orphan).await {
+                tracing::warn!(node = orphan.name(), %error, "closing an unused node failed");
+            }
+        }
     }
 }

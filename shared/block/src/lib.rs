@@ -1,4 +1,3 @@
-#![allow(unused, missing_docs)]
 //! The block graph: what a disk is made of, and the rules every request obeys.
 //!
 //! ```text
@@ -32,12 +31,12 @@ pub use driver::{
     BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Preallocation, Resize,
     StatusExtent, WriteFlags, ZeroFlags,
 };
-pub use edge::Edge;
+pub use edge::{Edge, EdgeSpec, Permissions};
 pub use error::{Error, ErrorKind};
 pub use executor::{Buffer, Errno, HeapBuffer};
 pub use format::{Extent, Format, Lookup, Mapping, WritePlan};
 pub use format_node::FormatNode;
 pub use graph::Graph;
-pub use node::{Node, NodeOptions};
-pub use open::{DriverEntry, OpenRequest};
-pub use root::{Root, RootHandle};
+pub use node::{DetectZeroes, Discard, Node, NodeOptions};
+pub use open::{ChildRole, DriverEntry, OpenRequest};
+pub use root::{Drained, Root, RootFuture, RootHandle};

@@ -1,12 +1,37 @@
 //! A named node of the graph: a driver plus the options every node has.
 //!
-//! Every call on a child goes through [`Node`], which checks range and permission, aligns
-//! (read-modify-write under a serialising range lock), splits at `max_transfer`, detects zeroes,
-//! and falls back from `write_zeroes` to writing zero bytes. An aligned request within limits
-//! passes straight to the driver.
+//! ```text
+//!   request ─► in range, aligned, within limits? ──yes──► driver's own future, untouched
+//!                     │no
+//!                     ▼
+//!   split · bounce · read-modify-write · detect zeroes · zero bytes for write_zeroes · flush for FUA
+//! ```
+//!
+//! Owns: the checks and the general paths (in `node/`), the node's users and their permissions, the
+//! cached length. Promises: a driver sees only ranges and buffers that fit its
+//! [`crate::Limits`], never a FUA flag (the node flushes after the write), and never a request
+//! that its options forbid. A request that fits passes to the driver without an allocation or a
+//! lock; on nodes whose driver needs alignment a write also counts itself in its thread's slot.
+//! Must not know: what kind of driver it is.
 
-use crate::driver::{BoxFuture, ByteRange, Driver, IoFuture, StatusExtent, WriteFlags, ZeroFlags};
+mod flush;
+mod general;
+mod tracker;
+mod users;
+
+pub use tracker::WriteGuard;
+pub(crate) use users::{ResizeListener, User, Users};
+
+use crate::driver::{
+    BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Resize, StatusExtent, WriteFlags,
+    ZeroFlags,
+};
+use crate::error::{Error, ErrorKind};
 use executor::{Buffer, Errno};
+use flush::FlushState;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use tracker::WriteTracker;
 
 /// `discard=`
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,6 +44,10 @@ pub enum Discard {
 }
 
 /// `detect-zeroes=`
+///
+/// The buffer may belong to a guest that changes it while the request runs. That is harmless and
+/// needs no private copy: bytes seen as zero were in the buffer during the request, so zeroes are
+/// a legal outcome of the race; otherwise the buffer is written as it is, like any other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DetectZeroes {
     /// Written as they are.
@@ -52,52 +81,225 @@ pub struct NodeOptions {
 }
 
 /// A node.
-pub struct Node {}
+pub struct Node {
+    options: NodeOptions,
+    driver: Box<dyn Driver>,
+    limits: Limits,
+    /// A write that fits the limits needs nothing from the general path.
+    plain_writes: bool,
+    grows: bool,
+    /// No children: what it flushes is the host's own storage.
+    leaf: bool,
+    length: AtomicU64,
+    /// Present when the driver needs an alignment.
+    tracker: Option<Box<WriteTracker>>,
+    flush: FlushState,
+    users: Users,
+    this: Weak<Node>,
+}
 
 impl Node {
     /// A node outside of any graph (tests, tools) or about to be added to one.
-    pub fn new(options: NodeOptions, driver: Box<dyn Driver>) -> std::sync::Arc<Node> {
-        todo!()
+    pub fn new(options: NodeOptions, driver: Box<dyn Driver>) -> Arc<Node> {
+        let limits = driver.limits();
+        assert!(limits.request_alignment.is_power_of_two() && limits.memory_alignment > 0);
+        let aligned = limits.request_alignment > 1;
+        let node = Arc::new_cyclic(|this| Node {
+            plain_writes: !options.read_only
+                && options.detect_zeroes == DetectZeroes::Off
+                && !aligned,
+            grows: driver.grows(),
+            leaf: driver.edges().is_empty(),
+            length: AtomicU64::new(driver.length()),
+            tracker: aligned.then(Box::default),
+            flush: FlushState::default(),
+            users: Users::default(),
+            this: this.clone(),
+            options,
+            driver,
+            limits,
+        });
+        for (_, edge) in node.driver.edges() {
+            edge.listen(node.this.clone());
+        }
+        node
     }
     /// Its name.
     pub fn name(&self) -> &str {
-        todo!()
+        &self.options.node_name
     }
     /// Its options.
     pub fn options(&self) -> &NodeOptions {
-        todo!()
+        &self.options
     }
     /// Its driver.
     pub fn driver(&self) -> &dyn Driver {
-        todo!()
+        &*self.driver
     }
-    /// Length in bytes.
+    /// Length in bytes. A node that grows counts a write past its end when it is submitted.
     pub fn length(&self) -> u64 {
-        todo!()
+        self.length.load(Ordering::Relaxed)
     }
     /// Reads; bytes past the end are zeroes.
+    #[inline]
     pub fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_> {
-        todo!()
+        let end = offset.checked_add(buffer.len() as u64);
+        if self.grows || end.is_some_and(|end| end <= self.length()) {
+            return self.read_within(offset, buffer);
+        }
+        IoFuture::boxed(self.read_general(offset, buffer))
     }
-    /// Writes.
+    /// Reads a range that the caller knows to be within the length (or the node grows).
+    #[inline]
+    pub(crate) fn read_within(&self, offset: u64, buffer: Buffer) -> IoFuture<'_> {
+        if self.fits(offset, &buffer) {
+            self.driver.read(offset, buffer)
+        } else {
+            IoFuture::boxed(self.read_general(offset, buffer))
+        }
+    }
+    /// Writes. `EPERM` on a read-only node, `EINVAL` past the end of one that does not grow.
+    #[inline]
     pub fn write(&self, offset: u64, buffer: Buffer, flags: WriteFlags) -> IoFuture<'_> {
-        todo!()
+        if self.plain_writes && !flags.fua && self.fits(offset, &buffer) {
+            return match self.reserve(ByteRange::new(offset, buffer.len() as u64)) {
+                Ok(()) => self.driver.write(offset, buffer, WriteFlags::default()),
+                Err(errno) => IoFuture::error(errno),
+            };
+        }
+        self.write_uncommon(offset, buffer, flags)
     }
-    /// Makes a range read as zeroes.
+
+    fn write_uncommon(&self, offset: u64, buffer: Buffer, flags: WriteFlags) -> IoFuture<'_> {
+        if let Err(errno) = self.check_write(ByteRange::new(offset, buffer.len() as u64)) {
+            return IoFuture::error(errno);
+        }
+        let detect = self.options.detect_zeroes != DetectZeroes::Off;
+        if let (Some(tracker), false, false) = (&self.tracker, detect, flags.fua)
+            && self.fits(offset, &buffer)
+            && let Some(guard) = tracker.try_begin()
+        {
+            return match self.driver.write(offset, buffer, WriteFlags::default()) {
+                IoFuture::Op(op) => IoFuture::Tracked(op, Some(guard)),
+                IoFuture::Ready(result) => IoFuture::Ready(result),
+                other => IoFuture::boxed(async move {
+                    let _guard = guard;
+                    other.await
+                }),
+            };
+        }
+        IoFuture::boxed(self.write_general(offset, buffer, flags))
+    }
+
+    /// Makes a range read as zeroes. Falls back to writing zero bytes when the driver cannot.
     pub fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> IoFuture<'_> {
-        todo!()
+        match self.check_write(range) {
+            Ok(()) if range.length == 0 && !flags.fua => IoFuture::done(),
+            Ok(()) => IoFuture::boxed(self.zero_general(range, flags)),
+            Err(errno) => IoFuture::error(errno),
+        }
     }
-    /// Discards a range (a no-op with `discard=ignore`).
+    /// Discards a range (a no-op with `discard=ignore`). What is not aligned to the driver's
+    /// requests is left alone.
     pub fn discard(&self, range: ByteRange) -> IoFuture<'_> {
-        todo!()
+        if self.options.read_only {
+            return IoFuture::error(Errno::EPERM);
+        }
+        if self.options.discard == Discard::Ignore {
+            return IoFuture::done();
+        }
+        IoFuture::boxed(self.discard_general(range))
     }
-    /// Flushes; failures are sticky (later flushes fail until the node is reopened or the
-    /// unflushed ranges are rewritten).
+    /// Every write completed before this call is durable when it resolves.
+    ///
+    /// On a node without children a failure is final: the kernel reports a lost write once, and
+    /// what was lost is not known, so later flushes fail until the node is opened anew. Such
+    /// flushes run one at a time, and those that come meanwhile share the next one.
     pub fn flush(&self) -> IoFuture<'_> {
-        todo!()
+        if self.leaf {
+            self.flush_leaf()
+        } else {
+            self.driver.flush()
+        }
     }
-    /// What is known about the start of a range of this node alone (not its backing).
+    /// What is known about the start of a range of this node alone (not its backing). Past the
+    /// end there are zeroes.
     pub fn block_status(&self, range: ByteRange) -> BoxFuture<'_, Result<StatusExtent, Errno>> {
-        todo!()
+        let length = self.length();
+        if range.offset >= length || range.length == 0 {
+            let status = BlockStatus {
+                zero: true,
+                ..BlockStatus::default()
+            };
+            let length = range.length.max(1);
+            return Box::pin(async move { Ok(StatusExtent { length, status }) });
+        }
+        let within = range.length.min(length - range.offset);
+        self.driver
+            .block_status(ByteRange::new(range.offset, within))
+    }
+    /// Changes the length and tells the users of the node. The caller holds the `resize`
+    /// permission through a root.
+    pub async fn resize(&self, resize: Resize) -> crate::error::Result<()> {
+        if self.options.read_only {
+            return Err(Error::new(ErrorKind::Invalid, "Image is read-only"));
+        }
+        self.driver.resize(resize).await?;
+        self.child_resized();
+        Ok(())
+    }
+    /// The file name as QEMU would generate it: a plain path, or "" when there is none.
+    pub fn filename(&self) -> String {
+        self.driver.filename()
+    }
+    /// Whether anybody (a parent or a root) uses the node.
+    pub fn in_use(&self) -> bool {
+        !self.users.is_empty()
+    }
+
+    pub(crate) fn users(&self) -> &Users {
+        &self.users
+    }
+
+    /// Whether the driver takes a transfer as it is.
+    #[inline]
+    fn fits(&self, offset: u64, buffer: &Buffer) -> bool {
+        let limits = &self.limits;
+        let mask = u64::from(limits.request_alignment) - 1;
+        let length = buffer.len() as u64;
+        (offset | length) & mask == 0
+            && (limits.max_transfer == 0 || length <= u64::from(limits.max_transfer))
+            && (limits.memory_alignment == 1
+                || buffer.is_aligned(limits.memory_alignment as usize))
+    }
+
+    /// Checks that a write ends within the node, which it makes longer if it grows.
+    #[inline]
+    fn reserve(&self, range: ByteRange) -> Result<(), Errno> {
+        let end = range.checked_end().ok_or(Errno::EINVAL)?;
+        if end > self.length() {
+            if !self.grows {
+                return Err(Errno::EINVAL);
+            }
+            self.length.fetch_max(end, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn check_write(&self, range: ByteRange) -> Result<(), Errno> {
+        if self.options.read_only {
+            return Err(Errno::EPERM);
+        }
+        self.reserve(range)
     }
 }
+
+impl ResizeListener for Node {
+    fn child_resized(&self) {
+        let length = self.driver.length();
+        if self.length.swap(length, Ordering::Relaxed) != length {
+            self.users.notify_resize();
+        }
+    }
+}
+

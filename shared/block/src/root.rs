@@ -3,95 +3,115 @@
 //! A [`Root`] holds permissions on a node. Each thread that issues requests attaches and gets a
 //! [`RootHandle`], which counts its requests in flight in thread-local cells, pins the request
 //! epoch and obeys drain: while a root is drained, new requests wait.
+//!
+//! ```text
+//!   drain():  every thread: paused +1, wait for its in-flight count to reach 0 ──► Drained
+//!   request:  paused = 0 → counted, runs        paused > 0 → waits, runs after the last resume
+//!   drop(Drained): every thread: paused -1
+//! ```
+//!
+//! Promises: no shared memory is written on the request path; a request that is done at once
+//! costs neither an allocation nor a count. Must not know: who issues the requests, what the
+//! node does with them.
 
-use crate::driver::{ByteRange, IoFuture, WriteFlags, ZeroFlags};
-use crate::edge::Permissions;
+mod drain;
+mod request;
+
+pub use drain::Drained;
+pub use request::{RootFuture, RootHandle};
+
+use crate::edge::{Claim, Edge, EdgeSpec, Permissions};
 use crate::error::Result;
-use crate::node::Node;
-use executor::{Buffer, Errno};
-use std::future::Future;
-use std::sync::Arc;
+use crate::node::{Node, ResizeListener};
+use crate::open::ChildRole;
+use drain::Threads;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+/// What a root calls its node.
+pub(crate) const EDGE_NAME: &str = "root";
+
+/// Hears of a new length, in bytes.
+type ResizeCallback = Arc<dyn Fn(u64) + Send + Sync>;
 
 /// A user of a node.
 #[derive(Clone)]
-pub struct Root {}
+pub struct Root {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    edge: Edge,
+    permissions: Permissions,
+    threads: Threads,
+    callbacks: Mutex<Vec<ResizeCallback>>,
+}
 
 impl Root {
-    /// Takes `permissions` on `node`, tolerating others with `shared`; `Busy` on a conflict.
+    /// Takes `permissions` on `node`, tolerating others with `shared`; `Busy` on a conflict,
+    /// `Invalid` when a read-only node is to be written. `name` is for messages; it may be empty.
     pub fn new(
         name: &str,
         node: &Arc<Node>,
         permissions: Permissions,
         shared: Permissions,
     ) -> Result<Root> {
-        todo!()
+        let label = match name {
+            "" => "an unnamed block device".to_owned(),
+            name => format!("block device '{name}'"),
+        };
+        let claim = Claim {
+            permissions,
+            shared,
+        };
+        let spec = EdgeSpec {
+            parent: label.clone(),
+            name: EDGE_NAME,
+            role: ChildRole::Filtered,
+            read_only: !permissions.write,
+        };
+        let edge = Edge::attach_claim(node, spec, (label, claim))?;
+        let shared = Arc::new(Shared {
+            edge,
+            permissions,
+            threads: Threads::default(),
+            callbacks: Mutex::default(),
+        });
+        let listener: Weak<Shared> = Arc::downgrade(&shared);
+        shared.edge.listen(listener);
+        Ok(Root { shared })
     }
     /// The node.
     pub fn node(&self) -> &Arc<Node> {
-        todo!()
+        self.shared.edge.child()
     }
     /// A handle for the current thread's executor.
     pub fn attach(&self) -> RootHandle {
-        todo!()
+        RootHandle::new(Arc::clone(&self.shared))
     }
     /// Stops new requests on every thread and waits until none is in flight. Nests.
     pub async fn drain(&self) -> Drained {
-        todo!()
+        drain::drain(&self.shared).await
     }
     /// Calls `notify` (on any thread) after the node's length changed.
     pub fn on_resize(&self, notify: Box<dyn Fn(u64) + Send + Sync>) {
-        todo!()
+        self.shared.callbacks().push(notify.into());
     }
 }
 
-/// Requests wait until this is dropped.
-pub struct Drained {}
-
-/// A root on one thread; `!Send`.
-pub struct RootHandle {}
-
-impl RootHandle {
-    /// Length of the node in bytes.
-    pub fn length(&self) -> u64 {
-        todo!()
-    }
-    /// Fills `buffer` from `offset`. `EINVAL` beyond the end.
-    pub fn read(&self, offset: u64, buffer: Buffer) -> RootFuture<'_> {
-        todo!()
-    }
-    /// Writes `buffer` at `offset`. `EPERM` without write permission.
-    pub fn write(&self, offset: u64, buffer: Buffer, flags: WriteFlags) -> RootFuture<'_> {
-        todo!()
-    }
-    /// Makes `range` read as zeroes.
-    pub fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> RootFuture<'_> {
-        todo!()
-    }
-    /// Discards `range`.
-    pub fn discard(&self, range: ByteRange) -> RootFuture<'_> {
-        todo!()
-    }
-    /// Every request completed before this call is durable when it resolves.
-    pub fn flush(&self) -> RootFuture<'_> {
-        todo!()
-    }
-    /// Requests in flight on this thread.
-    pub fn in_flight(&self) -> usize {
-        todo!()
+impl Shared {
+    fn callbacks(&self) -> std::sync::MutexGuard<'_, Vec<ResizeCallback>> {
+        self.callbacks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A request in flight: its node future plus the counts it holds until it ends.
-pub struct RootFuture<'a> {
-    inner: IoFuture<'a>,
-}
-
-impl Future for RootFuture<'_> {
-    type Output = std::result::Result<(), Errno>;
-    fn poll(
-        self: std::pin::Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<Self::Output> {
-        std::pin::Pin::new(&mut self.get_mut().inner).poll(cx)
+impl ResizeListener for Shared {
+    fn child_resized(&self) {
+        let callbacks = self.callbacks().clone();
+        let length = self.edge.node().length();
+        for callback in callbacks {
+            callback(length);
+        }
     }
 }

@@ -1,1 +1,12 @@
-//! Placeholder root of `protocols`.
+//! Protocol drivers: the leaves of the graph, which hold bytes somewhere.
+//!
+//! Each driver is a module with one [`DriverEntry`]; [`DRIVERS`] is the table that the engine's
+//! catalogue takes. Must not know: formats, other protocols, who reads and writes.
+
+pub mod file;
+pub mod null;
+
+use block::DriverEntry;
+
+/// The drivers of this crate.
+pub static DRIVERS: &[DriverEntry] = &[file::ENTRY, null::ENTRY];

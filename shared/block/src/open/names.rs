@@ -1,0 +1,144 @@
+//! The policy for names that images hold.
+//!
+//! An image may come from anybody, so a name in it opens nothing but a regular file that resolves
+//! beneath the directory of the image that names it, or beneath a directory that the user allowed.
+//! `openat2(RESOLVE_BENEATH)` does the resolving: no `..` and no symbolic link leads out, however
+//! the tree changes meanwhile. The descriptor that was checked is the one that is used.
+//! Names with a protocol (`json:`, `nbd:`, ...) are refused.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::graph::NamePolicy;
+use executor::Errno;
+use nix::fcntl::{FcntlArg, OFlag, OpenHow, ResolveFlag, fcntl, openat2};
+use nix::sys::stat::{SFlag, fstat};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+
+/// Longest name, in bytes (that of qcow2).
+const MAX_NAME: usize = 1023;
+
+/// A file's identity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    /// The identity of the file at `path`, if there is one.
+    pub(crate) fn of_path(path: &str) -> Option<FileId> {
+        use std::os::unix::fs::MetadataExt;
+        let metadata = std::fs::metadata(path).ok()?;
+        Some(FileId {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        })
+    }
+}
+
+/// A file that a name was allowed to open, for reading.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) path: String,
+    pub(crate) id: FileId,
+    pub(crate) descriptor: OwnedFd,
+}
+
+/// Opens `name`, which the image at the path `image` holds.
+pub(crate) fn resolve(image: &str, name: &str, policy: &NamePolicy) -> Result<Found> {
+    check_form(name)?;
+    if image.is_empty() {
+        return Err(forbidden(name, "the image is not in a plain file"));
+    }
+    let directory = match Path::new(image).parent() {
+        Some(parent) if parent != Path::new("") => parent.to_owned(),
+        _ => PathBuf::from("."),
+    };
+    let mut refusal = None;
+    if !name.starts_with('/') {
+        match open_beneath(&directory, Path::new(name)) {
+            Err(Errno::EXDEV) => refusal = Some("it leads out of the directory of the image"),
+            result => return finish(result, &directory.join(name), name),
+        }
+    }
+    for allowed in &policy.allowed_dirs {
+        let Some(inner) = beneath(allowed, &directory, name) else {
+            continue;
+        };
+        match open_beneath(allowed, &inner) {
+            Err(Errno::EXDEV) => refusal = Some("it leads out of the allowed directory"),
+            result => return finish(result, &allowed.join(inner), name),
+        }
+    }
+    Err(forbidden(
+        name,
+        refusal.unwrap_or("absolute names need an allowed directory"),
+    ))
+}
+
+fn check_form(name: &str) -> Result<()> {
+    if name.is_empty() || name.len() > MAX_NAME || name.contains('\0') {
+        return Err(forbidden(name, "it is not a file name"));
+    }
+    let first = name.split('/').next().unwrap_or(name);
+    if first.contains(':') {
+        return Err(forbidden(name, "only plain file names may be named by an image"));
+    }
+    Ok(())
+}
+
+/// `name` as seen from `allowed`, when it lies beneath it by its components.
+fn beneath(allowed: &Path, directory: &Path, name: &str) -> Option<PathBuf> {
+    let absolute = std::path::absolute(directory.join(name)).ok()?;
+    let mut normal = PathBuf::new();
+    for component in absolute.components() {
+        match component {
+            Component::ParentDir => {
+                normal.pop();
+            }
+            component => normal.push(component),
+        }
+    }
+    let inner = normal.strip_prefix(allowed).ok()?;
+    (inner != Path::new("")).then(|| inner.to_owned())
+}
+
+fn open_beneath(directory: &Path, name: &Path) -> nix::Result<OwnedFd> {
+    let directory = nix::fcntl::open(
+        directory,
+        OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+        nix::sys::stat::Mode::empty(),
+    )?;
+    // Without O_NONBLOCK a FIFO would block here, before its type is known.
+    let how = OpenHow::new()
+        .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    openat2(directory.as_fd(), name, how)
+}
+
+fn finish(opened: nix::Result<OwnedFd>, path: &Path, name: &str) -> Result<Found> {
+    let path = path.display().to_string();
+    let context = |errno| Error::io(format!("Could not open '{path}'"), errno);
+    let descriptor = opened.map_err(context)?;
+    let stat = fstat(&descriptor).map_err(context)?;
+    if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
+        return Err(forbidden(name, "it is not a regular file"));
+    }
+    // A non-blocking descriptor makes the ring answer EAGAIN instead of waiting for the disk.
+    fcntl(&descriptor, FcntlArg::F_SETFL(OFlag::empty())).map_err(context)?;
+    Ok(Found {
+        path,
+        id: FileId {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        },
+        descriptor,
+    })
+}
+
+fn forbidden(name: &str, reason: &str) -> Error {
+    Error::new(
+        ErrorKind::Forbidden,
+        format!("the image names '{}': {reason}", name.escape_default()),
+    )
+}
