@@ -1,0 +1,306 @@
+//! A vhost-user-blk disk as the rest of the VMM sees it: a handle to the thread that talks to the back-end.
+//!
+//! ```text
+//! virtio_pci --commands--> worker thread <--UNIX socket--> back-end
+//!      ^                        |
+//!      +---- Shared: features, configuration, "resetting", "broken"
+//! ```
+//!
+//! [`wire`] moves messages, [`session`] holds the conversation (negotiation, starting and stopping rings), [`reconnect`] says when
+//! to try again, [`worker`] is the thread's loop. The handle and its notifiers live as long as the process: a machine reset makes a
+//! new virtio-pci transport around the same handle.
+
+mod reconnect;
+mod session;
+mod wire;
+mod worker;
+
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::cpu::vcpu::Gate;
+use crate::events::Notifier;
+use crate::memory::Memory;
+use crate::options::DiskOptions;
+use crate::seccomp::{Sandbox, ThreadKind};
+
+/// Bytes of the configuration space that the guest sees: `struct virtio_blk_config` up to the write-zeroes fields (virtio 1.2, 5.2.4).
+pub(crate) const CONFIG_SIZE: usize = 60;
+/// Longest time that a back-end may take to finish what it has in flight.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// One virtqueue as the guest's driver set it up; addresses are guest-physical.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct RingSetup {
+    /// Number of descriptors.
+    pub(crate) size: u16,
+    /// Descriptor table.
+    pub(crate) descriptors: u64,
+    /// Available ring ("driver area").
+    pub(crate) available: u64,
+    /// Used ring ("device area").
+    pub(crate) used: u64,
+}
+
+/// What the guest's driver agreed to when it set DRIVER_OK.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Activation {
+    /// Negotiated virtio features.
+    pub(crate) features: u64,
+    /// The enabled queues by index; `None` for one that the driver left alone.
+    pub(crate) rings: Vec<Option<RingSetup>>,
+}
+
+/// Orders for the worker thread.
+enum Command {
+    Activate(Activation),
+    Reset(SyncSender<()>),
+    WriteConfig { offset: usize, bytes: Vec<u8> },
+    Pause(SyncSender<()>),
+    Resume,
+    Quit,
+}
+
+/// The notifiers that the guest, KVM and the back-end share.
+pub(crate) struct Notifiers {
+    /// Raised by the guest (ioeventfd), one per queue.
+    pub(crate) kicks: Vec<Arc<Notifier>>,
+    /// Raised by the back-end (irqfd), one per queue.
+    pub(crate) calls: Vec<Arc<Notifier>>,
+    /// Raised by the worker when the configuration has changed.
+    pub(crate) config: Arc<Notifier>,
+}
+
+/// What the worker publishes for the transport.
+struct Shared {
+    state: Mutex<SharedState>,
+    notifiers: Notifiers,
+    gate: Arc<Gate>,
+}
+
+struct SharedState {
+    /// Features on offer; `None` until the first connection.
+    features: Option<u64>,
+    config: [u8; CONFIG_SIZE],
+    generation: u8,
+    resetting: bool,
+    broken: bool,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, SharedState> {
+        self.state
+            .lock()
+            .expect("no thread panics while it holds a disk's state")
+    }
+}
+
+/// Handle to a disk.
+pub(crate) struct Disk {
+    name: String,
+    num_queues: u16,
+    queue_size: u16,
+    shared: Arc<Shared>,
+    commands: Sender<Command>,
+    wake: Arc<Notifier>,
+}
+
+impl Disk {
+    /// Starts the thread that connects to the back-end; the back-end need not be there.
+    ///
+    /// # Errors
+    /// The socket's path is too long, its directory cannot be watched, or no thread can be made.
+    pub(crate) fn start(
+        name: String,
+        options: &DiskOptions,
+        environment: &Environment,
+    ) -> Result<Self> {
+        let queue_events = || (0..options.num_queues).map(|_| Notifier::new().map(Arc::new));
+        let notifiers = Notifiers {
+            kicks: queue_events().collect::<Result<_>>()?,
+            calls: queue_events().collect::<Result<_>>()?,
+            config: Arc::new(Notifier::new()?),
+        };
+        let shared = Arc::new(Shared {
+            state: Mutex::new(SharedState {
+                features: None,
+                config: [0; CONFIG_SIZE],
+                generation: 0,
+                resetting: false,
+                broken: false,
+            }),
+            notifiers,
+            gate: environment.gate.clone(),
+        });
+        let (commands, queue) = channel();
+        let wake = Arc::new(Notifier::new()?);
+        let disk = Self {
+            name: name.clone(),
+            num_queues: options.num_queues,
+            queue_size: options.queue_size,
+            shared: shared.clone(),
+            commands,
+            wake: wake.clone(),
+        };
+        disk.spawn(options, environment, queue)
+            .with_context(|| format!("--vhost-user-blk {name} ({})", options.socket.display()))?;
+        Ok(disk)
+    }
+
+    fn spawn(
+        &self,
+        options: &DiskOptions,
+        environment: &Environment,
+        commands: Receiver<Command>,
+    ) -> Result<()> {
+        let dialer = reconnect::Dialer::new(&options.socket, self.wake.clone())?;
+        let setup = session::Setup {
+            num_queues: self.num_queues,
+            queue_size: self.queue_size,
+            memory: environment.memory.clone(),
+            shared: self.shared.clone(),
+        };
+        let worker = worker::Worker::new(self.name.clone(), dialer, setup, commands);
+        let sandbox = environment.sandbox;
+        std::thread::Builder::new()
+            .name(self.name.clone())
+            .spawn(move || {
+                sandbox.enter(ThreadKind::Disk);
+                worker.run();
+            })
+            .context("thread")?;
+        Ok(())
+    }
+
+    /// Name in messages.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Queues that the guest sees.
+    pub(crate) fn num_queues(&self) -> u16 {
+        self.num_queues
+    }
+
+    /// Largest queue size.
+    pub(crate) fn queue_size(&self) -> u16 {
+        self.queue_size
+    }
+
+    /// Notifiers to wire up.
+    pub(crate) fn notifiers(&self) -> &Notifiers {
+        &self.shared.notifiers
+    }
+
+    /// Features on offer; `None` while there has been no connection yet.
+    pub(crate) fn features(&self) -> Option<u64> {
+        self.shared.lock().features
+    }
+
+    /// The configuration as last read from the back-end, and its generation; `None` as for [`Disk::features`].
+    pub(crate) fn config(&self) -> Option<([u8; CONFIG_SIZE], u8)> {
+        let state = self.shared.lock();
+        state.features.map(|_| (state.config, state.generation))
+    }
+
+    /// Changes the configuration: at once in the copy, soon in the back-end.
+    pub(crate) fn write_config(&self, offset: usize, bytes: &[u8]) {
+        let mut state = self.shared.lock();
+        let end = offset.saturating_add(bytes.len());
+        let Some(target) = state.config.get_mut(offset..end) else {
+            return;
+        };
+        target.copy_from_slice(bytes);
+        drop(state);
+        self.send(Command::WriteConfig {
+            offset,
+            bytes: bytes.to_vec(),
+        });
+    }
+
+    /// The driver is ready: start the rings, now or when the back-end is there.
+    pub(crate) fn activate(&self, activation: Activation) {
+        self.send(Command::Activate(activation));
+    }
+
+    /// Begins to stop the rings and forget the driver; done when [`Disk::is_resetting`] says no.
+    pub(crate) fn reset(&self) {
+        let _ = self.begin_reset();
+    }
+
+    fn begin_reset(&self) -> Receiver<()> {
+        let (reply, answer) = sync_channel(1);
+        let mut state = self.shared.lock();
+        (state.resetting, state.broken) = (true, false);
+        drop(state);
+        self.send(Command::Reset(reply));
+        answer
+    }
+
+    /// Whether a reset is under way.
+    pub(crate) fn is_resetting(&self) -> bool {
+        self.shared.lock().resetting
+    }
+
+    /// Whether the driver's rings were unusable, so that it must reset the device.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.shared.lock().broken
+    }
+
+    /// Resets and waits until the back-end touches no guest memory any more.
+    ///
+    /// # Errors
+    /// The back-end is connected but does not answer.
+    pub(crate) fn reset_and_wait(&self) -> Result<()> {
+        self.wait(&self.begin_reset())
+    }
+
+    /// Drains the rings.
+    ///
+    /// # Errors
+    /// The back-end is connected but does not answer.
+    pub(crate) fn pause(&self) -> Result<()> {
+        let (reply, answer) = sync_channel(1);
+        self.send(Command::Pause(reply));
+        self.wait(&answer)
+    }
+
+    /// Starts drained rings again.
+    pub(crate) fn resume(&self) {
+        self.send(Command::Resume);
+    }
+
+    fn wait(&self, answer: &Receiver<()>) -> Result<()> {
+        answer.recv_timeout(ANSWER_TIMEOUT).with_context(|| {
+            format!(
+                "{}: no answer from the back-end in {ANSWER_TIMEOUT:?}",
+                self.name
+            )
+        })
+    }
+
+    fn send(&self, command: Command) {
+        // The worker ends only after Quit, and nothing that follows needs an answer.
+        let _ = self.commands.send(command);
+        self.wake.raise();
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        self.send(Command::Quit);
+    }
+}
+
+/// What disks need from the machine.
+pub(crate) struct Environment {
+    /// Guest memory to share with back-ends.
+    pub(crate) memory: Memory,
+    /// Where CPUs wait for a first connection.
+    pub(crate) gate: Arc<Gate>,
+    /// Which filter threads install.
+    pub(crate) sandbox: Sandbox,
+}

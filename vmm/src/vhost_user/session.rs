@@ -1,0 +1,384 @@
+//! The conversation with one back-end: what is negotiated, in which order rings are started, how they are drained.
+//!
+//! ```text
+//! open:   SET_OWNER  GET_FEATURES  GET/SET_PROTOCOL_FEATURES  GET_QUEUE_NUM  SET_BACKEND_REQ_FD  GET_CONFIG
+//! start:  SET_STATUS  SET_FEATURES  SET_MEM_TABLE  GET/SET_INFLIGHT_FD
+//!         per ring: NUM ADDR BASE KICK CALL, then ENABLE          SET_STATUS
+//! drain:  per ring: GET_VRING_BASE
+//! reset:  drain  SET_STATUS(0)  RESET_DEVICE
+//! ```
+//!
+//! A split ring's base after a reconnect is the used index that the guest sees; requests beyond it are found by the back-end
+//! in the inflight region, which outlives connections here. Must not know when to connect.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
+use vhost::vhost_user::message::FrontendReq;
+
+use super::wire::{Link, LinkError};
+use super::{Activation, CONFIG_SIZE, RingSetup, Shared};
+use crate::memory::Memory;
+
+type Result<T> = std::result::Result<T, LinkError>;
+
+/// Feature bit that says that protocol features exist.
+const PROTOCOL_FEATURES: u64 = 1 << 30;
+/// VIRTIO_F_VERSION_1.
+pub(crate) const VERSION_1: u64 = 1 << 32;
+/// What a guest may be offered: of virtio-blk SIZE_MAX, SEG_MAX, GEOMETRY, RO, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, MQ, DISCARD,
+/// WRITE_ZEROES; of the rings INDIRECT_DESC, EVENT_IDX, VERSION_1, IN_ORDER, ORDER_PLATFORM. The rest needs help of the
+/// transport (packed rings, ring reset, notification data) or more configuration space.
+const OFFERED: u64 = 1 << 1
+    | 1 << 2
+    | 1 << 4
+    | 1 << 5
+    | 1 << 6
+    | 1 << 9
+    | 1 << 10
+    | 1 << 11
+    | 1 << 12
+    | 1 << 13
+    | 1 << 14
+    | 1 << 28
+    | 1 << 29
+    | VERSION_1
+    | 1 << 35
+    | 1 << 36;
+
+/// Offset of `num_queues` in the configuration.
+const CONFIG_NUM_QUEUES: usize = 34;
+
+const STATUS_ACKNOWLEDGE_DRIVER: u64 = 1 | 2;
+const STATUS_DRIVER_OK: u64 = 4;
+const STATUS_FEATURES_OK: u64 = 8;
+
+/// What stays the same over all connections of a disk.
+pub(super) struct Setup {
+    pub(super) num_queues: u16,
+    pub(super) queue_size: u16,
+    pub(super) memory: Memory,
+    pub(super) shared: Arc<Shared>,
+}
+
+/// The region in which a back-end notes the requests that it works on.
+pub(super) struct Inflight {
+    fd: OwnedFd,
+    /// The message that describes it: size, offset, number of queues, queue size.
+    description: Vec<u8>,
+}
+
+/// An open conversation.
+pub(super) struct Session {
+    pub(super) link: Link,
+    features: u64,
+}
+
+impl Session {
+    /// Negotiates and reads features and configuration.
+    pub(super) fn open(mut link: Link, setup: &Setup) -> Result<Self> {
+        link.order(FrontendReq::SET_OWNER, &[], &[])?;
+        let features = link.call(FrontendReq::GET_FEATURES, &[])?.as_u64()?;
+        require(
+            features & PROTOCOL_FEATURES != 0,
+            "the back-end has no protocol features",
+        )?;
+        require(
+            features & VERSION_1 != 0,
+            "the back-end does not offer VIRTIO_F_VERSION_1",
+        )?;
+        negotiate_protocol(&mut link)?;
+        check_queue_number(&mut link, setup.num_queues)?;
+        if link.protocol().contains(Protocol::BACKEND_REQ) {
+            let (ours, theirs) = UnixStream::pair()?;
+            link.order(FrontendReq::SET_BACKEND_REQ_FD, &[], &[theirs.as_raw_fd()])?;
+            link.set_channel(ours);
+        }
+        link.commit();
+        Ok(Self { link, features })
+    }
+
+    /// Features that the guest may be offered.
+    pub(super) fn features(&self) -> u64 {
+        self.features & OFFERED
+    }
+
+    /// Whether requests survive the death of the back-end.
+    pub(super) fn tracks_inflight(&self) -> bool {
+        self.link.protocol().contains(Protocol::INFLIGHT_SHMFD)
+    }
+
+    /// Reads the configuration, with the number of queues that this VMM has.
+    pub(super) fn read_config(&mut self, setup: &Setup) -> Result<[u8; CONFIG_SIZE]> {
+        const HEADER: usize = 12;
+        let mut payload = words(&[0, CONFIG_SIZE as u32, 0]);
+        payload.resize(HEADER + CONFIG_SIZE, 0);
+        let reply = self.link.call(FrontendReq::GET_CONFIG, &payload)?;
+        let bytes = reply
+            .payload
+            .get(HEADER..)
+            .and_then(|bytes| bytes.try_into().ok());
+        let mut config: [u8; CONFIG_SIZE] =
+            bytes.ok_or_else(|| refused("the back-end did not tell its configuration"))?;
+        config[CONFIG_NUM_QUEUES..CONFIG_NUM_QUEUES + 2]
+            .copy_from_slice(&setup.num_queues.to_le_bytes());
+        Ok(config)
+    }
+
+    /// Changes the configuration.
+    pub(super) fn write_config(&mut self, offset: usize, bytes: &[u8]) -> Result<()> {
+        let mut payload = words(&[offset as u32, bytes.len() as u32, 0]);
+        payload.extend_from_slice(bytes);
+        self.link.order(FrontendReq::SET_CONFIG, &payload, &[])
+    }
+
+    /// Starts all rings of `activation`. `bases` has what [`Session::drain`] returned, if rings were drained.
+    pub(super) fn start(
+        &mut self,
+        setup: &Setup,
+        activation: &Activation,
+        progress: &mut Progress,
+    ) -> Result<()> {
+        let missing = activation.features & !self.features;
+        require(
+            missing == 0,
+            &format!("the back-end lacks features that the guest uses: {missing:#x}"),
+        )?;
+        self.set_status(STATUS_ACKNOWLEDGE_DRIVER)?;
+        let features = activation.features | PROTOCOL_FEATURES;
+        self.link
+            .order(FrontendReq::SET_FEATURES, &features.to_ne_bytes(), &[])?;
+        self.set_status(STATUS_ACKNOWLEDGE_DRIVER | STATUS_FEATURES_OK)?;
+        self.set_memory(&setup.memory)?;
+        self.set_inflight(setup, &mut progress.inflight)?;
+        for (index, ring) in active_rings(activation) {
+            let base = progress.bases.get(index).copied().flatten();
+            self.set_ring(setup, index, ring, base)?;
+        }
+        for (index, _) in active_rings(activation) {
+            self.link.order(
+                FrontendReq::SET_VRING_ENABLE,
+                &words(&[index as u32, 1]),
+                &[],
+            )?;
+        }
+        self.set_status(STATUS_ACKNOWLEDGE_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK)?;
+        // What was kicked while nobody listened, or taken and lost by a back-end that died, is found by one more kick.
+        for (index, _) in active_rings(activation) {
+            setup.shared.notifiers.kicks[index].raise();
+        }
+        Ok(())
+    }
+
+    fn set_ring(
+        &mut self,
+        setup: &Setup,
+        index: usize,
+        ring: &RingSetup,
+        base: Option<u16>,
+    ) -> Result<()> {
+        let queue = index as u32;
+        let places = RingPlaces::find(&setup.memory, ring)
+            .ok_or_else(|| refused("a ring is outside the guest's memory"))?;
+        let size = u32::from(ring.size);
+        let base = u32::from(base.unwrap_or(places.used_index));
+        self.link
+            .order(FrontendReq::SET_VRING_NUM, &words(&[queue, size]), &[])?;
+        self.link
+            .order(FrontendReq::SET_VRING_BASE, &words(&[queue, base]), &[])?;
+        let mut address = words(&[queue, 0]);
+        for place in [places.descriptors, places.used, places.available, 0] {
+            address.extend_from_slice(&place.to_ne_bytes());
+        }
+        self.link
+            .order(FrontendReq::SET_VRING_ADDR, &address, &[])?;
+        let notifiers = &setup.shared.notifiers;
+        let index_bytes = u64::from(queue).to_ne_bytes();
+        let kick = notifiers.kicks[index].event_fd().as_raw_fd();
+        self.link
+            .order(FrontendReq::SET_VRING_KICK, &index_bytes, &[kick])?;
+        let call = notifiers.calls[index].event_fd().as_raw_fd();
+        self.link
+            .order(FrontendReq::SET_VRING_CALL, &index_bytes, &[call])
+    }
+
+    fn set_memory(&mut self, memory: &Memory) -> Result<()> {
+        let regions = memory.regions();
+        let mut payload = words(&[regions.len() as u32, 0]);
+        for region in &regions {
+            let fields = [
+                region.guest_start,
+                region.size,
+                region.host_start,
+                region.file_offset,
+            ];
+            payload.extend(fields.into_iter().flat_map(u64::to_ne_bytes));
+        }
+        let fds = vec![memory.file().as_raw_fd(); regions.len()];
+        self.link.order(FrontendReq::SET_MEM_TABLE, &payload, &fds)
+    }
+
+    fn set_inflight(&mut self, setup: &Setup, inflight: &mut Option<Inflight>) -> Result<()> {
+        if !self.tracks_inflight() {
+            return require(
+                inflight.is_none(),
+                "the back-end has no INFLIGHT_SHMFD, but its predecessor left requests in flight",
+            );
+        }
+        if inflight.is_none() {
+            *inflight = Some(self.get_inflight(setup)?);
+        }
+        let Some(inflight) = inflight else {
+            return Ok(());
+        };
+        let fd = inflight.fd.as_raw_fd();
+        self.link
+            .order(FrontendReq::SET_INFLIGHT_FD, &inflight.description, &[fd])
+    }
+
+    fn get_inflight(&mut self, setup: &Setup) -> Result<Inflight> {
+        const DESCRIPTION_SIZE: usize = 24;
+        let mut payload = vec![0; 16];
+        payload.extend_from_slice(&setup.num_queues.to_ne_bytes());
+        payload.extend_from_slice(&setup.queue_size.to_ne_bytes());
+        payload.resize(DESCRIPTION_SIZE, 0);
+        let reply = self.link.call(FrontendReq::GET_INFLIGHT_FD, &payload)?;
+        let fd = reply.fds.into_iter().next();
+        let fd = fd.ok_or_else(|| refused("the back-end gave no inflight region"))?;
+        require(
+            reply.payload.len() >= 20,
+            "the reply to GET_INFLIGHT_FD is too short",
+        )?;
+        Ok(Inflight {
+            fd,
+            description: reply.payload,
+        })
+    }
+
+    fn set_status(&mut self, status: u64) -> Result<()> {
+        if !self.link.protocol().contains(Protocol::STATUS) {
+            return Ok(());
+        }
+        self.link
+            .order(FrontendReq::SET_STATUS, &status.to_ne_bytes(), &[])
+    }
+
+    /// Stops all rings; returns when nothing is in flight. The result is where each ring goes on.
+    pub(super) fn drain(&mut self, activation: &Activation) -> Result<Vec<Option<u16>>> {
+        let mut bases = vec![None; activation.rings.len()];
+        for (index, _) in active_rings(activation) {
+            let reply = self
+                .link
+                .call(FrontendReq::GET_VRING_BASE, &words(&[index as u32, 0]))?;
+            bases[index] = Some(reply.as_u64().map(|reply| (reply >> 32) as u16)?);
+        }
+        Ok(bases)
+    }
+
+    /// Stops all rings and takes the device back to where it was before a driver came.
+    pub(super) fn reset(&mut self, activation: &Activation) -> Result<()> {
+        self.drain(activation)?;
+        self.set_status(0)?;
+        if self.link.protocol().contains(Protocol::RESET_DEVICE) {
+            self.link.order(FrontendReq::RESET_DEVICE, &[], &[])?;
+        }
+        Ok(())
+    }
+}
+
+/// What has to survive from one connection to the next.
+#[derive(Default)]
+pub(super) struct Progress {
+    /// Requests that a back-end had taken.
+    pub(super) inflight: Option<Inflight>,
+    /// Where each drained ring goes on; empty after an undrained end.
+    pub(super) bases: Vec<Option<u16>>,
+}
+
+/// A ring's three parts as addresses in this process.
+struct RingPlaces {
+    descriptors: u64,
+    available: u64,
+    used: u64,
+    used_index: u16,
+}
+
+impl RingPlaces {
+    fn find(memory: &Memory, ring: &RingSetup) -> Option<Self> {
+        let size = usize::from(ring.size);
+        Some(Self {
+            descriptors: memory.host_address(ring.descriptors, 16 * size)?,
+            available: memory.host_address(ring.available, 6 + 2 * size)?,
+            used: memory.host_address(ring.used, 6 + 8 * size)?,
+            used_index: memory.read_u16(ring.used.checked_add(2)?)?,
+        })
+    }
+}
+
+/// Whether each enabled ring is inside the guest's memory.
+pub(super) fn rings_are_valid(memory: &Memory, activation: &Activation) -> bool {
+    active_rings(activation).all(|(_, ring)| RingPlaces::find(memory, ring).is_some())
+}
+
+fn active_rings(activation: &Activation) -> impl Iterator<Item = (usize, &RingSetup)> {
+    activation
+        .rings
+        .iter()
+        .enumerate()
+        .filter_map(|(index, ring)| Some((index, ring.as_ref()?)))
+}
+
+fn negotiate_protocol(link: &mut Link) -> Result<()> {
+    let wanted = Protocol::MQ
+        | Protocol::REPLY_ACK
+        | Protocol::BACKEND_REQ
+        | Protocol::CONFIG
+        | Protocol::INFLIGHT_SHMFD
+        | Protocol::RESET_DEVICE
+        | Protocol::STATUS;
+    let offered = link
+        .call(FrontendReq::GET_PROTOCOL_FEATURES, &[])?
+        .as_u64()?;
+    let protocol = Protocol::from_bits_truncate(offered) & wanted;
+    require(
+        protocol.contains(Protocol::CONFIG),
+        "the back-end has no CONFIG protocol feature",
+    )?;
+    link.order(
+        FrontendReq::SET_PROTOCOL_FEATURES,
+        &protocol.bits().to_ne_bytes(),
+        &[],
+    )?;
+    link.set_protocol(protocol);
+    Ok(())
+}
+
+fn check_queue_number(link: &mut Link, wanted: u16) -> Result<()> {
+    let available = if link.protocol().contains(Protocol::MQ) {
+        link.call(FrontendReq::GET_QUEUE_NUM, &[])?.as_u64()?
+    } else {
+        1
+    };
+    require(
+        available >= u64::from(wanted),
+        &format!("num-queues is {wanted}, but the back-end has only {available}"),
+    )
+}
+
+fn require(condition: bool, otherwise: &str) -> Result<()> {
+    if condition {
+        Ok(())
+    } else {
+        Err(refused(otherwise))
+    }
+}
+
+fn refused(text: &str) -> LinkError {
+    LinkError::Refused(text.to_owned())
+}
+
+fn words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
