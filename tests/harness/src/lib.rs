@@ -6,8 +6,8 @@
 //! - [`process`], [`qmp_client`], [`peer`]: daemons, their monitors, and QEMU's tools.
 //! - [`rig`]: a disk image with its daemon; [`supervisor`] interrupts it under load.
 //! - [`ramdisk`]: an independent back-end that the driver itself is tested against.
-//! - [`nested`]: a machine with a working KVM in software.
 //! - [`fuzz_frontend`]: a front-end that means harm.
+//! - [`nested`]: a machine with a working KVM in software; [`scene`]: a real guest, its VMM and its daemon.
 //! - [`wire`]: vhost-user messages as bytes.
 
 pub mod driver;
@@ -21,5 +21,6 @@ pub mod progress;
 pub mod qmp_client;
 pub mod ramdisk;
 pub mod rig;
+pub mod scene;
 pub mod supervisor;
 pub mod wire;

@@ -17,10 +17,14 @@
 mod archive;
 mod guest;
 mod kernel;
+mod outcome;
+mod process;
 mod tree;
 mod vm;
 
 pub use guest::guest_initramfs;
 pub use kernel::Kernel;
+pub use outcome::Outcome;
+pub(crate) use process::{Owned, die_with_parent, lines_of};
 pub use tree::Tree;
-pub use vm::{NestedVm, Outcome};
+pub use vm::NestedVm;

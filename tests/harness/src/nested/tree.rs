@@ -74,12 +74,22 @@ impl Tree {
     /// # Errors
     /// The program is not there, or one of its libraries is not.
     pub fn program(&mut self, source: impl AsRef<Path>) -> Result<()> {
-        let source = source.as_ref();
-        for library in shared_libraries(source)? {
+        let name = source
+            .as_ref()
+            .file_name()
+            .context("a program has a file name")?;
+        self.program_as(&source, Path::new("/bin").join(name))
+    }
+
+    /// A program of this machine under another path, with the shared libraries that it asks for.
+    ///
+    /// # Errors
+    /// As for [`Tree::program`].
+    pub fn program_as(&mut self, source: impl AsRef<Path>, path: impl AsRef<Path>) -> Result<()> {
+        for library in shared_libraries(source.as_ref())? {
             self.copy(&library, &library)?;
         }
-        let name = source.file_name().context("a program has a file name")?;
-        self.copy(source, Path::new("/bin").join(name))
+        self.copy(source, path)
     }
 
     /// Kernel modules, in loading order, as `/modules/NN-name.ko`.

@@ -5,6 +5,7 @@
 
 mod clear;
 mod device;
+mod guests;
 mod hostile;
 mod kill;
 mod lifecycle;

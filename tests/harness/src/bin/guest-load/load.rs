@@ -4,8 +4,8 @@
 //! start -> (mark)* -> stop -> verify
 //! ```
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::mem;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -36,33 +36,52 @@ pub(crate) fn fill(seed: u64, buffer: &mut [u8]) {
 }
 
 #[derive(Default)]
-struct Counters {
-    stop: AtomicBool,
-    syncs: AtomicU64,
-    bytes: AtomicU64,
-    longest_pause_us: AtomicU64,
+struct Counts {
+    stop: bool,
+    syncs: u64,
+    bytes: u64,
+    longest_pause: Duration,
+    /// Writers that ended; before `stop` each of them has failed.
+    ended: usize,
+}
+
+#[derive(Default)]
+struct Shared {
+    counts: Mutex<Counts>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn counts(&self) -> MutexGuard<'_, Counts> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A load that runs, or has run.
 pub(crate) struct Load {
-    counters: Arc<Counters>,
+    shared: Arc<Shared>,
     threads: Vec<JoinHandle<Result<Box<dyn Worker>>>>,
     stopped: Vec<Box<dyn Worker>>,
 }
 
 impl Load {
     pub(crate) fn start(workers: Vec<Box<dyn Worker>>) -> Self {
-        let counters = Arc::new(Counters::default());
+        let shared = Arc::new(Shared::default());
         let threads = workers
             .into_iter()
             .enumerate()
             .map(|(index, worker)| {
-                let counters = Arc::clone(&counters);
-                thread::spawn(move || write_until_stopped(index, worker, &counters))
+                let shared = Arc::clone(&shared);
+                thread::spawn(move || {
+                    let end = write_until_stopped(index, worker, &shared);
+                    shared.counts().ended += 1;
+                    shared.changed.notify_all();
+                    end
+                })
             })
             .collect();
         Self {
-            counters,
+            shared,
             threads,
             stopped: Vec::new(),
         }
@@ -70,17 +89,32 @@ impl Load {
 
     /// The counts so far, and the longest pause since the last call.
     pub(crate) fn mark(&self, event: &str) -> Value {
-        let pause = self.counters.longest_pause_us.swap(0, Ordering::Relaxed);
+        let mut counts = self.shared.counts();
+        let pause = mem::take(&mut counts.longest_pause);
         json!({
             "event": event,
-            "syncs": self.counters.syncs.load(Ordering::Relaxed),
-            "bytes": self.counters.bytes.load(Ordering::Relaxed),
-            "longest_pause_ms": pause as f64 / 1000.0,
+            "syncs": counts.syncs,
+            "bytes": counts.bytes,
+            "longest_pause_ms": (pause.as_secs_f64() * 10_000.0).round() / 10.0,
         })
     }
 
+    /// Waits for that many more syncs, then as [`Load::mark`].
+    pub(crate) fn wait_for(&mut self, syncs: u64) -> Result<Value> {
+        let counts = self.shared.counts();
+        let goal = counts.syncs + syncs;
+        let waiting = |counts: &mut Counts| counts.syncs < goal && counts.ended == 0;
+        let counts = self.shared.changed.wait_while(counts, waiting);
+        let failed = counts.unwrap_or_else(PoisonError::into_inner).ended > 0;
+        if failed {
+            self.stop()
+        } else {
+            Ok(self.mark("mark"))
+        }
+    }
+
     pub(crate) fn stop(&mut self) -> Result<Value> {
-        self.counters.stop.store(true, Ordering::Relaxed);
+        self.shared.counts().stop = true;
         for thread in self.threads.drain(..) {
             let worker = thread.join().map_err(|_| anyhow!("a writer panicked"))?;
             self.stopped.push(worker.context("a writer failed")?);
@@ -105,26 +139,26 @@ impl Load {
 fn write_until_stopped(
     index: usize,
     mut worker: Box<dyn Worker>,
-    counters: &Counters,
+    shared: &Shared,
 ) -> Result<Box<dyn Worker>> {
     pin_to_cpu(index)?;
     let mut last = Instant::now();
-    while !counters.stop.load(Ordering::Relaxed) {
+    loop {
         let bytes = worker.step()?;
         let now = Instant::now();
-        counters.bytes.fetch_add(bytes, Ordering::Relaxed);
-        counters.syncs.fetch_add(1, Ordering::Relaxed);
-        let pause = now.saturating_duration_since(last);
-        counters
-            .longest_pause_us
-            .fetch_max(microseconds(pause), Ordering::Relaxed);
+        let mut counts = shared.counts();
+        counts.bytes += bytes;
+        counts.syncs += 1;
+        counts.longest_pause = counts
+            .longest_pause
+            .max(now.saturating_duration_since(last));
         last = now;
+        if counts.stop {
+            return Ok(worker);
+        }
+        drop(counts);
+        shared.changed.notify_all();
     }
-    Ok(worker)
-}
-
-fn microseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// The kernel gives each CPU its own queue of the disk: writers on different CPUs use different queues.

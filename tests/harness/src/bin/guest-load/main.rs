@@ -9,10 +9,11 @@
 //! | `files N` | `started` | mounts the disk; N writers create files and fsync each of them |
 //! | `device N` | `started` | N writers overwrite random blocks of the bare disk, each with `fdatasync`, and read others back |
 //! | `mark` | `mark` | counts so far; the longest time between two completed syncs of one writer since the last mark |
+//! | `progress N` | `mark` | waits for N more syncs first |
 //! | `stop` | `stopped` | ends the writers, waits for them |
 //! | `verify` | `verified` | drops every cache and reads back all that was synced, byte by byte |
 //! | `size BYTES` | `size` | waits until the kernel says that the disk has this size |
-//! | `power-button` | `pressed` | waits for the power button |
+//! | `power-button` | `waiting`, `pressed` | waits for the power button |
 //! | `log` | `log` | the kernel's complaints about I/O, time-outs and file systems |
 //! | `exit` | | ends the program |
 //!
@@ -60,10 +61,19 @@ fn execute(load: &mut Option<Load>, words: &[&str]) -> Result<Value> {
         ["files", writers] => start(load, files::workers(writers.parse()?)?),
         ["device", writers] => start(load, device::workers(writers.parse()?)?),
         ["mark"] => Ok(load.as_ref().with_context(running)?.mark("mark")),
+        ["progress", syncs] => load
+            .as_mut()
+            .with_context(running)?
+            .wait_for(syncs.parse()?),
         ["stop"] => load.as_mut().with_context(running)?.stop(),
         ["verify"] => load.as_mut().with_context(running)?.verify(),
         ["size", bytes] => system::wait_for_size(bytes.parse()?),
-        ["power-button"] => system::wait_for_power_button(),
+        ["power-button"] => {
+            let button = system::PowerButton::open()?;
+            // A press before this moment would not be seen.
+            answer(&json!({"event": "waiting"}));
+            button.wait()
+        }
         ["log"] => system::kernel_complaints(),
         other => bail!("unknown command {other:?}"),
     }

@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read as _};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 
@@ -25,7 +26,7 @@ const COMPLAINTS: [&str; 7] = [
     "EXT4-fs error",
     "EXT4-fs warning",
     "JBD2: Error",
-    "read-only",
+    "Remounting filesystem read-only",
     "blocked for more than",
     "rcu_sched self-detected",
 ];
@@ -70,19 +71,36 @@ pub(crate) fn wait_for_size(bytes: u64) -> Result<Value> {
     Ok(json!({"event": "size", "bytes": bytes}))
 }
 
-/// Waits for the key that ACPI's power button sends.
-pub(crate) fn wait_for_power_button() -> Result<Value> {
-    let mut buttons = File::open("/dev/input/event0").context("open the power button")?;
-    // struct input_event: 16 bytes of time, then type and code (16 bits each) and the value (32 bits).
-    let mut event = [0; 24];
-    loop {
-        buttons
-            .read_exact(&mut event)
-            .context("read the power button")?;
-        let kind = u16::from_le_bytes([event[16], event[17]]);
-        let code = u16::from_le_bytes([event[18], event[19]]);
-        if (kind, code) == (EV_KEY, KEY_POWER) {
-            return Ok(json!({"event": "pressed"}));
+/// The key that ACPI's power button sends; presses count from its opening.
+pub(crate) struct PowerButton(File);
+
+impl PowerButton {
+    pub(crate) fn open() -> Result<Self> {
+        for entry in fs::read_dir("/sys/class/input").context("list the input devices")? {
+            let entry = entry.context("list the input devices")?;
+            // Only those that evdev serves have a node of that name.
+            let node = Path::new("/dev/input").join(entry.file_name());
+            let name = fs::read_to_string(entry.path().join("device/name")).unwrap_or_default();
+            if node.exists() && name.trim() == "Power Button" {
+                return Ok(Self(File::open(node).context("open the power button")?));
+            }
+        }
+        bail!("the guest has no power button")
+    }
+
+    /// Waits for a press.
+    pub(crate) fn wait(mut self) -> Result<Value> {
+        // struct input_event: 16 bytes of time, then type and code (16 bits each) and the value (32 bits).
+        let mut event = [0; 24];
+        loop {
+            self.0
+                .read_exact(&mut event)
+                .context("read the power button")?;
+            let kind = u16::from_le_bytes([event[16], event[17]]);
+            let code = u16::from_le_bytes([event[18], event[19]]);
+            if (kind, code) == (EV_KEY, KEY_POWER) {
+                return Ok(json!({"event": "pressed"}));
+            }
         }
     }
 }

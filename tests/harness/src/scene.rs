@@ -1,0 +1,38 @@
+//! A real guest, the VMM that runs it and the daemon that serves its disk, as three processes under one hand.
+//!
+//! ```text
+//!   BackEnd (outboard-blkd) ── vhost-user ── Guest: outboard-vmm or QEMU
+//!        │ QMP                                 │ QMP     │ console: commands in, answers out
+//!        └───────────── the scene: this process ─────────┘
+//! ```
+//!
+//! What happens in which order is the program `vm-scene`'s business; tests and the demo start that program with [`Stage`], on
+//! this machine if it has KVM, in a nested one otherwise. Nothing here knows what a disk image is.
+
+mod back_end;
+mod front_end;
+mod guest;
+mod stage;
+
+pub use back_end::BackEnd;
+pub use front_end::{Boot, FrontEnd};
+pub use guest::Guest;
+pub use stage::{Stage, kvm_runs_guests};
+
+use std::env;
+use std::path::{Path, PathBuf};
+
+/// Finds a program: beside this one, then in the folder above (where cargo puts programs while tests are one below), then by
+/// `PATH`.
+pub fn program(name: &str) -> PathBuf {
+    let own = env::current_exe().unwrap_or_default();
+    let beside = own
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|directory| directory.join(name));
+    let path = env::var_os("PATH").unwrap_or_default();
+    let by_path = env::split_paths(&path).map(|directory| directory.join(name));
+    let found = beside.chain(by_path).find(|candidate| candidate.is_file());
+    found.unwrap_or_else(|| Path::new(name).into())
+}

@@ -1,0 +1,172 @@
+//! Where a scene is played: on this machine, or in a nested one that has the KVM which this one lacks.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+
+use super::{Boot, FrontEnd, Guest, program};
+use crate::nested::{Kernel, NestedVm, Outcome, guest_initramfs};
+
+/// Programs that a scene starts besides the daemon and the VMM.
+const PEERS: [&str; 2] = ["qemu-img", "mke2fs"];
+
+/// A scene to be played by `vm-scene`.
+#[derive(Debug, Clone)]
+pub struct Stage {
+    scene: String,
+    front_end: FrontEnd,
+    options: Vec<String>,
+}
+
+impl Stage {
+    /// The scene of that name, with that VMM.
+    pub fn new(scene: &str, front_end: FrontEnd) -> Self {
+        Self {
+            scene: scene.into(),
+            front_end,
+            options: Vec::new(),
+        }
+    }
+
+    /// An option of `vm-scene`, as `--name value`.
+    #[must_use]
+    pub fn option(mut self, name: &str, value: impl ToString) -> Self {
+        self.options
+            .extend([format!("--{name}"), value.to_string()]);
+        self
+    }
+
+    /// Whether the scene will be played in a nested machine.
+    pub fn is_nested(&self) -> bool {
+        self.front_end.needs_kvm() && !kvm_runs_guests()
+    }
+
+    /// Plays the scene and hands each line that it prints to `watch` at once.
+    ///
+    /// # Errors
+    /// Something that the scene needs is missing. What happens in the scene is in the outcome.
+    pub fn play(&self, timeout: Duration, watch: impl FnMut(&str)) -> Result<Outcome> {
+        if self.is_nested() {
+            self.nested_vm()?.run(timeout, watch)
+        } else {
+            self.play_here(timeout, watch)
+        }
+    }
+
+    /// Plays the scene with its standard input and output on this terminal.
+    ///
+    /// # Errors
+    /// As for [`Stage::play`].
+    pub fn play_interactively(&self) -> Result<()> {
+        if self.is_nested() {
+            self.nested_vm()?.run_interactively()
+        } else {
+            let directory = tempfile::Builder::new()
+                .prefix("outboard-scene-")
+                .tempdir()?;
+            let mut command = self.command_here(directory.path())?;
+            command.status().context("run vm-scene").map(|_| ())
+        }
+    }
+
+    fn play_here(&self, timeout: Duration, watch: impl FnMut(&str)) -> Result<Outcome> {
+        let directory = tempfile::Builder::new()
+            .prefix("outboard-scene-")
+            .tempdir()?;
+        let mut command = self.command_here(directory.path())?;
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        let console = directory.path().join("stderr.log");
+        command.stderr(fs::File::create(&console).context("create the log")?);
+        let mut outcome = Outcome::of(command, timeout, watch)?;
+        outcome.console = fs::read_to_string(&console).unwrap_or_default();
+        Ok(outcome)
+    }
+
+    fn command_here(&self, directory: &Path) -> Result<Command> {
+        let kernel = Kernel::installed()?;
+        let initramfs = directory.join("guest.cpio");
+        guest_initramfs(&kernel, &[&program("guest-load")], &initramfs)?;
+        let mut command = Command::new(program("vm-scene"));
+        command
+            .args(self.arguments(kernel.image(), &initramfs))
+            .env("OUTBOARD_BLKD", program("outboard-blkd"));
+        Ok(command)
+    }
+
+    fn nested_vm(&self) -> Result<NestedVm> {
+        let kernel = Kernel::installed()?;
+        let initramfs = tempfile::Builder::new()
+            .prefix("outboard-guest-")
+            .tempfile()?;
+        guest_initramfs(&kernel, &[&program("guest-load")], initramfs.path())?;
+        let inside = [Path::new("/guest/vmlinuz"), Path::new("/guest/initramfs")];
+        let mut vm = NestedVm::new()?
+            .file(kernel.image(), inside[0])?
+            .file(initramfs.path(), inside[1])?
+            .keep(initramfs)
+            .program(program("vm-scene"))?
+            .program(program("outboard-blkd"))?
+            .file("/etc/mke2fs.conf", "/etc/mke2fs.conf")?;
+        for peer in PEERS {
+            vm = vm.program(program(peer))?;
+        }
+        vm = match self.front_end {
+            FrontEnd::Outboard => vm.program(program("outboard-vmm"))?,
+            _ => vm.qemu()?,
+        };
+        let arguments = self.arguments(inside[0], inside[1]);
+        Ok(vm.script(format!(
+            "export OUTBOARD_BLKD=/bin/outboard-blkd\nexec vm-scene {}\n",
+            arguments.join(" ")
+        )))
+    }
+
+    fn arguments(&self, kernel: &Path, initramfs: &Path) -> Vec<String> {
+        let mut arguments = vec![self.scene.clone()];
+        let own = [
+            ("--front-end", self.front_end.name().to_owned()),
+            ("--kernel", kernel.display().to_string()),
+            ("--initramfs", initramfs.display().to_string()),
+        ];
+        arguments.extend(
+            own.into_iter()
+                .flat_map(|(name, value)| [name.to_owned(), value]),
+        );
+        arguments.extend(self.options.iter().cloned());
+        arguments
+    }
+}
+
+/// Whether KVM works here: the processor has an extension for it, and a guest boots with it to its end.
+///
+/// A `/dev/kvm` alone says little: some hosts have one that cannot run a stock kernel.
+pub fn kvm_runs_guests() -> bool {
+    let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = processor
+        .lines()
+        .find(|line| line.starts_with("flags"))
+        .unwrap_or_default();
+    let extension = flags
+        .split_whitespace()
+        .any(|flag| flag == "vmx" || flag == "svm");
+    extension && boots_with_kvm().is_ok()
+}
+
+fn boots_with_kvm() -> Result<()> {
+    let directory = tempfile::Builder::new().prefix("outboard-kvm-").tempdir()?;
+    let kernel = Kernel::installed()?;
+    let initramfs: PathBuf = directory.path().join("guest.cpio");
+    guest_initramfs(&kernel, &[], &initramfs)?;
+    let boot = Boot {
+        front_end: FrontEnd::QemuKvm,
+        kernel: kernel.image().into(),
+        initramfs,
+        cpus: 1,
+        disk: None,
+        run: "true".into(),
+    };
+    Guest::start(&boot, directory.path())?.wait_for_line("@exit 0")
+}

@@ -1,0 +1,90 @@
+//! Scenarios with real guests: a Debian kernel, its VMM, and the daemon that serves its disk.
+//!
+//! Where KVM runs guests they run on it; elsewhere the VMM and the daemon are put into a nested machine.
+
+use std::time::Duration;
+
+use harness::nested::{NestedVm, Outcome};
+use harness::scene::{FrontEnd, Stage};
+use serde_json::{Value, json};
+
+/// Generous, because emulation is slow and test machines are shared; scenes end long before.
+const TIME_LIMIT: Duration = Duration::from_secs(420);
+
+fn play(stage: &Stage) -> Outcome {
+    let outcome = stage.play(TIME_LIMIT, |line| println!("{line}"));
+    let outcome = outcome.expect("what a scene needs is installed and built");
+    assert_eq!(
+        outcome.exit,
+        Some(0),
+        "see the story above; console:\n{}",
+        outcome.console
+    );
+    outcome
+}
+
+/// A field of the first event of that name.
+fn field<'a>(outcome: &'a Outcome, event: &str, name: &str) -> &'a Value {
+    let event = outcome
+        .event(event)
+        .unwrap_or_else(|| panic!("no {event} in {outcome:#?}"));
+    &event[name]
+}
+
+fn assert_survived(outcome: &Outcome, kills: usize) {
+    assert_eq!(outcome.events_named("killed").count(), kills);
+    assert_eq!(outcome.events_named("resumed").count(), kills);
+    assert!(field(outcome, "guest_verified", "bytes").as_u64() > Some(0));
+    assert_eq!(field(outcome, "guest_log", "complaints"), &json!([]));
+    assert!(outcome.event("powered_off").is_some());
+    assert_eq!(field(outcome, "checked", "report")["check-errors"], 0);
+}
+
+#[test]
+fn the_nested_machine_offers_kvm_to_programs() {
+    let script = r#"test -c /dev/kvm && echo '{"event": "kvm"}'; echo plain; exit 3"#;
+    let outcome = NestedVm::new()
+        .unwrap()
+        .script(script)
+        .run(TIME_LIMIT, |_| ())
+        .unwrap();
+    assert!(outcome.event("kvm").is_some(), "{outcome:#?}");
+    assert_eq!(outcome.output, ["plain"]);
+    assert_eq!(outcome.exit, Some(3));
+}
+
+#[test]
+fn a_guest_of_qemu_survives_the_daemons_death() {
+    let outcome = play(&Stage::new("survive-kills", FrontEnd::QemuTcg).option("kills", 2));
+    assert_survived(&outcome, 2);
+}
+
+#[test]
+fn a_guest_of_qemu_on_kvm_survives_the_daemons_death() {
+    let outcome = play(&Stage::new("survive-kills", FrontEnd::QemuKvm).option("kills", 1));
+    assert_survived(&outcome, 1);
+}
+
+#[test]
+fn a_guest_of_outboard_survives_the_daemons_death() {
+    let outcome = play(&Stage::new("survive-kills", FrontEnd::Outboard).option("kills", 3));
+    assert_survived(&outcome, 3);
+}
+
+#[test]
+fn a_guest_on_four_queues_sees_its_disk_grow() {
+    let stage = Stage::new("resize", FrontEnd::Outboard)
+        .option("cpus", 4)
+        .option("queues", 4);
+    let outcome = play(&stage);
+    assert_eq!(field(&outcome, "guest_ready", "queues"), 4);
+    assert_eq!(field(&outcome, "guest_size", "bytes"), 96 << 20);
+}
+
+#[test]
+fn a_guest_waits_for_its_daemon_and_obeys_reset_and_power_button() {
+    let outcome = play(&Stage::new("late-back-end", FrontEnd::Outboard));
+    assert_eq!(outcome.events_named("guest_ready").count(), 2);
+    assert!(outcome.event("guest_pressed").is_some());
+    assert!(outcome.event("powered_off").is_some());
+}
