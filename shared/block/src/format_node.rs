@@ -3,7 +3,6 @@
 //! Reads split by extent; a hit on one plain extent is the data child's own future. Writes go in
 //! place where the format says so, otherwise through prepare, copy-on-write and commit.
 
-
 use crate::format::Format;
 
 /// A format as a driver.

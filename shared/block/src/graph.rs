@@ -87,7 +87,9 @@ impl Graph {
     /// A node by name.
     pub fn node(&self, node_name: &str) -> Option<Arc<Node>> {
         let entries = self.entries.borrow();
-        let entry = entries.iter().find(|entry| entry.node.name() == node_name)?;
+        let entry = entries
+            .iter()
+            .find(|entry| entry.node.name() == node_name)?;
         Some(Arc::clone(&entry.node))
     }
     /// All nodes, newest first (the order of `query-named-block-nodes`).
@@ -126,8 +128,7 @@ impl Graph {
     /// A node that options refer to.
     pub(crate) fn find(&self, node_name: &str) -> Result<Arc<Node>> {
         self.node(node_name).ok_or_else(|| {
-            let message =
-                format!("Cannot find device='{node_name}' nor node-name='{node_name}'");
+            let message = format!("Cannot find device='{node_name}' nor node-name='{node_name}'");
             Error::new(ErrorKind::NotFound, message)
         })
     }

@@ -269,8 +269,7 @@ impl Node {
         let length = buffer.len() as u64;
         (offset | length) & mask == 0
             && (limits.max_transfer == 0 || length <= u64::from(limits.max_transfer))
-            && (limits.memory_alignment == 1
-                || buffer.is_aligned(limits.memory_alignment as usize))
+            && (limits.memory_alignment == 1 || buffer.is_aligned(limits.memory_alignment as usize))
     }
 
     /// Checks that a write ends within the node, which it makes longer if it grows.
@@ -302,4 +301,3 @@ impl ResizeListener for Node {
         }
     }
 }
-

@@ -125,7 +125,11 @@ impl Node {
         } else {
             self.write_bytes(offset, buffer).await?;
         }
-        if flags.fua { self.flush().await } else { Ok(()) }
+        if flags.fua {
+            self.flush().await
+        } else {
+            Ok(())
+        }
     }
 
     async fn write_bytes(&self, offset: u64, buffer: Buffer) -> Result<(), Errno> {
@@ -247,10 +251,7 @@ impl Node {
     }
 
     pub(super) async fn discard_general(&self, range: ByteRange) -> Result<(), Errno> {
-        let end = range
-            .checked_end()
-            .ok_or(Errno::EINVAL)?
-            .min(self.length());
+        let end = range.checked_end().ok_or(Errno::EINVAL)?.min(self.length());
         let start = self.align_up(range.offset).ok_or(Errno::EINVAL)?;
         let end = self.align_down(end);
         if start >= end {

@@ -33,7 +33,10 @@ impl User {
     }
 
     fn describe(&self, node: &str) -> String {
-        format!("{} (uses node '{node}' as '{}' child)", self.label, self.name)
+        format!(
+            "{} (uses node '{node}' as '{}' child)",
+            self.label, self.name
+        )
     }
 }
 

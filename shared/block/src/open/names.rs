@@ -82,7 +82,10 @@ fn check_form(name: &str) -> Result<()> {
     }
     let first = name.split('/').next().unwrap_or(name);
     if first.contains(':') {
-        return Err(forbidden(name, "only plain file names may be named by an image"));
+        return Err(forbidden(
+            name,
+            "only plain file names may be named by an image",
+        ));
     }
     Ok(())
 }

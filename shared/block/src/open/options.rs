@@ -93,7 +93,9 @@ impl Options {
             },
             Some(Value::String(value)) => match parse_size(&value) {
                 Some(value) => Ok(Some(value)),
-                None => Err(self.expects(name, "a size in bytes, or with suffix k, M, G, T, P or E")),
+                None => {
+                    Err(self.expects(name, "a size in bytes, or with suffix k, M, G, T, P or E"))
+                }
             },
             Some(_) => Err(self.wrong_type(name, "integer")),
         }
@@ -247,7 +249,17 @@ mod tests {
         assert_eq!(parse_size("64k"), Some(65536));
         assert_eq!(parse_size("1G"), Some(1 << 30));
         assert_eq!(parse_size("15E"), Some(15 << 60));
-        for bad in ["", "k", "-1", "+1", "1x", "1kk", "16E", "18446744073709551616", "0x10"] {
+        for bad in [
+            "",
+            "k",
+            "-1",
+            "+1",
+            "1x",
+            "1kk",
+            "16E",
+            "18446744073709551616",
+            "0x10",
+        ] {
             assert_eq!(parse_size(bad), None, "{bad}");
         }
     }

@@ -223,7 +223,10 @@ impl Future for RootFuture<'_> {
                         return Poll::Pending;
                     }
                     let request = std::mem::replace(&mut **request, Request::Flush);
-                    this.state = this.handle.start(|| this.handle.issue(request)).into_state();
+                    this.state = this
+                        .handle
+                        .start(|| this.handle.issue(request))
+                        .into_state();
                 }
             }
         }

@@ -1,0 +1,138 @@
+//! Image locks against QEMU's tools: whoever holds the image, the other is refused.
+
+use crate::rig::{graph, open_root, options, run};
+use block::{Permissions, Root};
+use serde_json::json;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Command, Output, Stdio};
+use tempfile::TempDir;
+
+fn tool(program: &str, arguments: &[&str]) -> Option<Output> {
+    match Command::new(program).args(arguments).output() {
+        Ok(output) => Some(output),
+        Err(error) => {
+            println!("SKIPPED: {program}: {error}");
+            None
+        }
+    }
+}
+
+fn image(dir: &TempDir) -> String {
+    let path = dir.path().join("image.raw");
+    std::fs::File::create(&path)
+        .unwrap()
+        .set_len(1 << 20)
+        .unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn the_peer_is_refused_while_a_writer_is_attached() {
+    let dir = TempDir::new().unwrap();
+    let path = image(&dir);
+    run(async {
+        let graph = graph();
+        let node = graph
+            .add(options(json!({"driver": "raw", "node-name": "r",
+                "file": {"driver": "file", "filename": path}})))
+            .await
+            .unwrap();
+        let write = ["-f", "raw", "-c", "write 0 512", &path];
+        // Nobody uses the node: nothing is locked.
+        let Some(idle) = tool("qemu-io", &write) else {
+            return;
+        };
+        assert!(idle.status.success(), "{idle:?}");
+        let shared = Permissions {
+            write: false,
+            resize: false,
+            ..Permissions::ALL
+        };
+        let root = Root::new("", &node, Permissions::READ_WRITE, shared).unwrap();
+        let busy = tool("qemu-io", &write).unwrap();
+        let text = String::from_utf8_lossy(&busy.stderr).into_owned();
+        assert!(!busy.status.success());
+        assert!(text.contains("Failed to get \"write\" lock"), "{text}");
+        let info = tool("qemu-img", &["info", &path]).unwrap();
+        assert!(!info.status.success(), "{info:?}");
+        drop(root);
+        let idle = tool("qemu-io", &write).unwrap();
+        assert!(idle.status.success(), "{idle:?}");
+    });
+}
+
+#[test]
+fn an_image_that_the_peer_writes_is_refused() {
+    let dir = TempDir::new().unwrap();
+    let path = image(&dir);
+    let peer = Command::new("qemu-io")
+        .args(["-f", "raw", &path])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn();
+    let mut peer = match peer {
+        Ok(peer) => peer,
+        Err(error) => return println!("SKIPPED: qemu-io: {error}"),
+    };
+    // The answer to a command shows that the image is open.
+    let mut input = peer.stdin.take().unwrap();
+    writeln!(input, "length").unwrap();
+    let mut answer = String::new();
+    BufReader::new(peer.stdout.take().unwrap())
+        .read_line(&mut answer)
+        .unwrap();
+    run(async {
+        let graph = graph();
+        let node = graph
+            .add(options(
+                json!({"driver": "file", "node-name": "f", "filename": path}),
+            ))
+            .await
+            .unwrap();
+        let shared = Permissions {
+            write: false,
+            ..Permissions::ALL
+        };
+        let error = Root::new("", &node, Permissions::READ, shared)
+            .err()
+            .unwrap();
+        assert_eq!(error.message, "Failed to get shared \"write\" lock");
+        let hint = format!("Is another process using the image [{path}]?");
+        assert_eq!(error.hint.as_deref(), Some(hint.as_str()));
+        // A refused claim leaves nothing locked.
+        Root::new("", &node, Permissions::READ, Permissions::ALL).unwrap();
+        let unlocked = graph
+            .add(options(
+                json!({"driver": "file", "node-name": "u", "filename": path,
+                "locking": "off"}),
+            ))
+            .await
+            .unwrap();
+        drop(open_root(&unlocked));
+    });
+    drop(input);
+    peer.wait().unwrap();
+}
+
+#[test]
+fn two_nodes_on_one_file_exclude_each_other() {
+    let dir = TempDir::new().unwrap();
+    let path = image(&dir);
+    run(async {
+        let graph = graph();
+        let mut nodes = Vec::new();
+        for name in ["a", "b"] {
+            let definition = json!({"driver": "file", "node-name": name, "filename": path});
+            nodes.push(graph.add(options(definition)).await.unwrap());
+        }
+        let alone = Permissions {
+            write: false,
+            ..Permissions::ALL
+        };
+        let first = Root::new("", &nodes[0], Permissions::READ_WRITE, alone).unwrap();
+        let error = Root::new("", &nodes[1], Permissions::READ_WRITE, Permissions::ALL);
+        assert_eq!(error.err().unwrap().message, "Failed to get \"write\" lock");
+        drop(first);
+        Root::new("", &nodes[1], Permissions::READ_WRITE, alone).unwrap();
+    });
+}
