@@ -34,3 +34,6 @@ pub use device::{Device, DeviceError};
 pub use queue::{Handler, Queue, QueueError, QueueRemote, QueueSetup};
 pub use ring::Chain;
 pub use server::{Address, Server};
+
+#[cfg(test)]
+mod tests;
