@@ -2,6 +2,7 @@
 
 use crate::edge::Permissions;
 use crate::node::WriteGuard;
+use crate::redo_log::ImageIdentity;
 use executor::{Buffer, Errno, FileOp};
 use std::future::Future;
 use std::pin::Pin;
@@ -219,4 +220,7 @@ pub trait Driver: Send + Sync {
     fn describe(&self) -> serde_json::Map<String, serde_json::Value>;
     /// The file name as QEMU would generate it: a plain path, or "" when there is none.
     fn filename(&self) -> String;
+    /// Which host file the node's bytes are in, for drivers that store them plainly; a format's
+    /// redo log belongs to that file. `None` without one file of its own.
+    fn identity(&self) -> Option<ImageIdentity>;
 }

@@ -11,7 +11,7 @@ use crate::node::Node;
 use crate::open::{Definition, DriverEntry, OpenRequest, Options, Place};
 use serde_json::{Map, Value};
 use std::cell::{Cell, RefCell};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// What names inside images may open besides files beneath the image's own directory.
@@ -31,6 +31,7 @@ struct Entry {
 pub struct Graph {
     drivers: Vec<&'static DriverEntry>,
     policy: NamePolicy,
+    redo_dir: Option<PathBuf>,
     /// In order of insertion.
     entries: RefCell<Vec<Entry>>,
     generated: Cell<u64>,
@@ -42,8 +43,18 @@ impl Graph {
         Graph {
             drivers: tables.iter().flat_map(|table| table.iter()).collect(),
             policy,
+            redo_dir: None,
             entries: RefCell::default(),
             generated: Cell::new(0),
+        }
+    }
+    /// Keeps the redo logs of writable images in `directory` (private to the process, on tmpfs);
+    /// without one, metadata changes that were not flushed do not survive a kill.
+    #[must_use]
+    pub fn with_redo_dir(self, directory: PathBuf) -> Graph {
+        Graph {
+            redo_dir: Some(directory),
+            ..self
         }
     }
     /// Opens a node (and inline children) from `--blockdev`/`blockdev-add` options and adds it.
@@ -123,6 +134,10 @@ impl Graph {
 
     pub(crate) fn policy(&self) -> &NamePolicy {
         &self.policy
+    }
+
+    pub(crate) fn redo_dir(&self) -> Option<&Path> {
+        self.redo_dir.as_deref()
     }
 
     /// A node that options refer to.

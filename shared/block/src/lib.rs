@@ -39,4 +39,5 @@ pub use format_node::FormatNode;
 pub use graph::Graph;
 pub use node::{DetectZeroes, Discard, Node, NodeOptions};
 pub use open::{ChildRole, DriverEntry, OpenRequest};
+pub use redo_log::{ImageIdentity, RedoLog};
 pub use root::{Drained, Root, RootFuture, RootHandle};

@@ -27,6 +27,7 @@ use crate::driver::{
     ZeroFlags,
 };
 use crate::error::{Error, ErrorKind};
+use crate::redo_log::ImageIdentity;
 use executor::{Buffer, Errno};
 use flush::FlushState;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -251,6 +252,10 @@ impl Node {
     /// The file name as QEMU would generate it: a plain path, or "" when there is none.
     pub fn filename(&self) -> String {
         self.driver.filename()
+    }
+    /// Which host file its bytes are in; see [`Driver::identity`].
+    pub fn identity(&self) -> Option<ImageIdentity> {
+        self.driver.identity()
     }
     /// Whether anybody (a parent or a root) uses the node.
     pub fn in_use(&self) -> bool {

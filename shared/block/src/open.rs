@@ -17,6 +17,7 @@ use crate::edge::{Edge, EdgeSpec};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::Graph;
 use crate::node::{Node, NodeOptions};
+use crate::redo_log::RedoLog;
 pub(crate) use names::FileId;
 pub(crate) use options::{Inherited, Options};
 use serde_json::{Map, Value};
@@ -137,6 +138,27 @@ impl OpenRequest<'_> {
             .await
             .map_err(context)?;
         self.attach(&child, "backing", ChildRole::Backing)
+    }
+
+    /// The redo log of the image in `image_file`, with what a killed process left in it. Keeps
+    /// nothing for read-only nodes, and where the graph has no directory for redo logs.
+    pub fn redo_log(&self, image_file: &Edge) -> Result<RedoLog> {
+        let image = image_file.node();
+        let (false, Some(directory)) = (self.node.read_only, self.graph.redo_dir()) else {
+            return Ok(RedoLog::disabled());
+        };
+        let Some(identity) = image.identity() else {
+            tracing::warn!(
+                node = self.node.node_name,
+                file = image.name(),
+                "no redo log: unflushed changes of this image do not survive a kill"
+            );
+            return Ok(RedoLog::disabled());
+        };
+        let log = RedoLog::open(directory, &identity)?;
+        let beating = log.share();
+        drop(executor::spawn(async move { beating.heartbeat().await }));
+        Ok(log)
     }
 
     async fn open_backing(

@@ -24,7 +24,7 @@ use executor::{SharedMemory, time};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// One metadata change; the meaning of the fields is the format's.
@@ -65,7 +65,8 @@ struct Inner {
     capacity: u64,
     path: Option<PathBuf>,
     appending: Mutex<()>,
-    filled: Notify,
+    /// Told when the log is no longer empty, and when it goes.
+    filled: Arc<Notify>,
 }
 
 /// "outboard" in ASCII, with the layout's version in the lowest byte.
@@ -128,7 +129,7 @@ impl RedoLog {
             capacity: capacity as u64,
             path,
             appending: Mutex::new(()),
-            filled: Notify::new(),
+            filled: Arc::new(Notify::new()),
         };
         RedoLog {
             inner: Some(Arc::new(inner)),
@@ -241,22 +242,25 @@ impl RedoLog {
         })
     }
 
-    /// Keeps the stamp fresh while the log holds something. Spawn it on the control thread; it
-    /// ends when every handle is gone, and sleeps while the log is empty.
-    pub async fn heartbeat(log: &RedoLog) {
-        let Some(inner) = &log.inner else { return };
-        let inner: Weak<Inner> = Arc::downgrade(inner);
-        while let Some(log) = inner.upgrade() {
-            let filled = log.filled.notified();
-            let (head, tail) = log.bounds();
+    /// Keeps the stamp fresh while the log holds something: a task of the control thread. Ends
+    /// when every other handle is gone, and sleeps while the log is empty.
+    pub async fn heartbeat(self) {
+        let Some(inner) = self.inner else { return };
+        let filled = Arc::clone(&inner.filled);
+        let log = Arc::downgrade(&inner);
+        drop(inner);
+        loop {
+            let filled_again = filled.notified();
+            let Some(inner) = log.upgrade() else { return };
+            let (head, tail) = inner.bounds();
             if head == tail {
-                time::timeout(HEARTBEAT * 60, filled).await;
-                continue;
+                drop(inner);
+                filled_again.await;
+            } else {
+                inner.stamp();
+                drop(inner);
+                time::sleep(HEARTBEAT).await;
             }
-            drop(filled);
-            log.stamp();
-            drop(log);
-            time::sleep(HEARTBEAT).await;
         }
     }
 
@@ -270,6 +274,12 @@ impl RedoLog {
         {
             tracing::warn!(path = %path.display(), %error, "redo log not removed");
         }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.filled.notify_all();
     }
 }
 
@@ -427,6 +437,22 @@ mod tests {
             error.message.contains("changed by another program"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn the_heartbeat_ends_with_the_last_handle() {
+        let log = RedoLog::in_memory(4);
+        let world = executor::sim::World::new(executor::sim::Config::default());
+        executor::Executor::simulated(&world).block_on(async {
+            let beating = executor::spawn(log.share().heartbeat());
+            time::sleep(HEARTBEAT).await;
+            assert!(log.append(&[record(1)]));
+            time::sleep(HEARTBEAT * 3).await;
+            let stamp = log.inner.as_ref().unwrap().memory[word::ALIVE].load(Relaxed);
+            assert_ne!(stamp, 0);
+            drop(log);
+            beating.await;
+        });
     }
 
     #[test]

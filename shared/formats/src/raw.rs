@@ -8,8 +8,8 @@
 use block::error::Result;
 use block::open::{ChildRole, DriverEntry};
 use block::{
-    BoxFuture, Buffer, ByteRange, Driver, Edge, Errno, Error, ErrorKind, IoFuture, Limits, Node,
-    OpenRequest, Resize, StatusExtent, WriteFlags, ZeroFlags,
+    BoxFuture, Buffer, ByteRange, Driver, Edge, Errno, Error, ErrorKind, ImageIdentity, IoFuture,
+    Limits, Node, OpenRequest, Resize, StatusExtent, WriteFlags, ZeroFlags,
 };
 use serde_json::{Map, Value};
 
@@ -170,5 +170,9 @@ impl Driver for Raw {
     }
     fn filename(&self) -> String {
         self.child().filename()
+    }
+
+    fn identity(&self) -> Option<ImageIdentity> {
+        self.child().identity()
     }
 }

@@ -18,8 +18,9 @@ pub mod locks;
 use block::edge::Permissions;
 use block::open::DriverEntry;
 use block::{
-    BlockStatus, BoxFuture, Buffer, ByteRange, Driver, Edge, Errno, Error, ErrorKind, IoFuture,
-    Limits, OpenRequest, Preallocation, Resize, StatusExtent, WriteFlags, ZeroFlags,
+    BlockStatus, BoxFuture, Buffer, ByteRange, Driver, Edge, Errno, Error, ErrorKind,
+    ImageIdentity, IoFuture, Limits, OpenRequest, Preallocation, Resize, StatusExtent, WriteFlags,
+    ZeroFlags,
 };
 use executor::file::Fallocate;
 use executor::{File, OpenOptions};
@@ -354,5 +355,18 @@ impl Driver for FileNode {
     }
     fn filename(&self) -> String {
         self.path.clone()
+    }
+
+    fn identity(&self) -> Option<ImageIdentity> {
+        let stat = nix::sys::stat::fstat(self.file.as_fd()?).ok()?;
+        let modified_ns = stat
+            .st_mtime
+            .checked_mul(1_000_000_000)?
+            .checked_add(stat.st_mtime_nsec)?;
+        Some(ImageIdentity {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+            modified_ns: u64::try_from(modified_ns).ok()?,
+        })
     }
 }

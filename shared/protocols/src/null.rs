@@ -6,8 +6,8 @@
 
 use block::open::DriverEntry;
 use block::{
-    BlockStatus, BoxFuture, Buffer, ByteRange, Driver, Edge, Errno, Error, ErrorKind, IoFuture,
-    Limits, OpenRequest, Resize, StatusExtent, WriteFlags, ZeroFlags,
+    BlockStatus, BoxFuture, Buffer, ByteRange, Driver, Edge, Errno, Error, ErrorKind,
+    ImageIdentity, IoFuture, Limits, OpenRequest, Resize, StatusExtent, WriteFlags, ZeroFlags,
 };
 use serde_json::{Map, Value};
 use std::time::Duration;
@@ -131,5 +131,9 @@ impl Driver for Null {
     }
     fn filename(&self) -> String {
         "null-co://".to_owned()
+    }
+
+    fn identity(&self) -> Option<ImageIdentity> {
+        None
     }
 }
