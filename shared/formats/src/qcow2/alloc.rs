@@ -1,0 +1,437 @@
+//! Allocation of host clusters.
+//!
+//! ```text
+//!   0 ........ scan ................ append ........ (no refcount blocks yet)
+//!     no free    may have holes        free from here on
+//! ```
+//!
+//! Clusters below `append` are looked through once, a slice of refcounts per allocation, so that
+//! holes are found without ever stalling a request; when the slice has none, the allocation takes
+//! the clusters at `append`, which keeps sequential writes sequential. Freed clusters move `scan`
+//! back.
+//!
+//! Looking and taking is synchronous under the state lock; what it lacks (a refcount slice that is
+//! not cached, a refcount block that does not exist) is named by [`Need`] and made by the async
+//! caller, who holds `structure`. A new refcount block lies in the range that it covers and counts
+//! itself; it is on disk before the refcount table entry that refers to it.
+
+use super::cache::Pinned;
+use super::overlap::Fixed;
+use super::redo::RedoRecord;
+use super::tables::{
+    ClusterRun, HostCluster, HostOffset, MAX_HOST_OFFSET, MAX_REFCOUNT_TABLE_BYTES,
+    REFCOUNT_BLOCK_MASK,
+};
+use super::{Qcow2, SECTOR, State, header, refcount};
+use executor::Errno;
+use executor::sync::MutexGuard;
+use std::sync::atomic::Ordering::AcqRel;
+
+/// Refcounts looked at for one allocation past `append` before the image is called corrupt.
+const MAX_APPEND_SCAN: u64 = 1 << 24;
+
+/// Where to look for free clusters.
+pub(super) struct Allocator {
+    /// No cluster below is known to be free.
+    pub(super) scan: u64,
+    /// Clusters from here on are free unless their refcount says otherwise.
+    pub(super) append: u64,
+}
+
+/// What a synchronous step under the state lock lacks.
+pub(super) enum Need {
+    /// This slice of refcounts in the cache.
+    Slice(u64),
+    /// A refcount block for the range around this free cluster.
+    Block(HostCluster),
+    /// Nothing helps.
+    Fail(Errno),
+    /// The image is found corrupt.
+    Corrupt(String),
+}
+
+/// Holds [`Qcow2::structure`].
+pub(super) type Structure<'q> = MutexGuard<'q, ()>;
+
+impl Qcow2 {
+    /// Allocates up to `want` contiguous clusters, at least one, with refcount one. The change of
+    /// the refcounts is logged together with what will refer to them.
+    pub(super) async fn allocate(&self, want: u64) -> Result<ClusterRun, Errno> {
+        let attempt = self.try_allocate(&mut self.state(), want);
+        if let Ok(run) = attempt {
+            return Ok(run);
+        }
+        let structure = self.structure.lock().await;
+        self.allocate_in(&structure, want).await
+    }
+
+    /// [`Qcow2::allocate`] for a caller that holds `structure`.
+    pub(super) async fn allocate_in(
+        &self,
+        structure: &Structure<'_>,
+        want: u64,
+    ) -> Result<ClusterRun, Errno> {
+        let mut pins = Pins::default();
+        loop {
+            let attempt = self.try_allocate(&mut self.state(), want);
+            match attempt {
+                Ok(run) => return Ok(run),
+                Err(need) => self.provide(structure, need, &mut pins).await?,
+            }
+        }
+    }
+
+    /// Makes what a synchronous step lacked.
+    pub(super) async fn provide<'q>(
+        &'q self,
+        structure: &Structure<'_>,
+        need: Need,
+        pins: &mut Pins<'q>,
+    ) -> Result<(), Errno> {
+        match need {
+            Need::Slice(index) => {
+                let slice = self.load_refcounts(index).await?;
+                pins.keep(slice);
+                Ok(())
+            }
+            Need::Block(cluster) => self.create_refcount_block(structure, cluster).await,
+            Need::Fail(errno) => Err(errno),
+            Need::Corrupt(what) => Err(self.corruption(what).await),
+        }
+    }
+
+    /// The cached slice `index` of refcounts; its block must exist.
+    async fn load_refcounts(&self, index: u64) -> Result<Pinned<'_>, Errno> {
+        let table_index = self.geometry.refcount_table_index_of_slice(index);
+        let block = self.state().refcount_table.block(table_index);
+        if block == 0 || !self.geometry.is_aligned(block) || block >= MAX_HOST_OFFSET {
+            let what = format!("refcount block offset {block:#x} invalid (index {table_index:#x})");
+            return Err(self.corruption(what).await);
+        }
+        let offset = HostOffset(block + self.geometry.refcount_slice_offset(index));
+        self.load(&self.refcounts, index, offset).await
+    }
+
+    fn try_allocate(&self, state: &mut State, want: u64) -> Result<ClusterRun, Need> {
+        let run = match self.find_hole(state, want)? {
+            Some(run) => run,
+            None => self.find_at_end(state, want)?,
+        };
+        if let Some(what) = state.metadata.overlap(run) {
+            let offset = self.geometry.host_offset(run.first).0;
+            return Err(Need::Corrupt(format!(
+                "cluster at {offset:#x} is counted as free but holds {what}"
+            )));
+        }
+        self.set_refcounts(run, 1)?;
+        if run.first.0 == state.allocator.scan {
+            state.allocator.scan = run.end();
+        }
+        state.allocator.append = state.allocator.append.max(run.end());
+        let end = run.end() << self.geometry.cluster_bits;
+        self.host_end.fetch_max(end, AcqRel);
+        Ok(run)
+    }
+
+    /// Looks through one slice of refcounts below `append`.
+    fn find_hole(&self, state: &mut State, want: u64) -> Result<Option<ClusterRun>, Need> {
+        let Allocator { scan, append } = state.allocator;
+        if scan >= append {
+            return Ok(None);
+        }
+        let end = self
+            .geometry
+            .refcount_slice_end(HostCluster(scan))
+            .min(append);
+        let table_index = self.geometry.refcount_table_index(HostCluster(scan));
+        if state.refcount_table.block(table_index) == 0 {
+            state.allocator.scan = end;
+            return Ok(None);
+        }
+        let slice = self.cached_refcounts(HostCluster(scan))?;
+        let run = self.free_run(&slice, scan..end, want);
+        state.allocator.scan = run.map_or(end, |run| run.first.0);
+        Ok(run)
+    }
+
+    /// Finds the first free clusters at or after `append`.
+    fn find_at_end(&self, state: &mut State, want: u64) -> Result<ClusterRun, Need> {
+        let start = state.allocator.append;
+        let mut from = start;
+        while from - start < MAX_APPEND_SCAN {
+            if from >= MAX_HOST_OFFSET >> self.geometry.cluster_bits {
+                return Err(Need::Fail(Errno::EFBIG));
+            }
+            let cluster = HostCluster(from);
+            let table_index = self.geometry.refcount_table_index(cluster);
+            if state.refcount_table.block(table_index) == 0 {
+                return Err(Need::Block(cluster));
+            }
+            let slice = self.cached_refcounts(cluster)?;
+            let end = self.geometry.refcount_slice_end(cluster);
+            if let Some(run) = self.free_run(&slice, from..end, want) {
+                return Ok(run);
+            }
+            from = end;
+            state.allocator.append = from;
+        }
+        Err(Need::Corrupt(
+            "refcounts far beyond the end of the file".into(),
+        ))
+    }
+
+    /// The first run of up to `want` free clusters in `range`, which `slice` covers.
+    fn free_run(
+        &self,
+        slice: &Pinned<'_>,
+        range: std::ops::Range<u64>,
+        want: u64,
+    ) -> Option<ClusterRun> {
+        let order = self.geometry.refcount_order;
+        let is_free = |cluster: &u64| {
+            let position = self.geometry.refcount_position(HostCluster(*cluster));
+            refcount::get(slice, order, position) == 0
+        };
+        let first = range.clone().find(is_free)?;
+        let count = (first..range.end)
+            .take(want as usize)
+            .take_while(is_free)
+            .count();
+        Some(ClusterRun {
+            first: HostCluster(first),
+            count: count as u64,
+        })
+    }
+
+    fn cached_refcounts(&self, cluster: HostCluster) -> Result<Pinned<'_>, Need> {
+        let index = self.geometry.refcount_slice(cluster);
+        self.refcounts.pin(index).ok_or(Need::Slice(index))
+    }
+
+    /// The refcount of a cluster, from cached slices.
+    pub(super) fn refcount(&self, state: &State, cluster: HostCluster) -> Result<u64, Need> {
+        let table_index = self.geometry.refcount_table_index(cluster);
+        if state.refcount_table.block(table_index) == 0 {
+            return Ok(0);
+        }
+        let slice = self.cached_refcounts(cluster)?;
+        let position = self.geometry.refcount_position(cluster);
+        Ok(refcount::get(
+            &slice,
+            self.geometry.refcount_order,
+            position,
+        ))
+    }
+
+    /// Sets the refcounts of a run whose blocks exist; all or nothing.
+    pub(super) fn set_refcounts(&self, run: ClusterRun, value: u64) -> Result<(), Need> {
+        let geometry = &self.geometry;
+        if value > geometry.refcount_max() {
+            return Err(Need::Fail(Errno::EINVAL));
+        }
+        let mut slices = smallvec::SmallVec::<[_; 2]>::new();
+        let mut from = run.first.0;
+        while from < run.end() {
+            slices.push(self.cached_refcounts(HostCluster(from))?);
+            from = geometry.refcount_slice_end(HostCluster(from));
+        }
+        for cluster in (run.first.0..run.end()).map(HostCluster) {
+            let number = geometry.refcount_slice(cluster) - geometry.refcount_slice(run.first);
+            let position = geometry.refcount_position(cluster);
+            let slice = &slices[number as usize];
+            refcount::set(slice, geometry.refcount_order, position, value);
+        }
+        Ok(())
+    }
+
+    /// Adds a refcount block at `cluster`, for the range around it.
+    async fn create_refcount_block(
+        &self,
+        structure: &Structure<'_>,
+        cluster: HostCluster,
+    ) -> Result<(), Errno> {
+        let table_index = self.geometry.refcount_table_index(cluster);
+        if table_index >= self.state().refcount_table.entries.len() as u64 {
+            return self.grow_refcount_table(structure, cluster).await;
+        }
+        self.check_free_of_metadata(ClusterRun {
+            first: cluster,
+            count: 1,
+        })
+        .await?;
+        let offset = self.geometry.host_offset(cluster);
+        let mut block = vec![0; self.geometry.cluster_size() as usize];
+        let in_block = cluster.0 & ((1 << self.geometry.refcount_block_bits()) - 1);
+        refcount::set_in_bytes(&mut block, self.geometry.refcount_order, in_block, 1);
+        self.write_bytes(offset.0, &block).await?;
+        let record = RedoRecord::RefcountTable {
+            index: table_index,
+            value: offset.0,
+        };
+        loop {
+            if self.log_and(&[record], |state| {
+                state.refcount_table.set(table_index, offset.0);
+                state.metadata.add_refcount_block(cluster);
+                state.allocator.append = state.allocator.append.max(cluster.0 + 1);
+            }) {
+                break;
+            }
+            self.flush_metadata().await?;
+        }
+        self.host_end
+            .fetch_max(offset.0 + self.geometry.cluster_size(), AcqRel);
+        Ok(())
+    }
+
+    async fn check_free_of_metadata(&self, run: ClusterRun) -> Result<(), Errno> {
+        let overlap = self.state().metadata.overlap(run);
+        match overlap {
+            None => Ok(()),
+            Some(what) => {
+                let offset = self.geometry.host_offset(run.first).0;
+                let what = format!("new metadata at {offset:#x} would overwrite {what}");
+                Err(self.corruption(what).await)
+            }
+        }
+    }
+
+    /// Moves the refcount table to a larger place at `first`, beyond all that it covers now,
+    /// together with the refcount blocks for that place. Durable when it resolves.
+    async fn grow_refcount_table(
+        &self,
+        _structure: &Structure<'_>,
+        first: HostCluster,
+    ) -> Result<(), Errno> {
+        let geometry = &self.geometry;
+        let plan = TablePlan::new(first, geometry).ok_or(Errno::EFBIG)?;
+        let everything = ClusterRun {
+            first,
+            count: plan.blocks + plan.table_clusters,
+        };
+        self.check_free_of_metadata(everything).await?;
+        let cluster_size = geometry.cluster_size();
+        let per_block_bits = geometry.refcount_block_bits();
+        let first_index = geometry.refcount_table_index(first);
+        for number in 0..plan.blocks {
+            let mut block = vec![0; cluster_size as usize];
+            let covered = (first_index + number) << per_block_bits;
+            let covered = covered..covered + (1 << per_block_bits);
+            let counted = covered.start.max(first.0)..covered.end.min(everything.end());
+            for cluster in counted {
+                let position = cluster - covered.start;
+                refcount::set_in_bytes(&mut block, geometry.refcount_order, position, 1);
+            }
+            let offset = geometry.host_offset(HostCluster(first.0 + number)).0;
+            self.write_bytes(offset, &block).await?;
+        }
+        let mut entries = self.state().refcount_table.entries.clone();
+        entries.resize((plan.table_clusters * cluster_size / 8) as usize, 0);
+        for number in 0..plan.blocks {
+            let block = geometry.host_offset(HostCluster(first.0 + number)).0;
+            entries[(first_index + number) as usize] = block;
+        }
+        let table = geometry.host_offset(HostCluster(first.0 + plan.blocks));
+        let bytes: Vec<u8> = entries
+            .iter()
+            .flat_map(|entry| entry.to_be_bytes())
+            .collect();
+        self.write_bytes(table.0, &bytes).await?;
+        self.file.node().flush().await?;
+        let mut field = table.0.to_be_bytes().to_vec();
+        field.extend_from_slice(&(plan.table_clusters as u32).to_be_bytes());
+        let at = header::field::REFCOUNT_TABLE_OFFSET as u64;
+        self.write_bytes(at, &field).await?;
+        self.file.node().flush().await?;
+        self.adopt_refcount_table(table, entries, everything);
+        Ok(())
+    }
+
+    /// The header refers to the new table: use it and free the old one.
+    fn adopt_refcount_table(&self, table: HostOffset, entries: Vec<u64>, all: ClusterRun) {
+        let geometry = &self.geometry;
+        let mut state = self.state();
+        let old = ClusterRun {
+            first: geometry.host_cluster(state.refcount_table.offset),
+            count: (state.refcount_table.entries.len() as u64 * 8) >> geometry.cluster_bits,
+        };
+        let table_clusters = (entries.len() as u64 * 8) >> geometry.cluster_bits;
+        state.refcount_table.offset = table;
+        state.refcount_table.entries = entries;
+        state.refcount_table.dirty.clear();
+        state.metadata.move_fixed(
+            Fixed::RefcountTable,
+            ClusterRun {
+                first: geometry.host_cluster(table),
+                count: table_clusters,
+            },
+        );
+        for cluster in all.first.0..all.end() - table_clusters {
+            state.metadata.add_refcount_block(HostCluster(cluster));
+        }
+        state.allocator.append = state.allocator.append.max(all.end());
+        self.host_end
+            .fetch_max(all.end() << geometry.cluster_bits, AcqRel);
+        state.free(old);
+    }
+}
+
+/// How large a grown refcount table and its own refcount blocks are, in clusters.
+struct TablePlan {
+    blocks: u64,
+    table_clusters: u64,
+}
+
+impl TablePlan {
+    /// `None` when the specification's cap is reached.
+    fn new(first: HostCluster, geometry: &super::Geometry) -> Option<Self> {
+        let cluster_size = geometry.cluster_size();
+        let first_index = geometry.refcount_table_index(first);
+        let (mut blocks, mut table_clusters) = (1, 1);
+        loop {
+            let last = HostCluster(first.0 + blocks + table_clusters - 1);
+            let last_index = geometry.refcount_table_index(last);
+            let most = MAX_REFCOUNT_TABLE_BYTES / cluster_size;
+            let least = ((last_index + 1) * 8).div_ceil(cluster_size);
+            let roomy = ((last_index + 1) * 12).div_ceil(cluster_size).min(most);
+            if least > most {
+                return None;
+            }
+            let needed = last_index - first_index + 1;
+            if needed <= blocks && least <= table_clusters {
+                return Some(Self {
+                    blocks: needed.max(blocks),
+                    table_clusters,
+                });
+            }
+            blocks = blocks.max(needed);
+            table_clusters = table_clusters.max(roomy);
+        }
+    }
+}
+
+impl super::RefcountTable {
+    /// Offset of the refcount block at `index`; 0 when there is none.
+    pub(super) fn block(&self, index: u64) -> u64 {
+        let entry = self.entries.get(index as usize).copied().unwrap_or(0);
+        entry & REFCOUNT_BLOCK_MASK
+    }
+    pub(super) fn set(&mut self, index: u64, value: u64) {
+        self.entries[index as usize] = value;
+        self.dirty.insert(index * 8 / SECTOR);
+    }
+}
+
+/// Refcount slices kept cached over a retry; a few, so that the cache cannot fill with them.
+#[derive(Default)]
+pub(super) struct Pins<'q> {
+    slices: std::collections::VecDeque<Pinned<'q>>,
+}
+
+impl<'q> Pins<'q> {
+    fn keep(&mut self, slice: Pinned<'q>) {
+        if self.slices.len() == 4 {
+            self.slices.pop_front();
+        }
+        self.slices.push_back(slice);
+    }
+}

@@ -1,0 +1,152 @@
+//! [`Format`] for qcow2: which part of the driver does what.
+
+use super::Qcow2;
+use super::header::{COMPATIBLE_LAZY_REFCOUNTS, incompatible};
+use super::write::Token;
+use block::{
+    Buffer, ByteRange, Edge, Errno, Extent, Format, Limits, Lookup, Resize, WritePlan, ZeroFlags,
+};
+use serde_json::{Map, Value, json};
+use std::sync::atomic::Ordering::Acquire;
+
+/// Freed runs given back in the course of one flush.
+const RECLAIM_PER_FLUSH: usize = 64;
+
+impl Format for Qcow2 {
+    type Token<'a> = Token<'a>;
+
+    fn name(&self) -> &'static str {
+        "qcow2"
+    }
+
+    fn virtual_size(&self) -> u64 {
+        self.disk_size()
+    }
+
+    fn limits(&self) -> Limits {
+        let cluster_size = self.geometry.cluster_size() as u32;
+        Limits {
+            optimal_transfer: cluster_size,
+            zero_alignment: cluster_size,
+            ..Limits::default()
+        }
+    }
+
+    fn file(&self) -> &Edge {
+        &self.file
+    }
+
+    fn backing(&self) -> Option<&Edge> {
+        self.backing.as_ref()
+    }
+
+    fn lookup(&self, range: ByteRange) -> Lookup {
+        self.lookup_cached(range)
+    }
+
+    async fn resolve(&self, range: ByteRange) -> Result<Extent, Errno> {
+        self.resolve_mapping(range).await
+    }
+
+    async fn prepare_write(&self, range: ByteRange) -> Result<WritePlan<Token<'_>>, Errno> {
+        self.prepare(range).await
+    }
+
+    async fn commit<'a>(&'a self, plan: WritePlan<Token<'a>>) -> Result<(), Errno> {
+        self.commit_write(plan).await
+    }
+
+    async fn abort<'a>(&'a self, plan: WritePlan<Token<'a>>) {
+        self.abort_write(plan);
+    }
+
+    async fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> Result<u64, Errno> {
+        self.zero(range, flags).await
+    }
+
+    async fn discard(&self, range: ByteRange) -> Result<(), Errno> {
+        self.discard_range(range).await
+    }
+
+    async fn read_encoded(
+        &self,
+        offset: u64,
+        descriptor: u64,
+        _buffer: Buffer,
+    ) -> Result<(), Errno> {
+        let file = self.file.node().name();
+        tracing::error!(
+            file,
+            "qcow2: compressed clusters are not supported \
+             (guest offset {offset:#x}, descriptor {descriptor:#x})"
+        );
+        Err(Errno::EIO)
+    }
+
+    async fn flush(&self) -> Result<(), Errno> {
+        if !self.writable {
+            return self.file.node().flush().await;
+        }
+        self.flush_metadata().await?;
+        self.reclaim(RECLAIM_PER_FLUSH).await;
+        Ok(())
+    }
+
+    fn metadata_dirty(&self) -> bool {
+        self.writable && self.is_metadata_dirty()
+    }
+
+    async fn resize(&self, resize: Resize) -> Result<(), block::Error> {
+        self.resize_disk(resize).await
+    }
+
+    async fn close(&self) -> Result<(), Errno> {
+        if !self.writable {
+            return Ok(());
+        }
+        self.flush_metadata().await?;
+        {
+            let mut state = self.state();
+            for run in std::mem::take(&mut state.abandoned) {
+                state.give_back(run);
+            }
+        }
+        self.reclaim(usize::MAX).await;
+        if self.is_metadata_dirty() {
+            self.flush_metadata().await?;
+        }
+        self.log.remove();
+        Ok(())
+    }
+
+    fn describe(&self) -> Map<String, Value> {
+        let header = &self.header;
+        let corrupt =
+            self.health.corrupt.load(Acquire) || header.incompatible & incompatible::CORRUPT != 0;
+        let mut data = Map::new();
+        if header.version >= 3 {
+            data.insert("compat".into(), json!("1.1"));
+            let lazy = header.compatible & COMPATIBLE_LAZY_REFCOUNTS != 0;
+            data.insert("lazy-refcounts".into(), json!(lazy));
+            data.insert("corrupt".into(), json!(corrupt));
+            data.insert("extended-l2".into(), json!(false));
+        } else {
+            data.insert("compat".into(), json!("0.10"));
+        }
+        data.insert("refcount-bits".into(), json!(1 << header.refcount_order));
+        data.insert("compression-type".into(), json!("zlib"));
+        let mut members = Map::new();
+        members.insert("cluster-size".into(), json!(self.geometry.cluster_size()));
+        if let Some(name) = &header.backing_name {
+            members.insert("backing-filename".into(), json!(name));
+        }
+        if let Some(format) = &header.backing_format {
+            members.insert("backing-filename-format".into(), json!(format));
+        }
+        let dirty = header.incompatible & incompatible::DIRTY != 0;
+        members.insert("dirty-flag".into(), json!(dirty));
+        let specific = json!({"type": "qcow2", "data": data});
+        members.insert("format-specific".into(), specific);
+        members
+    }
+}

@@ -1,0 +1,195 @@
+//! qcow2 images, versions 2 and 3 (QEMU docs/interop/qcow2.txt).
+//!
+//! ```text
+//!   lookup / resolve      mapping.rs   guest offset → host offset, from cached L2 slices
+//!   prepare, commit       write.rs     allocation of clusters, mapping changes
+//!   zeroes, discard       zero.rs      mapping changes without data
+//!   allocation            alloc.rs     free clusters, new refcount blocks, a larger refcount table
+//!   giving back           reclaim.rs   when a freed cluster may be used again
+//!   flush                 flush.rs     refcounts → data → L2 → L1, each durable before the next
+//!   kill                  redo.rs      metadata changes kept in the redo log, and their replay
+//! ```
+//!
+//! The rules, in full in docs/qcow2.md:
+//! - Metadata changes live in memory (cache and redo log) until a flush writes them in order, so
+//!   what is on disk is consistent at every moment; a power cut leaks clusters at worst.
+//! - Every change of metadata happens under `state`, together with its redo record. A flush
+//!   copies what is dirty under the same lock.
+//! - A freed cluster keeps its refcount until its release is durable and every request that may
+//!   still use it has ended: refcount zero in memory means free to use.
+//! - Lock order: guest clusters, `structure`, `flushing`, `state`. I/O is never done under
+//!   `state`. Who holds `structure` loads refcount blocks but no L2 tables.
+//!
+//! Refused with the feature's name: extended L2 entries, compression types other than zlib,
+//! encryption, external data files, writing an image with valid bitmaps. Reading a compressed
+//! cluster fails.
+
+mod alloc;
+mod cache;
+mod driver;
+mod flush;
+mod header;
+mod l1;
+mod mapping;
+mod open;
+mod overlap;
+mod reclaim;
+mod redo;
+mod refcount;
+mod resize;
+mod snapshots;
+mod tables;
+mod write;
+mod zero;
+
+pub use open::OpenOptions;
+
+use alloc::Allocator;
+use block::Edge;
+use block::redo_log::RedoLog;
+use cache::{Claim, Pinned, TableCache};
+use executor::sync::{Mutex as AsyncMutex, RangeLock};
+use executor::{Buffer, Errno};
+use flush::FlushHistory;
+use header::Header;
+use l1::L1Table;
+use overlap::MetadataMap;
+use reclaim::Freed;
+use std::collections::{BTreeSet, VecDeque};
+use std::fmt::Display;
+use std::sync::atomic::Ordering::{Acquire, Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use tables::{ClusterRun, Geometry, HostOffset};
+
+/// An open qcow2 image.
+pub struct Qcow2 {
+    file: Edge,
+    backing: Option<Edge>,
+    geometry: Geometry,
+    header: Header,
+    writable: bool,
+    /// Bytes of the virtual disk.
+    virtual_size: AtomicU64,
+    /// Bytes of the file that hold or may hold clusters; a multiple of the cluster size.
+    host_end: AtomicU64,
+    l1: L1Table,
+    l2: TableCache,
+    refcounts: TableCache,
+    state: Mutex<State>,
+    /// Serialises what adds tables: L2 tables, refcount blocks, the refcount table, resizing.
+    structure: AsyncMutex<()>,
+    flushing: AsyncMutex<FlushHistory>,
+    /// Guest bytes whose mapping is about to change.
+    guest_locks: RangeLock,
+    health: Health,
+    log: RedoLog,
+}
+
+/// Everything that changes with the metadata.
+struct State {
+    refcount_table: RefcountTable,
+    l1_offset: HostOffset,
+    /// Sectors of the L1 table that are not on disk.
+    l1_dirty: BTreeSet<u64>,
+    allocator: Allocator,
+    /// Clusters unlinked by changes that are not durable yet.
+    freed: Vec<Freed>,
+    /// Clusters whose unlinking is durable.
+    reclaimable: VecDeque<Freed>,
+    /// Clusters of prepared writes that were dropped.
+    abandoned: Vec<ClusterRun>,
+    metadata: MetadataMap,
+    /// Flushes begun.
+    flushes: u64,
+    flush_under_way: bool,
+}
+
+/// The refcount table in memory, in host byte order.
+struct RefcountTable {
+    offset: HostOffset,
+    entries: Vec<u64>,
+    /// Sectors of the table that are not on disk.
+    dirty: BTreeSet<u64>,
+}
+
+/// Bytes of a table that are written as one: no write tears them.
+const SECTOR: u64 = 512;
+
+#[derive(Default)]
+struct Health {
+    /// Metadata is inconsistent: nothing is written any more.
+    corrupt: AtomicBool,
+    /// Writing metadata failed: flushes fail until the image is opened again.
+    failed: AtomicBool,
+    /// Redo records are being applied and must stay in the log.
+    replaying: AtomicBool,
+}
+
+impl Qcow2 {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check_writable(&self) -> Result<(), Errno> {
+        if !self.writable {
+            return Err(Errno::EPERM);
+        }
+        if self.health.corrupt.load(Acquire) {
+            return Err(Errno::EIO);
+        }
+        Ok(())
+    }
+
+    /// The slice `index` of `cache`, read from `offset` of the file when it is not cached.
+    async fn load<'c>(
+        &self,
+        cache: &'c TableCache,
+        index: u64,
+        offset: HostOffset,
+    ) -> Result<Pinned<'c>, Errno> {
+        loop {
+            match cache.claim(index) {
+                Claim::Present(slice) => return Ok(slice),
+                Claim::Vacant(fill) => {
+                    let buffer = Buffer::zeroed(cache.slice_bytes());
+                    self.file.node().read(offset.0, buffer.clone()).await?;
+                    return Ok(fill.complete(&buffer.to_heap()));
+                }
+                Claim::Busy => {
+                    cache.wait_unless(|cache| cache.is_claimable(index)).await;
+                }
+                Claim::AllDirty => self.flush_metadata().await?,
+            }
+        }
+    }
+
+    async fn write_bytes(&self, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
+        let buffer = Buffer::zeroed(bytes.len());
+        buffer.copy_from_slice(bytes);
+        let node = self.file.node();
+        node.write(offset, buffer, block::WriteFlags::default())
+            .await
+    }
+
+    /// Metadata makes no sense: says so, stops all writing for good, and answers with `EIO`.
+    async fn corruption(&self, what: impl Display) -> Errno {
+        let node = self.file.node().name();
+        tracing::error!(file = node, "qcow2 image is corrupt: {what}");
+        let known = self.health.corrupt.swap(true, Relaxed);
+        if self.writable && !known && self.header.version >= 3 {
+            let features = self.header.incompatible | header::incompatible::CORRUPT;
+            let field = header::field::INCOMPATIBLE as u64;
+            if let Err(error) = self.write_bytes(field, &features.to_be_bytes()).await {
+                tracing::error!(file = node, %error, "cannot mark the image as corrupt");
+            }
+        }
+        Errno::EIO
+    }
+}
+
+async fn read_bytes(file: &Edge, offset: u64, length: usize) -> Result<Vec<u8>, Errno> {
+    let buffer = Buffer::zeroed(length);
+    file.node().read(offset, buffer.clone()).await?;
+    Ok(buffer.to_heap().to_vec())
+}

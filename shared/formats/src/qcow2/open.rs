@@ -1,0 +1,296 @@
+//! Opening an image.
+//!
+//! header → children → tables → (writable: refcount table, map of metadata, autoclear bits,
+//! replay of the redo log). A read-only image needs nothing but the L1 table.
+
+use super::alloc::Allocator;
+use super::cache::{MAX_SLICES, TableCache};
+use super::header::{AUTOCLEAR_BITMAPS, Header, field, incompatible};
+use super::l1::L1Table;
+use super::overlap::{Fixed, MetadataMap};
+use super::snapshots::SnapshotTable;
+use super::tables::{
+    Geometry, HostCluster, HostOffset, MAX_HOST_OFFSET, OFFSET_MASK, REFCOUNT_BLOCK_MASK,
+};
+use super::{Qcow2, RefcountTable, State, read_bytes};
+use block::redo_log::RedoLog;
+use block::{Edge, Error, ErrorKind};
+use executor::sync::{Mutex as AsyncMutex, RangeLock};
+use std::sync::Mutex;
+use std::sync::atomic::AtomicU64;
+
+/// Default memory for L2 tables, in bytes.
+const DEFAULT_L2_CACHE: u64 = 32 << 20;
+/// Default memory for refcount blocks, in bytes.
+const DEFAULT_REFCOUNT_CACHE: u64 = 4 << 20;
+/// Most memory that options may ask for one cache, in bytes.
+const MAX_CACHE: u64 = 4 << 30;
+/// log2 of the bytes of a table that are cached as one, unless tables are smaller or too many.
+const SLICE_BITS: u32 = 12;
+/// How much of a long table is read at once, in bytes.
+const READ_STEP: u64 = 1 << 20;
+
+/// How an image is opened.
+pub struct OpenOptions {
+    /// Nothing is written to the file.
+    pub read_only: bool,
+    /// Memory for L2 tables in bytes.
+    pub l2_cache: u64,
+    /// Memory for refcount blocks in bytes.
+    pub refcount_cache: u64,
+    /// Where metadata changes survive a kill.
+    pub log: RedoLog,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self {
+            read_only: false,
+            l2_cache: DEFAULT_L2_CACHE,
+            refcount_cache: DEFAULT_REFCOUNT_CACHE,
+            log: RedoLog::disabled(),
+        }
+    }
+}
+
+async fn read_header(file: &Edge) -> Result<Header, Error> {
+    let failed = |errno| Error::io("Could not read qcow2 header", errno);
+    let start = read_bytes(file, 0, 512).await.map_err(failed)?;
+    let length = Header::cluster_size_hint(&start);
+    let bytes = read_bytes(file, 0, length).await.map_err(failed)?;
+    Header::parse(&bytes)
+}
+
+impl Qcow2 {
+    /// Opens the image in `file` over `backing`, whatever backing the image names.
+    ///
+    /// # Errors
+    /// `Corrupt` when the image is malformed, `Unsupported` naming the feature, `Io`.
+    pub async fn open(
+        file: Edge,
+        backing: Option<Edge>,
+        options: OpenOptions,
+    ) -> Result<Self, Error> {
+        let header = read_header(&file).await?;
+        Self::open_parsed(file, backing, header, options).await
+    }
+
+    async fn open_parsed(
+        file: Edge,
+        backing: Option<Edge>,
+        header: Header,
+        options: OpenOptions,
+    ) -> Result<Self, Error> {
+        if !options.read_only {
+            check_writable_features(&header)?;
+        }
+        let geometry = with_slices(&header);
+        let l1 = read_l1(&file, &header).await?;
+        let cluster_size = geometry.cluster_size();
+        let host_end = file
+            .node()
+            .length()
+            .checked_next_multiple_of(cluster_size)
+            .filter(|end| *end <= MAX_HOST_OFFSET)
+            .ok_or_else(|| Error::new(ErrorKind::Invalid, "qcow2: the file is too long"))?;
+        let cache =
+            |slice_bits: u32, budget: u64| TableCache::new(1 << slice_bits, budget.min(MAX_CACHE));
+        let image = Self {
+            l2: cache(geometry.l2_slice_bits, options.l2_cache),
+            refcounts: cache(geometry.refcount_slice_bits, options.refcount_cache),
+            file,
+            backing,
+            geometry,
+            writable: !options.read_only,
+            virtual_size: AtomicU64::new(header.size),
+            host_end: AtomicU64::new(host_end),
+            l1,
+            state: Mutex::new(State {
+                refcount_table: RefcountTable {
+                    offset: header.refcount_table_offset,
+                    entries: Vec::new(),
+                    dirty: Default::default(),
+                },
+                l1_offset: header.l1_offset,
+                l1_dirty: Default::default(),
+                allocator: Allocator {
+                    scan: 0,
+                    append: host_end >> geometry.cluster_bits,
+                },
+                freed: Vec::new(),
+                reclaimable: Default::default(),
+                abandoned: Vec::new(),
+                metadata: MetadataMap::default(),
+                flushes: 0,
+                flush_under_way: false,
+            }),
+            header,
+            structure: AsyncMutex::new(()),
+            flushing: AsyncMutex::new(Default::default()),
+            guest_locks: RangeLock::new(),
+            health: Default::default(),
+            log: options.log,
+        };
+        if image.writable {
+            image.prepare_for_writing().await?;
+        }
+        Ok(image)
+    }
+
+    async fn prepare_for_writing(&self) -> Result<(), Error> {
+        let header = &self.header;
+        let length = header.refcount_table_clusters << header.cluster_bits;
+        let mut entries = Vec::with_capacity((length / 8) as usize);
+        read_words(
+            &self.file,
+            header.refcount_table_offset,
+            length,
+            |_, word| {
+                entries.push(word);
+            },
+        )
+        .await
+        .map_err(|error| error.context("Could not read refcount table"))?;
+        self.state().refcount_table.entries = entries;
+        let snapshots = SnapshotTable::read(&self.file, header).await?;
+        self.map_metadata(&snapshots)?;
+        if header.autoclear != 0 {
+            let cleared = 0_u64.to_be_bytes();
+            self.write_bytes(field::AUTOCLEAR as u64, &cleared)
+                .await
+                .map_err(|errno| Error::io("Could not update qcow2 header", errno))?;
+        }
+        self.replay().await
+    }
+
+    /// Finds all metadata; refuses an image in which two structures share a place.
+    fn map_metadata(&self, snapshots: &SnapshotTable) -> Result<(), Error> {
+        let header = &self.header;
+        let mut state = self.state();
+        let state = &mut *state;
+        let map = &mut state.metadata;
+        let run = |offset: HostOffset, bytes: u64| self.clusters_of(offset, bytes);
+        map.add_fixed(Fixed::Header, run(HostOffset(0), 1));
+        map.add_fixed(Fixed::L1Table, run(header.l1_offset, header.l1_entries * 8));
+        let refcount_table_bytes = header.refcount_table_clusters << header.cluster_bits;
+        let refcount_table = run(header.refcount_table_offset, refcount_table_bytes);
+        map.add_fixed(Fixed::RefcountTable, refcount_table);
+        if header.snapshots != 0 {
+            let table = run(header.snapshots_offset, snapshots.length);
+            map.add_fixed(Fixed::SnapshotTable, table);
+        }
+        for &(offset, bytes) in &snapshots.l1_tables {
+            map.add_fixed(Fixed::SnapshotL1Table, run(offset, bytes));
+        }
+        if let Some(what) = map.fixed_conflict() {
+            return Err(corrupt(format!("qcow2: {what} overlap")));
+        }
+        for (index, entry) in state.refcount_table.entries.iter().enumerate() {
+            let block = entry & REFCOUNT_BLOCK_MASK;
+            if block == 0 {
+                continue;
+            }
+            let cluster = HostCluster(block >> header.cluster_bits);
+            if !self.geometry.is_aligned(block) || block >= MAX_HOST_OFFSET {
+                let message = format!("qcow2: invalid refcount block offset (index {index:#x})");
+                return Err(corrupt(message));
+            }
+            if !map.add_refcount_block(cluster) {
+                let message = format!("qcow2: refcount block at {block:#x} is used twice");
+                return Err(corrupt(message));
+            }
+        }
+        for entry in self.l1.iter().map(|entry| entry & OFFSET_MASK) {
+            if entry != 0 {
+                map.add_l2_table(HostCluster(entry >> header.cluster_bits));
+            }
+        }
+        match map.conflict() {
+            None => Ok(()),
+            Some((cluster, what)) => {
+                let offset = self.geometry.host_offset(cluster).0;
+                let message = format!("qcow2: {what} at {offset:#x} overlaps other metadata");
+                Err(corrupt(message))
+            }
+        }
+    }
+}
+
+fn check_writable_features(header: &Header) -> Result<(), Error> {
+    if header.incompatible & incompatible::CORRUPT != 0 {
+        let message = "qcow2: Image is corrupt; cannot be opened read/write";
+        return Err(Error::new(ErrorKind::Corrupt, message));
+    }
+    if header.incompatible & incompatible::DIRTY != 0 {
+        let message = "qcow2: the image was not closed cleanly by a writer with lazy refcounts; \
+                       repair it first (qemu-img check -r all) or open it read-only";
+        return Err(Error::new(ErrorKind::Unsupported, message));
+    }
+    if header.autoclear & AUTOCLEAR_BITMAPS != 0 {
+        let message = "qcow2: persistent bitmaps are not supported; writing would invalidate \
+                       those of the image (open it read-only, or remove them)";
+        return Err(Error::new(ErrorKind::Unsupported, message));
+    }
+    Ok(())
+}
+
+/// The geometry with the slice sizes that keep the caches' indices within bounds.
+fn with_slices(header: &Header) -> Geometry {
+    let mut geometry = header.geometry();
+    let tables = header.l1_entries.max(geometry.l1_entries_for(header.size));
+    let blocks = (header.refcount_table_clusters << header.cluster_bits) / 8;
+    // Twice the present number, so that the image can grow.
+    let bits = |tables: u64| {
+        let fits = |bits: &u32| (2 * tables) << (header.cluster_bits - bits) <= MAX_SLICES;
+        let smallest = SLICE_BITS.min(header.cluster_bits);
+        (smallest..header.cluster_bits)
+            .find(fits)
+            .unwrap_or(header.cluster_bits)
+    };
+    geometry.l2_slice_bits = bits(tables);
+    geometry.refcount_slice_bits = bits(blocks);
+    geometry
+}
+
+async fn read_l1(file: &Edge, header: &Header) -> Result<L1Table, Error> {
+    let l1 = L1Table::new(header.l1_entries);
+    read_words(
+        file,
+        header.l1_offset,
+        header.l1_entries * 8,
+        |index, word| {
+            if word != 0 {
+                l1.set(index, word);
+            }
+        },
+    )
+    .await
+    .map_err(|error| error.context("Could not read L1 table"))?;
+    Ok(l1)
+}
+
+/// Calls `each` with the index and value of every 64-bit word of a table.
+async fn read_words(
+    file: &Edge,
+    offset: HostOffset,
+    length: u64,
+    mut each: impl FnMut(u64, u64),
+) -> Result<(), Error> {
+    let mut done = 0;
+    while done < length {
+        let step = READ_STEP.min(length - done);
+        let bytes = read_bytes(file, offset.0 + done, step as usize)
+            .await
+            .map_err(|errno| Error::io(format!("{length} bytes at {:#x}", offset.0), errno))?;
+        for (number, chunk) in bytes.chunks_exact(8).enumerate() {
+            let word = u64::from_be_bytes(chunk.try_into().expect("chunks of eight bytes"));
+            each(done / 8 + number as u64, word);
+        }
+        done += step;
+    }
+    Ok(())
+}
+
+fn corrupt(message: String) -> Error {
+    Error::new(ErrorKind::Corrupt, message)
+}

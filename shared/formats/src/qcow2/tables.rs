@@ -1,0 +1,292 @@
+//! Geometry of an image and the entries of its tables (QEMU docs/interop/qcow2.txt, "Cluster
+//! mapping" and "Host cluster management").
+//!
+//! ```text
+//!   guest offset = | L1 index | L2 index | offset in cluster |
+//!   L1 entry  63 COPIED  62..56 reserved  55..9 L2 table offset       8..0 reserved
+//!   L2 entry  63 COPIED  62 compressed    55..9 host cluster offset   8..1 reserved  0 zero
+//! ```
+//!
+//! Owns the arithmetic between guest offsets, clusters, tables and *slices* (the part of a table
+//! that is cached as one). Knows no I/O.
+
+/// A byte offset in the image file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct HostOffset(pub(super) u64);
+
+/// A cluster of the image file, counted from its start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct HostCluster(pub(super) u64);
+
+/// A cluster of the virtual disk, counted from its start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct GuestCluster(pub(super) u64);
+
+/// A run of host clusters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ClusterRun {
+    pub(super) first: HostCluster,
+    pub(super) count: u64,
+}
+
+impl ClusterRun {
+    pub(super) fn end(self) -> u64 {
+        self.first.0 + self.count
+    }
+}
+
+/// Where an L2 entry is: the cached slice and the word in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct EntryPosition {
+    /// Index of the slice in the L2 cache.
+    pub(super) slice: u64,
+    /// Index of the entry in the slice.
+    pub(super) entry: usize,
+}
+
+/// COPIED: the reference count of what the entry refers to is exactly one.
+pub(super) const COPIED: u64 = 1 << 63;
+/// The L2 entry describes a compressed cluster.
+pub(super) const COMPRESSED: u64 = 1 << 62;
+/// The L2 entry reads as zeroes (version 3).
+pub(super) const ZERO: u64 = 1;
+/// Host offset in L1 and L2 entries: bits 9 to 55.
+pub(super) const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+/// Host offset in refcount table entries: bits 9 to 63.
+pub(super) const REFCOUNT_BLOCK_MASK: u64 = !0x1ff;
+/// No metadata or data lies at or beyond this offset.
+pub(super) const MAX_HOST_OFFSET: u64 = 1 << 56;
+/// Largest L1 table in bytes.
+pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
+/// Largest refcount table in bytes.
+pub(super) const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+
+/// Sizes that follow from the header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Geometry {
+    /// log2 of the cluster size, 9..=21.
+    pub(super) cluster_bits: u32,
+    /// log2 of the refcount width in bits, 0..=6.
+    pub(super) refcount_order: u32,
+    /// Whether the image is version 3 or later (zero clusters exist).
+    pub(super) zero_clusters: bool,
+    /// log2 of the bytes of an L2 table that are cached as one.
+    pub(super) l2_slice_bits: u32,
+    /// log2 of the bytes of a refcount block that are cached as one.
+    pub(super) refcount_slice_bits: u32,
+}
+
+impl Geometry {
+    pub(super) const fn cluster_size(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+    /// log2 of the entries of an L2 table.
+    pub(super) const fn l2_bits(&self) -> u32 {
+        self.cluster_bits - 3
+    }
+    /// log2 of the entries of a cached L2 slice.
+    pub(super) const fn l2_slice_entry_bits(&self) -> u32 {
+        self.l2_slice_bits - 3
+    }
+    /// Bytes of the virtual disk that one L1 entry maps.
+    pub(super) const fn l1_entry_coverage(&self) -> u64 {
+        1 << (self.cluster_bits + self.l2_bits())
+    }
+    /// log2 of the refcounts of a refcount block.
+    pub(super) const fn refcount_block_bits(&self) -> u32 {
+        self.cluster_bits + 3 - self.refcount_order
+    }
+    /// log2 of the refcounts of a cached slice of a refcount block.
+    pub(super) const fn refcount_slice_entry_bits(&self) -> u32 {
+        self.refcount_slice_bits + 3 - self.refcount_order
+    }
+    /// L1 entries that a disk of `size` bytes needs.
+    pub(super) const fn l1_entries_for(&self, size: u64) -> u64 {
+        size.div_ceil(self.l1_entry_coverage())
+    }
+    pub(super) const fn guest_cluster(&self, offset: u64) -> GuestCluster {
+        GuestCluster(offset >> self.cluster_bits)
+    }
+    pub(super) const fn guest_offset(&self, cluster: GuestCluster) -> u64 {
+        cluster.0 << self.cluster_bits
+    }
+    pub(super) const fn host_cluster(&self, offset: HostOffset) -> HostCluster {
+        HostCluster(offset.0 >> self.cluster_bits)
+    }
+    pub(super) const fn host_offset(&self, cluster: HostCluster) -> HostOffset {
+        HostOffset(cluster.0 << self.cluster_bits)
+    }
+    pub(super) const fn is_aligned(&self, offset: u64) -> bool {
+        offset & (self.cluster_size() - 1) == 0
+    }
+    pub(super) const fn l1_index(&self, cluster: GuestCluster) -> u64 {
+        cluster.0 >> self.l2_bits()
+    }
+    /// L1 index that an L2 slice belongs to.
+    pub(super) const fn l1_index_of_slice(&self, slice: u64) -> u64 {
+        slice >> (self.cluster_bits - self.l2_slice_bits)
+    }
+    /// Byte offset of an L2 slice in its table.
+    pub(super) const fn l2_slice_offset(&self, slice: u64) -> u64 {
+        let slices_mask = (1 << (self.cluster_bits - self.l2_slice_bits)) - 1;
+        (slice & slices_mask) << self.l2_slice_bits
+    }
+    pub(super) const fn entry_position(&self, cluster: GuestCluster) -> EntryPosition {
+        let bits = self.l2_slice_entry_bits();
+        EntryPosition {
+            slice: cluster.0 >> bits,
+            entry: (cluster.0 & ((1 << bits) - 1)) as usize,
+        }
+    }
+    /// The first cluster after the L2 slice that maps `cluster`.
+    pub(super) const fn l2_slice_end(&self, cluster: GuestCluster) -> GuestCluster {
+        let bits = self.l2_slice_entry_bits();
+        GuestCluster(((cluster.0 >> bits) + 1) << bits)
+    }
+    /// Index of the refcount table entry that covers `cluster`.
+    pub(super) const fn refcount_table_index(&self, cluster: HostCluster) -> u64 {
+        cluster.0 >> self.refcount_block_bits()
+    }
+    /// Index in the refcount cache of the slice that covers `cluster`.
+    pub(super) const fn refcount_slice(&self, cluster: HostCluster) -> u64 {
+        cluster.0 >> self.refcount_slice_entry_bits()
+    }
+    /// Index of `cluster`'s refcount in its slice.
+    pub(super) const fn refcount_position(&self, cluster: HostCluster) -> u64 {
+        cluster.0 & ((1 << self.refcount_slice_entry_bits()) - 1)
+    }
+    /// Refcount table index that a cached slice belongs to.
+    pub(super) const fn refcount_table_index_of_slice(&self, slice: u64) -> u64 {
+        slice >> (self.cluster_bits - self.refcount_slice_bits)
+    }
+    /// Byte offset of a cached slice in its refcount block.
+    pub(super) const fn refcount_slice_offset(&self, slice: u64) -> u64 {
+        let slices_mask = (1 << (self.cluster_bits - self.refcount_slice_bits)) - 1;
+        (slice & slices_mask) << self.refcount_slice_bits
+    }
+    /// The first cluster that the next refcount slice covers.
+    pub(super) const fn refcount_slice_end(&self, cluster: HostCluster) -> u64 {
+        (self.refcount_slice(cluster) + 1) << self.refcount_slice_entry_bits()
+    }
+    /// Largest value of a refcount.
+    pub(super) const fn refcount_max(&self) -> u64 {
+        u64::MAX >> (64 - (1 << self.refcount_order))
+    }
+}
+
+/// What an L2 entry says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum L2Kind {
+    /// The backing's content.
+    Unallocated,
+    /// Zeroes without storage.
+    ZeroPlain,
+    /// Zeroes, with a host cluster reserved.
+    ZeroAllocated(HostOffset),
+    /// Plain data.
+    Data(HostOffset),
+    /// A compressed cluster; the raw descriptor.
+    Compressed(u64),
+    /// Not allowed by the specification.
+    Invalid,
+}
+
+/// A standard (64-bit) L2 entry in host byte order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct L2Entry(pub(super) u64);
+
+impl L2Entry {
+    /// An entry for a plain data cluster whose refcount is one.
+    pub(super) const fn data(offset: HostOffset) -> Self {
+        Self(offset.0 | COPIED)
+    }
+    pub(super) const fn is_copied(self) -> bool {
+        self.0 & COPIED != 0
+    }
+    pub(super) const fn kind(self, geometry: &Geometry) -> L2Kind {
+        if self.0 & COMPRESSED != 0 {
+            return L2Kind::Compressed(self.0 & !(COMPRESSED | COPIED));
+        }
+        let offset = self.0 & OFFSET_MASK;
+        if !geometry.is_aligned(offset) {
+            return L2Kind::Invalid;
+        }
+        match (self.0 & ZERO != 0, offset) {
+            (true, _) if !geometry.zero_clusters => L2Kind::Invalid,
+            (true, 0) => L2Kind::ZeroPlain,
+            (true, offset) => L2Kind::ZeroAllocated(HostOffset(offset)),
+            (false, 0) => L2Kind::Unallocated,
+            (false, offset) => L2Kind::Data(HostOffset(offset)),
+        }
+    }
+    /// The host clusters that the entry holds a reference to.
+    pub(super) fn references(self, geometry: &Geometry) -> Option<ClusterRun> {
+        match self.kind(geometry) {
+            L2Kind::Unallocated | L2Kind::ZeroPlain | L2Kind::Invalid => None,
+            L2Kind::ZeroAllocated(offset) | L2Kind::Data(offset) => Some(ClusterRun {
+                first: geometry.host_cluster(offset),
+                count: 1,
+            }),
+            L2Kind::Compressed(descriptor) => Some(compressed_run(descriptor, geometry)),
+        }
+    }
+}
+
+/// The clusters that the sectors of a compressed cluster lie in. The descriptor is an offset of
+/// `62 - (cluster_bits - 8)` bits and above it the number of additional 512-byte sectors.
+fn compressed_run(descriptor: u64, geometry: &Geometry) -> ClusterRun {
+    let offset_bits = 62 - (geometry.cluster_bits - 8);
+    let offset = descriptor & ((1 << offset_bits) - 1);
+    let sectors = (descriptor >> offset_bits) + 1;
+    let start = offset & !511;
+    let first = start >> geometry.cluster_bits;
+    let last = (start + sectors * 512 - 1) >> geometry.cluster_bits;
+    ClusterRun {
+        first: HostCluster(first),
+        count: last - first + 1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GEOMETRY: Geometry = Geometry {
+        cluster_bits: 16,
+        refcount_order: 4,
+        zero_clusters: true,
+        l2_slice_bits: 12,
+        refcount_slice_bits: 12,
+    };
+
+    #[test]
+    fn a_guest_cluster_is_found_in_its_slice() {
+        let cluster = GuestCluster(8192 + 513);
+        assert_eq!(GEOMETRY.l1_index(cluster), 1);
+        let position = GEOMETRY.entry_position(cluster);
+        assert_eq!((position.slice, position.entry), (17, 1));
+        assert_eq!(GEOMETRY.l1_index_of_slice(position.slice), 1);
+        assert_eq!(GEOMETRY.l2_slice_offset(position.slice), 4096);
+        assert_eq!(GEOMETRY.l2_slice_end(cluster), GuestCluster(8192 + 1024));
+    }
+
+    #[test]
+    fn entries_that_break_the_specification_are_invalid() {
+        assert_eq!(L2Entry(COPIED | 0x1_0200).kind(&GEOMETRY), L2Kind::Invalid);
+        let version_2 = Geometry {
+            zero_clusters: false,
+            ..GEOMETRY
+        };
+        assert_eq!(L2Entry(ZERO).kind(&version_2), L2Kind::Invalid);
+        assert_eq!(L2Entry(ZERO).kind(&GEOMETRY), L2Kind::ZeroPlain);
+    }
+
+    #[test]
+    fn a_compressed_cluster_refers_to_every_cluster_its_sectors_touch() {
+        let sectors_beyond_the_first = 2;
+        let descriptor = (sectors_beyond_the_first << 54) | (0x2_0000 - 512 + 7);
+        let run = L2Entry(COMPRESSED | descriptor).references(&GEOMETRY);
+        let first = HostCluster(1);
+        assert_eq!(run, Some(ClusterRun { first, count: 2 }));
+    }
+}

@@ -1,0 +1,326 @@
+//! Writes that change the mapping: prepare (allocate), commit (map) and abort.
+//!
+//! A prepared write covers guest clusters of one kind in one L2 slice:
+//! - data clusters that are in place after all: nothing to change;
+//! - zero clusters with reserved storage: written there, the zero flag goes;
+//! - everything else: new clusters, and whatever the entries referred to is freed.
+//!
+//! The guest clusters are locked and the L2 slice is pinned from prepare to commit, so a commit
+//! does no I/O but for a full redo log.
+
+use super::cache::Pinned;
+use super::redo::{L2Run, RedoRecord};
+use super::tables::{COPIED, ClusterRun, GuestCluster, HostOffset, L2Entry, L2Kind, OFFSET_MASK};
+use super::{Qcow2, State};
+use block::{ByteRange, WritePlan};
+use executor::sync::RangeGuard;
+use executor::{Buffer, Errno};
+use smallvec::SmallVec;
+use std::sync::atomic::Ordering::Relaxed;
+
+/// State of a prepared write.
+pub struct Token<'a> {
+    image: &'a Qcow2,
+    slice: Option<Pinned<'a>>,
+    first: GuestCluster,
+    change: Change,
+    _locked: RangeGuard<'a>,
+}
+
+#[derive(Clone, Copy)]
+enum Change {
+    /// The mapping stays.
+    None,
+    /// The host clusters become data.
+    Map { run: ClusterRun, allocated: bool },
+}
+
+/// A dropped plan's clusters may still be written to by an operation that nobody waits for: they
+/// are given back when the image is closed.
+impl Drop for Token<'_> {
+    fn drop(&mut self) {
+        if let Change::Map {
+            run,
+            allocated: true,
+        } = self.change
+        {
+            self.image.state().abandoned.push(run);
+        }
+    }
+}
+
+impl Qcow2 {
+    pub(super) async fn prepare(&self, range: ByteRange) -> Result<WritePlan<Token<'_>>, Errno> {
+        self.check_writable()?;
+        let geometry = &self.geometry;
+        let first = geometry.guest_cluster(range.offset);
+        let slice_end = geometry.guest_offset(geometry.l2_slice_end(first));
+        let most = geometry.guest_offset(GuestCluster(first.0 + MAX_PLAN_CLUSTERS));
+        let end = range.checked_end().ok_or(Errno::EINVAL)?;
+        let end = end.min(slice_end).min(most);
+        let locked_end = end.next_multiple_of(geometry.cluster_size());
+        let lock = geometry.guest_offset(first)..locked_end;
+        let locked = self.guest_locks.lock(lock).await;
+        self.make_room().await?;
+        self.ensure_l2_table(geometry.l1_index(first)).await?;
+        let slice = self.load_l2(first).await?.ok_or(Errno::EIO)?;
+        let entry = geometry.entry_position(first).entry;
+        let clusters =
+            ((locked_end - geometry.guest_offset(first)) >> geometry.cluster_bits) as usize;
+        let entries: SmallVec<[L2Entry; 32]> = (entry..entry + clusters)
+            .map(|entry| L2Entry(slice.word(entry)))
+            .collect();
+        let placement = self.place(first, &entries).await?;
+        let token = Token {
+            image: self,
+            slice: Some(slice),
+            first,
+            change: placement.change,
+            _locked: locked,
+        };
+        Ok(self.plan(
+            ByteRange::new(range.offset, end - range.offset),
+            placement,
+            token,
+        ))
+    }
+
+    fn plan<'a>(
+        &self,
+        range: ByteRange,
+        placement: Placement,
+        token: Token<'a>,
+    ) -> WritePlan<Token<'a>> {
+        let cluster_size = self.geometry.cluster_size();
+        let start = range.offset & !(cluster_size - 1);
+        let covered_end = start + placement.count * cluster_size;
+        let end = (range.offset + range.length).min(covered_end);
+        let head = range.offset - start;
+        let host_offset = placement.host.0 + head;
+        let filled = !matches!(placement.change, Change::None);
+        WritePlan {
+            range: ByteRange::new(range.offset, end - range.offset),
+            host_offset,
+            head: if filled { head } else { 0 },
+            tail: if filled { covered_end - end } else { 0 },
+            token,
+        }
+    }
+
+    /// Decides where the write to the clusters of `entries` goes.
+    async fn place(&self, first: GuestCluster, entries: &[L2Entry]) -> Result<Placement, Errno> {
+        let cluster_size = self.geometry.cluster_size();
+        let run_of = |step: u64| {
+            let same = |(number, entry): &(usize, &L2Entry)| {
+                entry.0 == entries[0].0.wrapping_add(step * *number as u64)
+            };
+            entries.iter().enumerate().take_while(same).count() as u64
+        };
+        match self.reusable(entries[0]) {
+            Some((host, change)) => {
+                let count = run_of(cluster_size);
+                let owned = host.0 + count * cluster_size <= self.host_end.load(Relaxed);
+                let run = ClusterRun {
+                    first: self.geometry.host_cluster(host),
+                    count: if owned { count } else { 1 },
+                };
+                Ok(Placement {
+                    host,
+                    count: run.count,
+                    change: match change {
+                        Reuse::Data => Change::None,
+                        Reuse::Zero => Change::Map {
+                            run,
+                            allocated: false,
+                        },
+                    },
+                })
+            }
+            None => {
+                let fresh = entries
+                    .iter()
+                    .take_while(|entry| self.reusable(**entry).is_none());
+                let mut want = 0;
+                for entry in fresh {
+                    if entry.kind(&self.geometry) == L2Kind::Invalid {
+                        return Err(self.invalid_entry(first, entry.0).await);
+                    }
+                    want += 1;
+                }
+                self.reclaim(1).await;
+                let run = self.allocate(want).await?;
+                Ok(Placement {
+                    host: self.geometry.host_offset(run.first),
+                    count: run.count,
+                    change: Change::Map {
+                        run,
+                        allocated: true,
+                    },
+                })
+            }
+        }
+    }
+
+    /// The host cluster of an entry that may be written where it is.
+    fn reusable(&self, entry: L2Entry) -> Option<(HostOffset, Reuse)> {
+        let (host, reuse) = match entry.kind(&self.geometry) {
+            L2Kind::Data(host) => (host, Reuse::Data),
+            L2Kind::ZeroAllocated(host) => (host, Reuse::Zero),
+            _ => return None,
+        };
+        let end = host.0 + self.geometry.cluster_size();
+        (entry.is_copied() && end <= self.host_end.load(Relaxed)).then_some((host, reuse))
+    }
+
+    /// Flushes when so much metadata is dirty that the caches could not take a change.
+    pub(super) async fn make_room(&self) -> Result<(), Errno> {
+        if self.l2.is_mostly_dirty() || self.refcounts.is_mostly_dirty() {
+            self.flush_metadata().await?;
+        }
+        Ok(())
+    }
+
+    /// Sees to it that the L1 entry refers to an L2 table of its own.
+    pub(super) async fn ensure_l2_table(&self, l1_index: u64) -> Result<(), Errno> {
+        let owned = |entry: u64| entry & OFFSET_MASK != 0 && entry & COPIED != 0;
+        if owned(self.l1.entry(l1_index)) {
+            return Ok(());
+        }
+        let structure = self.structure.lock().await;
+        let old = self.l1.entry(l1_index);
+        if owned(old) {
+            return Ok(());
+        }
+        let run = self.allocate_in(&structure, 1).await?;
+        let table = self.geometry.host_offset(run.first);
+        if let Err(errno) = self.fill_l2_table(old & OFFSET_MASK, table).await {
+            self.state().give_back(run);
+            return Err(errno);
+        }
+        let value = Self::owned_table(table.0);
+        let shared = (old & OFFSET_MASK != 0).then(|| ClusterRun {
+            first: self.geometry.host_cluster(HostOffset(old & OFFSET_MASK)),
+            count: 1,
+        });
+        let mut records: SmallVec<[RedoRecord; 3]> = SmallVec::new();
+        records.push(RedoRecord::Refcount { run, value: 1 });
+        records.push(RedoRecord::L1 {
+            index: l1_index,
+            value,
+        });
+        records.extend(shared.map(|run| RedoRecord::Free { run }));
+        let changed = self.log_change(&records, |state| {
+            self.set_l1(state, l1_index, value);
+            if let Some(run) = shared {
+                state.free(run);
+            }
+        });
+        if let Err(errno) = changed.await {
+            self.state().give_back(run);
+            return Err(errno);
+        }
+        Ok(())
+    }
+
+    /// Writes a new L2 table: a copy of the one at `source`, or empty when that is 0.
+    async fn fill_l2_table(&self, source: u64, table: HostOffset) -> Result<(), Errno> {
+        let cluster_size = self.geometry.cluster_size();
+        let file = self.file.node();
+        let buffer = Buffer::zeroed(cluster_size as usize);
+        if !self.geometry.is_aligned(source) {
+            let what = format!("L2 table offset {source:#x} unaligned");
+            return Err(self.corruption(what).await);
+        }
+        if source != 0 {
+            file.read(source, buffer.clone()).await?;
+        }
+        file.write(table.0, buffer, block::WriteFlags::default())
+            .await
+    }
+
+    /// Logs `records` with the `change` they describe, flushing metadata when the log is full.
+    pub(super) async fn log_change(
+        &self,
+        records: &[RedoRecord],
+        mut change: impl FnMut(&mut State),
+    ) -> Result<(), Errno> {
+        for _ in 0..MAX_LOG_ATTEMPTS {
+            if self.log_and(records, &mut change) {
+                return Ok(());
+            }
+            self.flush_metadata().await?;
+        }
+        Err(Errno::ENOSPC)
+    }
+
+    pub(super) async fn commit_write(&self, plan: WritePlan<Token<'_>>) -> Result<(), Errno> {
+        let mut token = plan.token;
+        let Change::Map { run, allocated } = token.change else {
+            return Ok(());
+        };
+        let slice = token.slice.take().expect("a token keeps its slice pinned");
+        let entry = self.geometry.entry_position(token.first).entry;
+        let host = self.geometry.host_offset(run.first);
+        let mut records: SmallVec<[RedoRecord; 4]> = SmallVec::new();
+        if allocated {
+            records.push(RedoRecord::Refcount { run, value: 1 });
+        }
+        records.push(RedoRecord::L2(L2Run {
+            first: token.first,
+            count: run.count,
+            value: L2Entry::data(host).0,
+            contiguous: true,
+        }));
+        let mut freed: SmallVec<[ClusterRun; 4]> = SmallVec::new();
+        if allocated {
+            for number in 0..run.count as usize {
+                let old = L2Entry(slice.word(entry + number));
+                freed.extend(old.references(&self.geometry));
+            }
+        }
+        records.extend(freed.iter().map(|&run| RedoRecord::Free { run }));
+        let committed = self.log_change(&records, |state| {
+            for number in 0..run.count {
+                let offset = HostOffset(host.0 + (number << self.geometry.cluster_bits));
+                slice.set_word(entry + number as usize, L2Entry::data(offset).0);
+            }
+            freed.iter().for_each(|&run| state.free(run));
+        });
+        let result = committed.await;
+        if result.is_err() && allocated {
+            self.state().give_back(run);
+        }
+        token.change = Change::None;
+        result
+    }
+
+    pub(super) fn abort_write(&self, plan: WritePlan<Token<'_>>) {
+        let mut token = plan.token;
+        if let Change::Map {
+            run,
+            allocated: true,
+        } = token.change
+        {
+            self.state().give_back(run);
+        }
+        token.change = Change::None;
+    }
+}
+
+/// Most clusters of one prepared write.
+const MAX_PLAN_CLUSTERS: u64 = 256;
+/// How often a change that does not fit into the redo log is tried again after a flush.
+const MAX_LOG_ATTEMPTS: usize = 64;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reuse {
+    Data,
+    Zero,
+}
+
+struct Placement {
+    host: HostOffset,
+    /// Clusters.
+    count: u64,
+    change: Change,
+}
