@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
 
 use super::backend_channel::BackendChannel;
 use super::features::{BlockConfig, bits};
@@ -262,6 +263,12 @@ impl FrontEnd {
     pub fn ring(&self, index: usize) -> (RingParts, u16) {
         let vring = &self.guest.vrings[index];
         (vring.parts.clone(), vring.entries)
+    }
+
+    /// Kick and call eventfd of ring `index`.
+    pub fn eventfds(&self, index: usize) -> (Arc<EventFd>, Arc<EventFd>) {
+        let vring = &self.guest.vrings[index];
+        (vring.kick.clone(), vring.call.clone())
     }
 
     /// Kicks ring `index`.

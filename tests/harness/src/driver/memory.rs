@@ -86,6 +86,11 @@ impl Region {
         self.map.size()
     }
 
+    /// Where it is mapped, for code that accesses it without checks.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.map.as_ptr()
+    }
+
     /// The memfd.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()

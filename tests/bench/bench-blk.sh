@@ -1,0 +1,152 @@
+#!/usr/bin/env bash
+# Runs a list of vhost-user-blk cases against two back-ends, interleaved, and prints A/B.
+#
+#   bench-blk.sh [-r RUNS] [-s SECONDS] [-c CASES] [-i IMAGES] [-o OUT.jsonl] [-w poll|block|hybrid] [-k]
+#                [-a 'COMMAND'] [-b 'COMMAND'] [-n NAME_A] [-m NAME_B] [-d WORKDIR]
+#
+#   -a/-b  shell command that serves a vhost-user-blk socket until killed. These are set for it:
+#            $SOCK     socket path to serve          $IMG   image file ("" for null)
+#            $FMT      null|raw|qcow2                $DIRECT  on|off  (O_DIRECT wanted)
+#            $AIO      io_uring|native|threads       $NQ    number of virtqueues
+#            $SIZE     virtual size in bytes
+#          Default: -a outboard-blkd ($BLKD), -b qemu-storage-daemon ($QSD), same command line.
+#          Use 'exec' so that the back-end has the shell's pid (CPU accounting).
+#   -c     cases, comma separated, as RW:BS:QD:QUEUES
+#   -i     images, comma separated (default: null,shm-raw,ext4-raw,shm-qcow2):
+#            null shm-raw ext4-raw shm-qcow2 ext4-qcow2 shm-qcow2-chain shm-qcow2-empty
+#            ext4-qcow2-empty (empty = recreated before every run: cold allocation, at most EMPTY_OPS=8192 requests)
+#            shm-qcow2-1t (1 TiB sparse, 16384 populated spots: L2 working set of 128 MiB)
+#            shm-* lies on tmpfs, ext4-* in WORKDIR, opened with O_DIRECT
+#   -d     where images on disk go (default: a new directory in $TMPDIR or /tmp)
+#   -w     how the front-end waits for completions (poll = busy poll, block = eventfd)
+#   -k     keep CPUs awake with SCHED_IDLE spinners (an idle virtual CPU takes 30-80 us to wake)
+#
+# Environment:
+#   PIN_FE / PIN_BE (default 0 / 1): CPUs; empty = no pinning.
+#   WARM="--rw read --bs 1M --iodepth 8 --ops 512": front-end options run once before each measurement
+#          (pre-faults a RAM disk, fills the page cache); BENCH_EXTRA: more options for the measurement.
+#   RT=1: front-end and back-end under SCHED_FIFO (for -w block on a busy machine; never with -w poll).
+#   GROUP_NICE=-10: autogroup nice of this run. With sched_autogroup_enabled=1 plain 'nice' does not
+#          order processes of different login groups.
+#
+# Every case: for each run, A then B (order alternates); prints the median of each and the median of the
+# per-run ratios A/B, with min..max of the ratio, for IOPS and for back-end CPU ns per request.
+set -u
+HERE=$(cd "$(dirname "$0")" && pwd)
+TARGET=${CARGO_TARGET_DIR:-$HERE/../../target}/release
+BENCH=${BENCH:-$TARGET/vublk-bench}
+BLKD=${BLKD:-$TARGET/outboard-blkd}
+QSD=${QSD:-qemu-storage-daemon}
+QIMG=${QIMG:-qemu-img}
+QIO=${QIO:-qemu-io}
+FAILED=0 RUNS=3 SECS=1 OUT= WAIT=poll KEEP= NAME_A=outboard NAME_B=qsd DIR=${TMPDIR:-/tmp}/bench-blk.$$
+CASES=randread:4k:1:1,randread:4k:32:1,randwrite:4k:32:1,randread:64k:32:1,read:1M:8:1
+IMAGES=null,shm-raw,ext4-raw,shm-qcow2
+SIZE_MB=${SIZE_MB:-1024}
+SERVE='case $FMT in
+ null) set -- --blockdev driver=null-co,node-name=n,size=$SIZE,read-zeroes=${NULL_ZEROES:-off};;
+ *) set -- --blockdev driver=file,filename=$IMG,node-name=f,cache.direct=$DIRECT,aio=$AIO,discard=unmap,cache.no-flush=${NOFLUSH:-off} --blockdev driver=$FMT,file=f,node-name=n,discard=unmap${QCOW2_OPTS:+,$QCOW2_OPTS};;
+esac
+exec $DAEMON "$@" --object iothread,id=io0${IOTHREAD_OPTS:+,$IOTHREAD_OPTS} --export type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path=$SOCK,writable=on,iothread=io0,num-queues=$NQ'
+CMD_A="DAEMON=\$BLKD; $SERVE" CMD_B="DAEMON=\$QSD; $SERVE"
+while getopts r:s:c:i:o:w:ka:b:n:m:d:h x; do case $x in
+ r) RUNS=$OPTARG;; s) SECS=$OPTARG;; c) CASES=$OPTARG;; i) IMAGES=$OPTARG;; o) OUT=$OPTARG;;
+ w) WAIT=$OPTARG;; k) KEEP=1;; a) CMD_A=$OPTARG;; b) CMD_B=$OPTARG;; n) NAME_A=$OPTARG;; m) NAME_B=$OPTARG;;
+ d) DIR=$OPTARG;; h) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit 0;;
+ *) echo "try $0 -h" >&2; exit 2;; esac; done
+SHM=/dev/shm/bench-blk.$$
+[ -n "${GROUP_NICE:-}" ] && echo "$GROUP_NICE" > /proc/self/autogroup 2>/dev/null
+mkdir -p "$DIR" "$SHM"
+OUT=${OUT:-$DIR/results.jsonl}
+BURN=()
+cleanup() { for p in "${BURN[@]}"; do kill "$p" 2>/dev/null; done; [ -n "${BE:-}" ] && kill "$BE" 2>/dev/null; rm -rf "$SHM"; case $DIR in */bench-blk.$$) rm -rf "$DIR";; esac; }
+trap cleanup EXIT
+trap 'exit 1' INT TERM
+export QSD QIMG BLKD
+for tool in "$BENCH" $QIMG $QIO python3 taskset; do
+  command -v "$tool" >/dev/null || { echo "$tool is missing: run scripts/setup and cargo build --release" >&2; exit 1; }
+done
+if [ -n "$KEEP" ]; then
+  for c in $(seq 0 $(($(nproc) - 1))); do
+    # own process group and autogroup at nice 19, or group scheduling would give the spinner a full share
+    setsid taskset -c "$c" chrt --idle 0 sh -c 'echo 19 > /proc/self/autogroup; while :; do :; done' 2>/dev/null & BURN+=($!)
+  done
+fi
+# image NAME -> sets IMG FMT DIRECT AIO SIZE; makes it when missing or when it must be fresh
+image() {
+  local n=$1 base
+  FMT=raw DIRECT=off AIO=io_uring IMG= SIZE=$((SIZE_MB << 20))
+  case $n in shm-*) base=$SHM;; ext4-*) base=$DIR; DIRECT=on;; esac
+  case $n in
+    null) FMT=null; return;;
+    *-raw) IMG=$base/raw; [ -e "$IMG" ] || { $QIMG create -q -f raw "$IMG" $SIZE; fillraw "$IMG"; };;
+    *-qcow2) FMT=qcow2; IMG=$base/full.qcow2; [ -e "$IMG" ] || { $QIMG create -q -f qcow2 -o preallocation=metadata "$IMG" $SIZE; fillq "$IMG"; };;
+    *-qcow2-chain) FMT=qcow2; IMG=$base/c3.qcow2; [ -e "$IMG" ] || mkchain "$base";;
+    *-qcow2-empty) FMT=qcow2; IMG=$base/empty.qcow2; rm -f "$IMG"; $QIMG create -q -f qcow2 "$IMG" $SIZE;;
+    *-qcow2-1t) FMT=qcow2; IMG=$base/1t.qcow2; SIZE=$((1 << 40)); [ -e "$IMG" ] || mk1t "$IMG";;
+    *) echo "unknown image $n" >&2; exit 2;;
+  esac
+  [ -n "${AIO_OVERRIDE:-}" ] && AIO=$AIO_OVERRIDE
+}
+fillraw() { dd if=/dev/zero bs=1M count=$SIZE_MB status=none | tr '\0' '\125' | dd of="$1" bs=1M conv=notrunc,fsync iflag=fullblock status=none; }
+fillq() { for o in $(seq 0 64 $((SIZE_MB - 64))); do echo "write -P 0x55 ${o}M 64M"; done | $QIO -f qcow2 "$1" >/dev/null; }
+mkchain() { local i b=$1
+  $QIMG create -q -f qcow2 "$b/c0.qcow2" $SIZE; fillq "$b/c0.qcow2"
+  for i in 1 2 3; do
+    $QIMG create -q -f qcow2 -b "$b/c$((i - 1)).qcow2" -F qcow2 "$b/c$i.qcow2"
+    # each layer owns every 4th 256k stripe, shifted
+    for o in $(seq $((i * 256)) 1024 $((SIZE_MB * 1024 - 1024))); do echo "write -P 0x$i$i ${o}k 256k"; done | $QIO -f qcow2 "$b/c$i.qcow2" >/dev/null
+  done; }
+# 1 TiB virtual, 64k clusters: one 64k cluster written every 64 MiB -> 16384 clusters, each in its
+# own 8 KiB of L2 entries; 2048 L2 tables (128 MiB of L2) against a default cache of at most 32 MiB
+mk1t() { $QIMG create -q -f qcow2 "$1" 1T
+  for o in $(seq 0 64 $((1024 * 1024 - 64))); do echo "write -P 0x77 ${o}M 64k"; done | $QIO -f qcow2 "$1" >/dev/null; }
+
+one() { # one WHICH CASE IMAGE RUN -> appends json
+  local which=$1 case=$2 img=$3 run=$4 rw bs qd nq cmd extra=()
+  IFS=: read -r rw bs qd nq <<< "$case"
+  NQ=$nq; SOCK=$DIR/s.$which; rm -f "$SOCK"
+  image "$img"
+  [ "$which" = a ] && cmd=$CMD_A || cmd=$CMD_B
+  export SOCK IMG FMT DIRECT AIO NQ SIZE
+  local rt=(); [ -n "${RT:-}" ] && [ "$WAIT" = block ] && rt=(chrt -f 1)
+  if [ -n "${PIN_BE-1}" ]; then "${rt[@]}" taskset -c "${PIN_BE-1}" bash -c "$cmd" & else "${rt[@]}" bash -c "$cmd" & fi
+  BE=$!
+  # fresh images: stop within the image; never rewrite allocated clusters
+  case $img in *-empty) local b=$(numfmt --from=iec "${bs^^}"); local n=$((SIZE / b / nq)); [ "$n" -gt "${EMPTY_OPS:-8192}" ] && n=${EMPTY_OPS:-8192}; extra=(--ops "$n");;
+   *-1t) extra=(--stride 64M --stride-len 64k);; esac
+  local line
+  [ -n "${WARM:-}" ] && timeout 60 "$BENCH" --socket "$SOCK" --pin 0 $WARM ${BENCH_EXTRA:-} >/dev/null
+  line=$("${rt[@]}" timeout 60 "$BENCH" --socket "$SOCK" --rw "$rw" --bs "$bs" --iodepth "$qd" --queues "$nq" --threads 1 --wait "$WAIT" --seconds "$SECS" --ramp "${RAMP:-0.2}" \
+     --pin "${PIN_FE-0}" --backend-pid "$BE" --json "${extra[@]}" ${BENCH_EXTRA:-}) || line='{"iops":0,"errors":1}'
+  kill "$BE" 2>/dev/null
+  for _ in $(seq 1 100); do kill -0 "$BE" 2>/dev/null || break; sleep 0.02; done
+  kill -9 "$BE" 2>/dev/null; wait "$BE" 2>/dev/null; BE=
+  echo "{\"side\":\"$which\",\"image\":\"$img\",\"case\":\"$case\",\"run\":$run,${line#\{}" >> "$OUT"
+}
+: > "$OUT"
+for img in ${IMAGES//,/ }; do for c in ${CASES//,/ }; do
+  for r in $(seq 1 "$RUNS"); do
+    if [ $((r % 2)) = 1 ]; then one a "$c" "$img" "$r"; one b "$c" "$img" "$r"; else one b "$c" "$img" "$r"; one a "$c" "$img" "$r"; fi
+  done
+  python3 - "$OUT" "$img" "$c" "$NAME_A" "$NAME_B" <<'P'
+import json, sys, statistics as st
+f, img, case, na, nb = sys.argv[1:]
+R = [json.loads(l) for l in open(f)]
+R = [r for r in R if r["image"] == img and r["case"] == case]
+by = lambda s: {r["run"]: r for r in R if r["side"] == s}
+A, B = by("a"), by("b")
+def col(k, D): return [D[i].get(k, 0) for i in sorted(D)]
+def ratio(k):
+    v = [A[i].get(k, 0) / B[i][k] for i in sorted(A) if i in B and B[i].get(k)]
+    return (st.median(v), min(v), max(v)) if v else (0, 0, 0)
+i, n, p = ratio("iops"), ratio("be_ns_per_io"), ratio("lat_p50_us")
+e = sum(r.get("errors", 1) for r in R)
+print("%-16s %-22s IOPS %s %.0f %s %.0f ratio %.2f (%.2f..%.2f) | p50us %.1f %.1f (%.2f) p99us %.0f %.0f | be ns/io %.0f %.0f ratio %.2f%s" % (
+  img, case, na, st.median(col("iops", A)), nb, st.median(col("iops", B)), *i, st.median(col("lat_p50_us", A)), st.median(col("lat_p50_us", B)), p[0],
+  st.median(col("lat_p99_us", A)), st.median(col("lat_p99_us", B)), st.median(col("be_ns_per_io", A)), st.median(col("be_ns_per_io", B)), n[0], "  ERRORS %d" % e if e else ""), flush=True)
+sys.exit(1 if e else 0)
+P
+  [ $? = 0 ] || FAILED=1
+done; done
+exit $FAILED
