@@ -149,6 +149,8 @@ pub(crate) struct OpTable {
     slots: Vec<Slot>,
     free: u32,
     used: usize,
+    /// Operations in flight that end by themselves: those on files.
+    working: usize,
 }
 
 impl Default for OpTable {
@@ -157,6 +159,7 @@ impl Default for OpTable {
             slots: Vec::new(),
             free: NO_SLOT,
             used: 0,
+            working: 0,
         }
     }
 }
@@ -164,6 +167,7 @@ impl Default for OpTable {
 impl OpTable {
     fn insert(&mut self, op: Op) -> u32 {
         self.used += 1;
+        self.working += usize::from(!op.is_endless());
         let index = self.free;
         let Some(slot) = self.slots.get_mut(index as usize) else {
             let index = u32::try_from(self.slots.len()).expect("operations fit a u32");
@@ -183,6 +187,11 @@ impl OpTable {
         slot.retries = 0;
         self.free = next;
         index
+    }
+
+    /// Operations on files in flight.
+    pub(crate) fn working(&self) -> usize {
+        self.working
     }
 
     /// Frees a slot; what it owned.
@@ -241,7 +250,10 @@ impl Inner {
             slot.retries = 0;
             return After::Again;
         };
-        match mem::replace(&mut slot.state, State::Done(result)) {
+        let working = usize::from(!slot.op.is_endless());
+        let before = mem::replace(&mut slot.state, State::Done(result));
+        ops.working -= working;
+        match before {
             State::Waiting(waker) => waker.map_or(After::Nothing, After::Wake),
             State::Dropped => After::Discard(ops.remove(index), result),
             State::Free(_) | State::Done(_) => unreachable!("one completion per operation"),

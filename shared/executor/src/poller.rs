@@ -51,6 +51,11 @@ impl Pollers {
         self.list.borrow().is_empty()
     }
 
+    /// Whether there is something to spin, and the thread may.
+    pub(crate) fn may_spin(&self) -> bool {
+        !self.window_max.is_zero() && !self.is_empty()
+    }
+
     pub(crate) fn clear(&self) {
         self.list.take();
     }
@@ -106,7 +111,7 @@ impl Inner {
     /// Spins pollers, ring and remote queue for the window; whether work came up.
     pub(crate) fn spin(&self) -> bool {
         let pollers = &self.pollers;
-        if pollers.window_max.is_zero() || pollers.is_empty() {
+        if !pollers.may_spin() {
             return false;
         }
         let Backend::Ring(ring) = &self.backend else {

@@ -4,9 +4,14 @@ use crate::remote::RemoteItem;
 use crate::runtime::{Backend, Inner};
 use crate::sim::Step;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// Rounds of ready work between two submissions when work does not end.
 const ROUNDS_PER_SUBMIT: u32 = 8;
+/// File operations in flight from which on the executor naps instead of spinning.
+const NAP_DEPTH: usize = 4;
+/// Longest nap.
+const NAP: Duration = Duration::from_micros(100);
 
 impl Inner {
     /// One step of `block_on` and `run`: work, or when there is none, wait. Returns at once when
@@ -58,14 +63,30 @@ impl Inner {
 
     /// Polls, then sleeps until there is something to do.
     fn idle(&self, woken: &AtomicBool) {
-        if self.spin() {
+        if self.nap(woken) || self.spin() {
             return;
         }
         if !self.pollers.arm() && self.shared.try_sleep() && !woken.load(Ordering::SeqCst) {
-            self.sleep();
+            self.sleep(None);
         }
         self.shared.awake();
         self.pollers.disarm();
+    }
+
+    /// Sleeps for a moment without asking pollers for notifications, when so many file operations
+    /// are in flight that one ends soon anyway; what pollers have to offer is found then. Spares
+    /// the spinning, and the guest its notifications. Whether anything ended the nap early.
+    fn nap(&self, woken: &AtomicBool) -> bool {
+        if !self.pollers.may_spin() || self.ops.borrow().working() < NAP_DEPTH {
+            return false;
+        }
+        let mut more = true;
+        if self.shared.try_sleep() && !woken.load(Ordering::SeqCst) {
+            self.sleep(Some(NAP));
+            more = self.reap();
+        }
+        self.shared.awake();
+        more || self.shared.has_pending()
     }
 
     /// Submits what is queued and takes in what has finished; whether there was anything.
@@ -102,13 +123,14 @@ impl Inner {
         any
     }
 
-    /// Sleeps in the kernel until a completion, a deadline or a wake from another thread. In a
-    /// simulated world goes to the next event.
-    fn sleep(&self) {
+    /// Sleeps in the kernel until a completion, a deadline or a wake from another thread, at most
+    /// for `limit`. In a simulated world goes to the next event.
+    fn sleep(&self, limit: Option<Duration>) {
         match &self.backend {
             Backend::Ring(ring) => {
                 let deadline = self.next_deadline();
                 let timeout = deadline.map(|deadline| deadline.saturating_sub(self.now()));
+                let timeout = timeout.into_iter().chain(limit).min();
                 let waited = ring.borrow_mut().wait(timeout);
                 waited.expect("waiting on an open ring");
             }
@@ -121,7 +143,7 @@ impl Inner {
         }
     }
 
-    fn next_deadline(&self) -> Option<std::time::Duration> {
+    fn next_deadline(&self) -> Option<Duration> {
         self.timers.borrow().next_deadline()
     }
 }

@@ -35,7 +35,7 @@ impl<T> Mutex<T> {
 
     /// The lock, when it is free.
     pub fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
-        self.permit.try_take().then_some(MutexGuard { mutex: self })
+        self.permit.try_take().then(|| MutexGuard { mutex: self })
     }
 
     /// The value, without locking: the borrow is exclusive.

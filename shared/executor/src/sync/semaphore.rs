@@ -67,7 +67,7 @@ impl Semaphore {
 
     /// One permit, when there is one free.
     pub fn try_acquire(&self) -> Option<Permit<'_>> {
-        self.try_take().then_some(Permit { semaphore: self })
+        self.try_take().then(|| Permit { semaphore: self })
     }
 
     /// Takes a permit without a guard; [`Semaphore::give`] gives it back.
