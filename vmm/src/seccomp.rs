@@ -104,6 +104,7 @@ const MAIN: &[i64] = &[
     libc::SYS_prctl,
     libc::SYS_recvfrom,
     libc::SYS_seccomp,
+    libc::SYS_setsockopt,
     libc::SYS_statx,
     libc::SYS_unlink,
 ];
