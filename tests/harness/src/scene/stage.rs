@@ -119,7 +119,11 @@ impl Stage {
         };
         let arguments = self.arguments(inside[0], inside[1]);
         Ok(vm.script(format!(
-            "export OUTBOARD_BLKD=/bin/outboard-blkd\nexec vm-scene {}\n",
+            "export OUTBOARD_BLKD=/bin/outboard-blkd\n\
+             vm-scene {}\n\
+             status=$?\n\
+             dmesg | grep -E 'type=1326|segfault|traps:|Out of memory' >&2\n\
+             exit $status\n",
             arguments.join(" ")
         )))
     }
