@@ -1,13 +1,44 @@
 //! The generic data mover: turns a [`Format`]'s answers into I/O, once for all formats.
 //!
-//! Reads split by extent; a hit on one plain extent is the data child's own future. Writes go in
-//! place where the format says so, otherwise through prepare, copy-on-write and commit.
+//! ```text
+//!   read   lookup ─one extent──────────► data child's / backing's own future, or zeroes at once
+//!             └─several, or a miss─────► resolve piece by piece, pieces run side by side
+//!   write  lookup ─one extent in place─► data child's own future
+//!             └─else──► piece by piece: in place, or prepare → old head and tail → data → commit
+//! ```
+//!
+//! Promises: a request on one plain, cached extent costs no allocation; a request never holds more
+//! than [`pieces::MAX_PIECES`] pieces in flight; a guest's buffer that is written as it is, is read
+//! once, and merged data is private; old content known to be zero is not read. A piece that
+//! failed is aborted and the request fails with the first error, after the other pieces have
+//! ended. Must not know: how any format finds its data.
 
-use crate::format::Format;
+mod pieces;
+mod write;
+
+use crate::driver::{
+    BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Resize, StatusExtent, WriteFlags,
+    ZeroFlags,
+};
+use crate::edge::Edge;
+use crate::error::{Error, Result};
+use crate::format::{Extent, Format, Lookup, Mapping};
+use crate::node::Node;
+use crate::redo_log::ImageIdentity;
+use executor::{Buffer, Errno};
+use pieces::Pieces;
+use serde_json::{Map, Value};
 
 /// A format as a driver.
 pub struct FormatNode<F: Format> {
     format: F,
+}
+
+/// What the memory that is read into holds before.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Memory {
+    Anything,
+    Zeroes,
 }
 
 impl<F: Format> FormatNode<F> {
@@ -18,5 +49,245 @@ impl<F: Format> FormatNode<F> {
     /// The format.
     pub fn format(&self) -> &F {
         &self.format
+    }
+
+    fn data(&self) -> &Node {
+        self.format.data().node()
+    }
+
+    async fn extent(&self, range: ByteRange) -> std::result::Result<Extent, Errno> {
+        let mut extent = match self.format.lookup(range) {
+            Lookup::Hit(extent) => extent,
+            Lookup::Miss => self.format.resolve(range).await?,
+        };
+        if extent.length == 0 {
+            tracing::error!(format = self.format.name(), ?range, "empty extent");
+            return Err(Errno::EIO);
+        }
+        extent.length = extent.length.min(range.length);
+        Ok(extent)
+    }
+
+    /// Reads an extent that covers the whole buffer.
+    #[inline]
+    fn read_extent(
+        &self,
+        mapping: Mapping,
+        offset: u64,
+        (buffer, memory): (Buffer, Memory),
+    ) -> IoFuture<'_> {
+        match mapping {
+            Mapping::Data(host_offset) => self.data().read(host_offset, buffer),
+            Mapping::Unallocated if self.backing_has(offset) => match self.format.backing() {
+                Some(backing) => backing.node().read(offset, buffer),
+                None => IoFuture::done(),
+            },
+            Mapping::Unallocated | Mapping::Zero(_) => {
+                if memory == Memory::Anything {
+                    buffer.fill(0);
+                }
+                IoFuture::done()
+            }
+            Mapping::Encoded(descriptor) => {
+                IoFuture::boxed(self.format.read_encoded(offset, descriptor, buffer))
+            }
+        }
+    }
+
+    /// Whether there is a backing that reaches beyond `offset`.
+    fn backing_has(&self, offset: u64) -> bool {
+        self.format
+            .backing()
+            .is_some_and(|backing| offset < backing.node().length())
+    }
+
+    /// Reads any range within the virtual disk, extent by extent.
+    async fn read_pieces(
+        &self,
+        offset: u64,
+        (buffer, memory): (Buffer, Memory),
+    ) -> std::result::Result<(), Errno> {
+        let end = offset + buffer.len() as u64;
+        let mut pieces = Pieces::new();
+        let mut at = offset;
+        while at < end && pieces.ok() {
+            let range = ByteRange::new(at, end - at);
+            let extent = match pieces.drive(self.extent(range)).await {
+                Ok(extent) => extent,
+                Err(errno) => {
+                    pieces.fail(errno);
+                    break;
+                }
+            };
+            let start = (at - offset) as usize;
+            let slice = buffer.slice(start..start + extent.length as usize);
+            pieces
+                .push(self.read_extent(extent.mapping, at, (slice, memory)))
+                .await;
+            at += extent.length;
+        }
+        pieces.finish().await
+    }
+
+    /// Zeroes a range cluster by cluster: by metadata where the format can, else by zero bytes.
+    async fn zero_pieces(
+        &self,
+        range: ByteRange,
+        flags: ZeroFlags,
+    ) -> std::result::Result<(), Errno> {
+        let grain = u64::from(self.format.limits().zero_alignment).max(1);
+        let end = range.checked_end().ok_or(Errno::EINVAL)?;
+        let mut at = range.offset;
+        while at < end {
+            let next = (at / grain + 1) * grain;
+            let is_partial = !at.is_multiple_of(grain) || next > end;
+            let asked = match is_partial {
+                true => next.min(end) - at,
+                false => (end - at) / grain * grain,
+            };
+            let done = self
+                .format
+                .write_zeroes(ByteRange::new(at, asked), flags)
+                .await;
+            at += match done {
+                Ok(0) => return Err(Errno::EIO),
+                Ok(done) => done.min(asked),
+                // A partial cluster is not what `no_fallback` protects from.
+                Err(Errno::EOPNOTSUPP) if is_partial || !flags.no_fallback => {
+                    let length = next.min(end) - at;
+                    let zeroes = Buffer::zeroed(length as usize);
+                    self.write_pieces(at, zeroes).await?;
+                    length
+                }
+                Err(errno) => return Err(errno),
+            };
+        }
+        Ok(())
+    }
+
+    async fn status(&self, range: ByteRange) -> std::result::Result<StatusExtent, Errno> {
+        let extent = self.extent(range).await?;
+        let mut length = extent.length;
+        let mut status = BlockStatus {
+            allocated: true,
+            ..BlockStatus::default()
+        };
+        match extent.mapping {
+            Mapping::Data(offset) => {
+                status.data = true;
+                status.offset = Some(offset);
+            }
+            Mapping::Zero(offset) => {
+                status.zero = true;
+                status.offset = offset;
+            }
+            Mapping::Encoded(_) => {
+                status.data = true;
+                status.compressed = true;
+            }
+            Mapping::Unallocated => {
+                status.allocated = false;
+                status.zero = !self.backing_has(range.offset);
+                if let (false, Some(backing)) = (status.zero, self.format.backing()) {
+                    length = length.min(backing.node().length() - range.offset);
+                }
+            }
+        }
+        Ok(StatusExtent { length, status })
+    }
+
+    /// Grows or shrinks. New space must not show what a longer backing holds there.
+    async fn set_length(&self, resize: Resize) -> Result<()> {
+        let old = self.format.virtual_size();
+        self.format.resize(resize).await?;
+        let backed = self
+            .format
+            .backing()
+            .map_or(0, |backing| backing.node().length());
+        let shown = backed.min(resize.length).saturating_sub(old);
+        self.zero_pieces(ByteRange::new(old, shown), ZeroFlags::default())
+            .await
+            .map_err(|errno| Error::io("Failed to zero the new area", errno))
+    }
+}
+
+impl<F: Format> Driver for FormatNode<F> {
+    fn driver_name(&self) -> &'static str {
+        self.format.name()
+    }
+    fn length(&self) -> u64 {
+        self.format.virtual_size()
+    }
+    fn limits(&self) -> Limits {
+        self.format.limits()
+    }
+    fn grows(&self) -> bool {
+        false
+    }
+    fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_> {
+        let range = ByteRange::new(offset, buffer.len() as u64);
+        let target = (buffer, Memory::Anything);
+        match self.format.lookup(range) {
+            Lookup::Hit(extent) if extent.length >= range.length => {
+                self.read_extent(extent.mapping, offset, target)
+            }
+            _ => IoFuture::boxed(self.read_pieces(offset, target)),
+        }
+    }
+    fn write(&self, offset: u64, buffer: Buffer, flags: WriteFlags) -> IoFuture<'_> {
+        let range = ByteRange::new(offset, buffer.len() as u64);
+        match self.format.lookup(range) {
+            Lookup::Hit(Extent {
+                length,
+                mapping: Mapping::Data(host_offset),
+                in_place: true,
+            }) if length >= range.length => self.data().write(host_offset, buffer, flags),
+            _ => IoFuture::boxed(self.write_pieces(offset, buffer)),
+        }
+    }
+    fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> IoFuture<'_> {
+        IoFuture::boxed(self.zero_pieces(range, flags))
+    }
+    fn discard(&self, range: ByteRange) -> IoFuture<'_> {
+        IoFuture::boxed(self.format.discard(range))
+    }
+    fn flush(&self) -> IoFuture<'_> {
+        let one_file = std::ptr::eq(self.format.file(), self.format.data());
+        if one_file && !self.format.metadata_dirty() {
+            self.data().flush()
+        } else {
+            IoFuture::boxed(self.format.flush())
+        }
+    }
+    fn block_status(
+        &self,
+        range: ByteRange,
+    ) -> BoxFuture<'_, std::result::Result<StatusExtent, Errno>> {
+        Box::pin(self.status(range))
+    }
+    fn resize(&self, resize: Resize) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.set_length(resize))
+    }
+    fn close(&self) -> BoxFuture<'_, std::result::Result<(), Errno>> {
+        Box::pin(self.format.close())
+    }
+    fn edges(&self) -> Vec<(&'static str, &Edge)> {
+        let (file, data) = (self.format.file(), self.format.data());
+        let data = (!std::ptr::eq(file, data)).then_some(data);
+        let backing = self.format.backing();
+        [Some(file), data, backing]
+            .into_iter()
+            .flatten()
+            .map(|edge| (edge.name(), edge))
+            .collect()
+    }
+    fn describe(&self) -> Map<String, Value> {
+        self.format.describe()
+    }
+    fn filename(&self) -> String {
+        self.format.file().node().filename()
+    }
+    fn identity(&self) -> Option<ImageIdentity> {
+        None
     }
 }
