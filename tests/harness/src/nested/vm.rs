@@ -135,7 +135,8 @@ impl NestedVm {
     ///
     /// # Errors
     /// The machine cannot be built or started.
-    pub fn run_interactively(self) -> Result<()> {
+    pub fn run_interactively(mut self) -> Result<()> {
+        self.tree.text("/interactive", "");
         let directory = tempfile::Builder::new()
             .prefix("outboard-nested-")
             .tempdir()?;

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -144,19 +145,22 @@ impl Stage {
     }
 }
 
-/// Whether KVM works here: the processor has an extension for it, and a guest boots with it to its end.
+/// Whether KVM works here: the processor has an extension for it, and a guest boots with it to its end. Tried once.
 ///
 /// A `/dev/kvm` alone says little: some hosts have one that cannot run a stock kernel.
 pub fn kvm_runs_guests() -> bool {
-    let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = processor
-        .lines()
-        .find(|line| line.starts_with("flags"))
-        .unwrap_or_default();
-    let extension = flags
-        .split_whitespace()
-        .any(|flag| flag == "vmx" || flag == "svm");
-    extension && boots_with_kvm().is_ok()
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| {
+        let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let flags = processor
+            .lines()
+            .find(|line| line.starts_with("flags"))
+            .unwrap_or_default();
+        let extension = flags
+            .split_whitespace()
+            .any(|flag| flag == "vmx" || flag == "svm");
+        extension && boots_with_kvm().is_ok()
+    })
 }
 
 fn boots_with_kvm() -> Result<()> {

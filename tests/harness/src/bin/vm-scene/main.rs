@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! vm-scene SCENE --front-end outboard|qemu-kvm|qemu-tcg --kernel BZIMAGE --initramfs CPIO
-//!                [--cpus N] [--queues N] [--kills N]
+//!                [--cpus N] [--queues N] [--kills N] [--syncs N]
 //! ```
 //!
 //! Ends with status 0 if everything was as the scene demands.
@@ -28,7 +28,10 @@ struct Options {
     initramfs: PathBuf,
     cpus: u32,
     queues: u32,
+    /// How often the daemon dies.
     kills: u32,
+    /// Syncs that the guest finishes before the daemon dies, and again after it is back.
+    syncs: u64,
 }
 
 impl Options {
@@ -41,6 +44,7 @@ impl Options {
             cpus: 2,
             queues: 2,
             kills: 3,
+            syncs: 20,
         };
         while let Some(name) = words.next() {
             let value = words
@@ -53,6 +57,7 @@ impl Options {
                 "--cpus" => options.cpus = value.parse().context("--cpus")?,
                 "--queues" => options.queues = value.parse().context("--queues")?,
                 "--kills" => options.kills = value.parse().context("--kills")?,
+                "--syncs" => options.syncs = value.parse().context("--syncs")?,
                 _ => bail!("unknown option {name}"),
             }
         }

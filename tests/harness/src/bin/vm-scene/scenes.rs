@@ -15,9 +15,6 @@ const BASE_BYTES: u64 = 512 << 20;
 /// The `--blockdev` option for a bare disk; file names are relative to the scene's directory.
 const RAW_DISK: &str = "driver=raw,node-name=disk,file.driver=file,file.filename=disk.raw";
 
-/// Syncs that the guest must have finished before the daemon dies, and again after it is back.
-const SYNCS_BETWEEN_KILLS: u64 = 20;
-
 pub(crate) fn play(options: &Options, story: &mut Story) -> Result<()> {
     let directory = tempfile::Builder::new().prefix("scene-").tempdir()?;
     let directory = directory.path();
@@ -39,9 +36,9 @@ fn survive_kills(options: &Options, directory: &Path, story: &mut Story) -> Resu
     let took = back_end.start()?;
     story.tell("daemon_ready", &[("took_ms", milliseconds(took).into())]);
     let mut guest = boot(options, &back_end, directory, story)?;
-    guest.ask("files 2", "started")?;
+    story.pass_on(&guest.ask("files 2", "started")?);
     for number in 1..=options.kills {
-        wait_for_syncs(&mut guest)?;
+        wait_for_syncs(&mut guest, options)?;
         let calm = guest.ask("mark", "mark")?;
         back_end.kill()?;
         story.tell(
@@ -52,7 +49,7 @@ fn survive_kills(options: &Options, directory: &Path, story: &mut Story) -> Resu
             ],
         );
         let took = back_end.start()?;
-        let after = wait_for_syncs(&mut guest)?;
+        let after = wait_for_syncs(&mut guest, options)?;
         let fields = [
             ("number", number.into()),
             ("restart_ms", milliseconds(took).into()),
@@ -61,7 +58,7 @@ fn survive_kills(options: &Options, directory: &Path, story: &mut Story) -> Resu
         ];
         story.tell("resumed", &fields);
     }
-    wait_for_syncs(&mut guest)?;
+    wait_for_syncs(&mut guest, options)?;
     finish_load(&mut guest, story)?;
     power_off(guest, story)?;
     back_end.terminate()?;
@@ -76,10 +73,10 @@ fn resize(options: &Options, directory: &Path, story: &mut Story) -> Result<()> 
     back_end.start()?;
     let mut guest = boot(options, &back_end, directory, story)?;
     guest.ask(&format!("device {}", options.cpus), "started")?;
-    wait_for_syncs(&mut guest)?;
+    wait_for_syncs(&mut guest, options)?;
     back_end.kill()?;
     let took = back_end.start()?;
-    let after = wait_for_syncs(&mut guest)?;
+    let after = wait_for_syncs(&mut guest, options)?;
     story.tell(
         "resumed",
         &[
@@ -147,8 +144,8 @@ fn boot(
 }
 
 /// Waits for the guest to finish more syncs, and returns its counts with the longest pause of that time.
-fn wait_for_syncs(guest: &mut Guest) -> Result<Value> {
-    guest.ask(&format!("progress {SYNCS_BETWEEN_KILLS}"), "mark")
+fn wait_for_syncs(guest: &mut Guest, options: &Options) -> Result<Value> {
+    guest.ask(&format!("progress {}", options.syncs), "mark")
 }
 
 fn pause_of(mark: &Value) -> Value {
