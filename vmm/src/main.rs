@@ -28,6 +28,7 @@ mod serial;
 mod vhost_user;
 mod virtio_pci;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
     let filter = EnvFilter::builder().with_default_directive(LevelFilter::INFO.into());
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(filter.from_env_lossy())
         .init();
     match run(&options) {

@@ -474,3 +474,6 @@ impl PciDevice for VirtioPci {
 }
 
 const _: () = assert!(129 * ENTRY_SIZE as u64 <= PENDING - TABLE);
+
+#[cfg(test)]
+mod tests;

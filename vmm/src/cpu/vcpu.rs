@@ -93,8 +93,16 @@ impl Gate {
         drop(self.rest_while(self.lock(), |state| state.wanted == Wanted::Run));
     }
 
-    fn device_changes(&self) -> u64 {
+    /// How often a device has changed.
+    pub(crate) fn device_changes(&self) -> u64 {
         self.lock().device_changes
+    }
+
+    /// Waits until a device has changed since `seen` was read.
+    #[cfg(test)]
+    pub(crate) fn wait_for_change(&self, seen: u64) {
+        let changed = |state: &mut GateState| state.device_changes == seen;
+        drop(self.changed.wait_while(self.lock(), changed).unwrap());
     }
 
     /// Waits until a device has changed since `seen` was read, parked or not.

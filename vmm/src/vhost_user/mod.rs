@@ -12,6 +12,8 @@
 
 mod reconnect;
 mod session;
+#[cfg(test)]
+pub(crate) mod tests;
 mod wire;
 mod worker;
 

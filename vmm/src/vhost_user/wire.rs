@@ -28,8 +28,10 @@ const MAX_PAYLOAD: usize = 4096;
 const MAX_FDS: usize = 8;
 const VERSION: u32 = 1;
 const VERSION_MASK: u32 = 3;
-const REPLY: u32 = 1 << 2;
-const NEED_REPLY: u32 = 1 << 3;
+/// Flag of a message that answers another.
+pub(super) const REPLY: u32 = 1 << 2;
+/// Flag of a message whose receiver has to acknowledge it.
+pub(super) const NEED_REPLY: u32 = 1 << 3;
 
 /// Why a conversation ended.
 #[derive(Debug, Error)]
@@ -87,11 +89,12 @@ impl Reply {
     }
 }
 
-struct Message {
-    request: u32,
-    flags: u32,
-    payload: Vec<u8>,
-    fds: Vec<OwnedFd>,
+/// One message, whoever sent it.
+pub(super) struct Message {
+    pub(super) request: u32,
+    pub(super) flags: u32,
+    pub(super) payload: Vec<u8>,
+    pub(super) fds: Vec<OwnedFd>,
 }
 
 impl Link {
@@ -272,7 +275,8 @@ impl Link {
     }
 }
 
-fn encode(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+/// The bytes of a message.
+pub(super) fn encode(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
     assert!(payload.len() <= MAX_PAYLOAD);
     let mut message = Vec::with_capacity(HEADER_SIZE + payload.len());
     for word in [request, flags | VERSION, payload.len() as u32] {
@@ -283,7 +287,7 @@ fn encode(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
 }
 
 /// Receives one whole message; a peer that has sent a part of it is waited for.
-fn receive(socket: &UnixStream) -> Result<Message> {
+pub(super) fn receive(socket: &UnixStream) -> Result<Message> {
     let mut header = [0; HEADER_SIZE];
     let (count, fds) = receive_start(socket, &mut header)?;
     read_rest(socket, &mut header[count..])?;

@@ -184,13 +184,6 @@ impl Worker {
                 "the back-end is back, the guest goes on"
             );
         }
-        let inflight = self.session.as_ref().is_some_and(Session::tracks_inflight);
-        if !inflight {
-            tracing::warn!(
-                disk = self.name,
-                "the back-end has no INFLIGHT_SHMFD: requests may be lost or repeated if it dies"
-            );
-        }
     }
 
     fn connect(&mut self) {
@@ -204,6 +197,10 @@ impl Worker {
         };
         match self.open(link) {
             Ok(session) => {
+                if !session.tracks_inflight() {
+                    let text = "no INFLIGHT_SHMFD: requests may be lost or repeated if it dies";
+                    tracing::warn!(disk = self.name, "the back-end has {text}");
+                }
                 self.session = Some(session);
                 self.backoff.clear();
                 if self.activation.is_none() {
