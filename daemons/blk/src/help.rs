@@ -1,0 +1,110 @@
+//! Texts of `--help`.
+
+/// The manual.
+pub(crate) const HELP: &str = "\
+Usage: outboard-blkd [options]
+Serves disk images to virtual machines over vhost-user, driven by QMP.
+
+Options run in the order given. A value is key=value[,key=value...] with dots for
+nested keys (file.driver=file), numbers for list items (iothread.0=a) and ,, for a
+comma, or a JSON object. Everything that an option makes can also be made and
+removed over QMP while the daemon runs.
+
+  -h, --help             display this help and exit
+  -V, --version          display the version and exit
+
+  --blockdev [driver=]<driver>,node-name=<N>
+             [,read-only=on|off][,auto-read-only=on|off][,force-share=on|off]
+             [,cache.direct=on|off][,cache.no-flush=on|off]
+             [,discard=ignore|unmap][,detect-zeroes=on|off|unmap]
+             [,driver specific parameters...]
+                         add a block node (QMP: blockdev-add)
+      file               filename=<path>[,locking=auto|on|off]
+      null-co            size=<bytes>[,read-zeroes=on|off]
+      raw                file=<node or definition>[,offset=<n>][,size=<n>]
+      qcow2              file=<node or definition>[,backing=<node or definition>]
+                         Names inside images open only plain files beneath the
+                         directory of the image or beneath an --allow-dir.
+
+  --object iothread,id=<id>[,poll-max-ns=<n>]
+                         add a thread for queues of exports (QMP: object-add);
+                         poll-max-ns=0 never polls. 'help' lists object types
+
+  --export [type=]vhost-user-blk,id=<id>,node-name=<node-name>,
+           addr.type=unix,addr.path=<path>[,server=on|off]
+           [,writable=on|off][,num-queues=<n>][,queue-size=<n>]
+           [,logical-block-size=<bytes>][,serial=<text>]
+           [,iothread=<id> | ,iothread.0=<id>,iothread.1=<id>...]
+                         export a node as a virtio-blk disk (QMP:
+                         block-export-add). The socket listens; with server=off
+                         the daemon connects to a front-end that listens. Queue
+                         i is served by iothread i modulo their number
+  --export [type=]vhost-user-blk,id=<id>,node-name=<node-name>,
+           addr.type=fd,addr.str=<number or name>[,...]
+                         the same on a listening socket that was handed over:
+                         an inherited descriptor by number, or one of systemd
+                         socket activation by its FileDescriptorName=
+
+  --chardev socket,id=<id>,path=<path>,server=on[,wait=on|off]
+  --chardev socket,id=<id>,fd=<number or name>,server=on[,wait=on|off]
+                         listen for clients of a monitor, one at a time; with
+                         wait=on (the default) start-up waits for the first
+  --chardev socket,id=<id>,path=<path>
+                         connect to a client that listens
+  --chardev stdio,id=<id>
+                         standard input and output
+
+  --monitor [chardev=]<id>[,mode=control][,pretty=on|off]
+                         serve QMP on a character device; give several for
+                         several clients
+
+  --daemonize            go into the background; the started process ends when
+                         the daemon is ready, with status 1 when it failed.
+                         The daemon's working directory is then /
+  --pidfile <path>       write the process id to a file, locked while the
+                         daemon runs and removed at its end
+
+  --sandbox on|strict|off
+                         what the daemon gives up once it serves. on (default):
+                         all capabilities, syscalls that serving does not need,
+                         and every path except --allow-dir and the directories
+                         of its own sockets and pid file (these only to make and
+                         remove sockets). What the kernel cannot restrict is
+                         logged. strict: start only with all of it, and end the
+                         process at a refused syscall. off: for debugging
+  --allow-dir <dir>      files beneath it can be opened after start-up
+                         (blockdev-add) and by names inside images; repeatable.
+                         Without it, images are those of the command line
+
+  --log-level <level>    error, warn, info (default), debug, trace, or filters
+                         as in engine=debug,info; overrides $RUST_LOG. The log
+                         goes to standard error
+
+Signals
+  SIGTERM, SIGINT, SIGHUP end the daemon: requests in flight complete, images are
+  flushed and closed. A second one ends it at once.
+
+Environment
+  NOTIFY_SOCKET          told READY=1 and STOPPING=1 (systemd Type=notify)
+  LISTEN_FDS, LISTEN_FDNAMES, LISTEN_PID
+                         sockets handed over by systemd socket activation
+  RUST_LOG               default of --log-level
+
+Exit status
+  0 after an orderly end, 1 when start-up failed or an image could not be flushed.
+
+Example
+  outboard-blkd --object iothread,id=io0 \\
+    --blockdev qcow2,node-name=disk,file.driver=file,file.filename=vm.qcow2 \\
+    --export vhost-user-blk,id=vda,node-name=disk,addr.type=unix,addr.path=/run/vm/vda.sock,writable=on,iothread=io0 \\
+    --chardev socket,id=qmp,path=/run/vm/qmp.sock,server=on,wait=off --monitor qmp
+";
+
+/// The object types.
+pub(crate) const OBJECTS: &str = "\
+List of user creatable objects:
+  iothread
+
+iothread options:
+  poll-max-ns=<int>
+";

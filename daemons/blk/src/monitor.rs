@@ -1,0 +1,275 @@
+//! A QMP server on a character device.
+//!
+//! ```text
+//!   receive ──> Session ──request──> Engine::run ──reply──> Session ──> writer task ──> send
+//!                                            events ──────────┘
+//! ```
+//!
+//! One client at a time; the next waits in the socket's backlog. Input is read only while all
+//! output has been sent, and a client that lets events pile up is disconnected, so a client
+//! costs bounded memory.
+
+use std::cell::{Cell, RefCell};
+use std::rc::{Rc, Weak};
+use std::time::Duration;
+
+use engine::{Engine, EventSink};
+use executor::sync::Notify;
+use qmp::{Arguments, Error, Event, Request, Result, Session, SessionOptions, Value, Version};
+use serde::Deserialize;
+
+use crate::chardev::{Channel, Chardev, Endpoint, SocketFile};
+
+/// How long a client may take to read its last replies when the daemon ends.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+#[derive(Deserialize)]
+struct MonitorOptions {
+    chardev: String,
+    #[serde(rename = "id")]
+    _id: Option<String>,
+    #[serde(default, rename = "mode")]
+    _mode: Mode,
+    #[serde(default)]
+    pretty: bool,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Mode {
+    #[default]
+    Control,
+}
+
+/// A monitor that has its chardev and does not serve yet.
+pub(crate) struct Monitor {
+    endpoint: Endpoint,
+    options: SessionOptions,
+}
+
+impl Monitor {
+    /// The monitor that a `--monitor` option describes.
+    pub(crate) fn new(
+        arguments: Arguments,
+        chardevs: &[Chardev],
+        version: Version,
+    ) -> Result<Self> {
+        let options: MonitorOptions = arguments.parse()?;
+        let id = &options.chardev;
+        let Some(chardev) = chardevs.iter().find(|chardev| chardev.id == *id) else {
+            return Err(Error::generic(format!("chardev \"{id}\" not found")));
+        };
+        let Some(endpoint) = chardev.endpoint.take() else {
+            return Err(Error::generic(format!("Device '{id}' is in use")));
+        };
+        let layout = match options.pretty {
+            true => qmp::json::Layout::Indented,
+            false => qmp::json::Layout::OneLine,
+        };
+        let options = SessionOptions { version, layout };
+        Ok(Self { endpoint, options })
+    }
+
+    /// The socket it listens on.
+    pub(crate) fn socket_file(&self) -> Option<&SocketFile> {
+        match &self.endpoint {
+            Endpoint::Listening { socket_file, .. } => socket_file.as_ref(),
+            Endpoint::Connected(_) => None,
+        }
+    }
+}
+
+/// The monitors that serve.
+#[derive(Default)]
+pub(crate) struct Monitors {
+    clients: Rc<RefCell<Vec<Weak<Client>>>>,
+    tasks: Vec<executor::JoinHandle<()>>,
+}
+
+impl Monitors {
+    /// Starts serving the clients of `monitor`.
+    pub(crate) fn serve(&mut self, engine: &Rc<Engine>, monitor: Monitor) {
+        let engine = Rc::clone(engine);
+        let clients = Rc::clone(&self.clients);
+        self.tasks.push(executor::spawn(async move {
+            let options = monitor.options;
+            match monitor.endpoint {
+                Endpoint::Connected(channel) => {
+                    serve_client(&engine, &options, &clients, channel).await;
+                }
+                Endpoint::Listening {
+                    listener,
+                    mut first,
+                    // Removed when the task is dropped.
+                    socket_file: _socket_file,
+                } => loop {
+                    let accepted = match first.take() {
+                        Some(stream) => Ok(stream),
+                        None => listener.accept().await,
+                    };
+                    match accepted {
+                        Ok(stream) => {
+                            let channel = Channel::Socket(stream);
+                            serve_client(&engine, &options, &clients, channel).await;
+                        }
+                        Err(errno) => {
+                            tracing::error!(%errno, "a monitor accepts no more clients");
+                            return;
+                        }
+                    }
+                },
+            }
+        }));
+    }
+
+    /// Sends what clients have not been sent yet, and closes.
+    pub(crate) async fn close(self) {
+        let clients: Vec<_> = self
+            .clients
+            .borrow()
+            .iter()
+            .filter_map(Weak::upgrade)
+            .collect();
+        for client in clients {
+            if executor::time::timeout(FAREWELL, client.sent())
+                .await
+                .is_none()
+            {
+                tracing::warn!("a monitor's client does not read its replies");
+            }
+        }
+        for task in self.tasks {
+            task.cancel();
+        }
+    }
+}
+
+/// A connected client.
+struct Client {
+    channel: Channel,
+    session: RefCell<Session>,
+    /// There is output, or the client has gone.
+    output: Notify,
+    /// All output has been sent.
+    idle: Notify,
+    sending: Cell<bool>,
+    gone: Cell<bool>,
+}
+
+impl EventSink for Client {
+    fn event(&self, event: &Event) {
+        let mut session = self.session.borrow_mut();
+        session.event(event);
+        if session.is_overrun() && !self.gone.get() {
+            tracing::warn!("a monitor's client does not read its events: disconnected");
+            self.channel.shut_down();
+        }
+        self.mark_output();
+    }
+}
+
+impl Client {
+    fn mark_output(&self) {
+        self.sending.set(true);
+        self.output.notify_all();
+    }
+
+    /// Waits until all output has been sent or the client has gone.
+    async fn sent(&self) {
+        loop {
+            let idle = self.idle.notified();
+            if !self.sending.get() || self.gone.get() {
+                return;
+            }
+            idle.await;
+        }
+    }
+
+    /// Sends output as it comes, until the client has gone.
+    async fn write(&self) {
+        loop {
+            let more = self.output.notified();
+            let bytes = self.session.borrow_mut().take_output();
+            if !bytes.is_empty() {
+                if self.channel.send(bytes).await.is_err() {
+                    self.gone.set(true);
+                    self.channel.shut_down();
+                }
+            } else {
+                self.sending.set(false);
+                self.idle.notify_all();
+                if self.gone.get() {
+                    return;
+                }
+                more.await;
+            }
+            if self.gone.get() {
+                self.idle.notify_all();
+                return;
+            }
+        }
+    }
+
+    /// Runs requests until the client has gone.
+    async fn read(&self, engine: &Rc<Engine>) {
+        loop {
+            let bytes = match self.channel.receive().await {
+                Ok(bytes) if !bytes.is_empty() => bytes,
+                _ => return,
+            };
+            self.session.borrow_mut().feed(&bytes);
+            loop {
+                let request = self.session.borrow_mut().next_request();
+                self.mark_output();
+                let Some(request) = request else { break };
+                let result = run(engine, &request).await;
+                self.session.borrow_mut().reply(request.id, result);
+                self.mark_output();
+                self.sent().await;
+                if self.gone.get() {
+                    return;
+                }
+            }
+            self.sent().await;
+        }
+    }
+}
+
+async fn serve_client(
+    engine: &Rc<Engine>,
+    options: &SessionOptions,
+    clients: &RefCell<Vec<Weak<Client>>>,
+    channel: Channel,
+) {
+    let client = Rc::new(Client {
+        channel,
+        session: RefCell::new(Session::new(options)),
+        output: Notify::new(),
+        idle: Notify::new(),
+        sending: Cell::new(true),
+        gone: Cell::new(false),
+    });
+    {
+        let mut clients = clients.borrow_mut();
+        clients.retain(|client| client.strong_count() > 0);
+        clients.push(Rc::downgrade(&client));
+    }
+    let sink: Rc<dyn EventSink> = client.clone();
+    engine.subscribe(&sink);
+    let writing = Rc::clone(&client);
+    let writer = executor::spawn(async move { writing.write().await });
+    client.read(engine).await;
+    client.gone.set(true);
+    client.output.notify_all();
+    writer.await;
+}
+
+async fn run(engine: &Rc<Engine>, request: &Request) -> Result<Value> {
+    engine.commands().handler_of(request)?;
+    let result = engine.run(&request.command, request.arguments()).await;
+    match &result {
+        Ok(_) => tracing::debug!(command = request.command, "done"),
+        Err(error) => tracing::debug!(command = request.command, %error, "failed"),
+    }
+    result
+}

@@ -1,0 +1,8 @@
+//! The drivers that `--blockdev` knows: the tables of the protocol and format crates, joined.
+
+use block::DriverEntry;
+
+/// Every driver table. A new driver is a line in its crate's table.
+pub fn drivers() -> [&'static [DriverEntry]; 2] {
+    [protocols::DRIVERS, formats::DRIVERS]
+}

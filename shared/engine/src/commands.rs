@@ -1,0 +1,59 @@
+//! The command table, and the commands about the daemon itself.
+
+use std::rc::Rc;
+
+use block::BoxFuture;
+use qmp::{Arguments, Command, CommandTable, Result, Value, json};
+
+use crate::engine::Engine;
+use crate::{exports, nodes, objects};
+
+/// What runs a command. The future runs on the control thread.
+pub type Handler = for<'a> fn(&'a Rc<Engine>, Arguments) -> BoxFuture<'a, Result<Value>>;
+
+/// One line per command: its name and the async function that runs it.
+macro_rules! commands {
+    ($($name:literal => $function:path,)*) => {
+        &[$(Command {
+            name: $name,
+            handler: |engine, arguments| Box::pin($function(engine, arguments)),
+        },)*]
+    };
+}
+
+const COMMANDS: &[Command<Handler>] = commands! {
+    "block-export-add" => exports::block_export_add,
+    "block-export-del" => exports::block_export_del,
+    "block_resize" => nodes::block_resize,
+    "blockdev-add" => nodes::blockdev_add,
+    "blockdev-del" => nodes::blockdev_del,
+    "object-add" => objects::object_add,
+    "object-del" => objects::object_del,
+    "query-block-exports" => exports::query_block_exports,
+    "query-commands" => query_commands,
+    "query-iothreads" => objects::query_iothreads,
+    "query-named-block-nodes" => nodes::query_named_block_nodes,
+    "query-version" => query_version,
+    "quit" => quit,
+};
+
+/// The table of all commands.
+pub fn table() -> CommandTable<Handler> {
+    CommandTable::new([COMMANDS])
+}
+
+async fn query_version(engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {
+    arguments.finish()?;
+    Ok(json!(engine.version))
+}
+
+async fn query_commands(engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {
+    arguments.finish()?;
+    Ok(engine.commands().describe())
+}
+
+async fn quit(engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {
+    arguments.finish()?;
+    engine.request_quit();
+    Ok(json!({}))
+}

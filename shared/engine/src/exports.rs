@@ -1,0 +1,292 @@
+//! Commands on exports: `block-export-add`, `block-export-del`, `query-block-exports`.
+//!
+//! ```text
+//!   block-export-add ──> running ── block-export-del ──> shutting down ──> BLOCK_EXPORT_DELETED
+//! ```
+//!
+//! Deletion answers at once and goes on by itself: requests in flight complete first.
+
+use std::cell::RefCell;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use block::Node;
+use executor::sync::Notify;
+use exports::{VhostUserBlk, VhostUserBlkOptions};
+use qmp::{Arguments, Error, Event, Result, Value, json};
+use serde::Deserialize;
+use vhost_daemon::Address;
+
+use crate::engine::Engine;
+use crate::error::from_block;
+use crate::iothread::IoThread;
+use crate::nodes;
+use crate::objects::is_identifier;
+
+/// Most iothreads of one export.
+const MAX_IOTHREADS: usize = 64;
+
+/// All exports.
+#[derive(Default)]
+pub(crate) struct Exports {
+    entries: RefCell<Vec<Entry>>,
+    /// An entry went away.
+    removed: Notify,
+}
+
+/// An export by id.
+struct Entry {
+    id: String,
+    type_name: &'static str,
+    node: Arc<Node>,
+    /// `None` while it is shutting down.
+    running: Option<VhostUserBlk>,
+    /// The socket that it made in the file system.
+    socket_path: Option<PathBuf>,
+    /// Held, so that a thread in use cannot be deleted.
+    _iothreads: Vec<Rc<IoThread>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Common {
+    id: String,
+    node_name: String,
+    #[serde(default)]
+    writable: bool,
+    #[serde(default)]
+    writethrough: bool,
+    /// The threads of an export never change, so this is always granted.
+    #[serde(rename = "fixed-iothread")]
+    _fixed_iothread: Option<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename = "type", rename_all = "kebab-case")]
+enum Kind {
+    #[serde(rename_all = "kebab-case")]
+    VhostUserBlk {
+        addr: SocketAddress,
+        /// Listen (the default), or connect to a front-end that listens.
+        server: Option<bool>,
+        logical_block_size: Option<u64>,
+        num_queues: Option<u16>,
+        queue_size: Option<u16>,
+        serial: Option<String>,
+    },
+}
+
+#[derive(Deserialize)]
+#[serde(rename = "type", rename_all = "kebab-case")]
+enum SocketAddress {
+    Unix { path: String },
+    Fd { str: String },
+}
+
+pub(crate) async fn block_export_add(
+    engine: &Rc<Engine>,
+    mut arguments: Arguments,
+) -> Result<Value> {
+    if arguments.get("type").is_none() {
+        return Err(Error::missing_parameter("type"));
+    }
+    let iothreads = take_iothreads(&mut arguments)?;
+    let common: Common = arguments.take()?;
+    let kind: Kind = arguments.parse()?;
+    if !is_identifier(&common.id) {
+        return Err(Error::generic("Invalid block export id"));
+    }
+    let taken = engine.exports.entries.borrow();
+    if taken.iter().any(|entry| entry.id == common.id) {
+        let id = &common.id;
+        return Err(Error::generic(format!(
+            "Block export id '{id}' is already in use"
+        )));
+    }
+    drop(taken);
+    let node = nodes::find(engine, None, Some(&common.node_name))?;
+    let iothreads: Result<Vec<_>> = iothreads.iter().map(|id| engine.iothread(id)).collect();
+    let iothreads = iothreads?;
+    let mut options = vhost_user_blk_options(engine, &common, kind)?;
+    let socket_path = match &options.address {
+        Address::Listen(path) => Some(path.clone()),
+        Address::ListenFd(_) | Address::Connect(_) => None,
+    };
+    options.iothreads = iothreads
+        .iter()
+        .map(|iothread| iothread.handle().clone())
+        .collect();
+    let export = VhostUserBlk::start(&node, options).map_err(from_block)?;
+    tracing::info!(export = common.id, node = common.node_name, "export added");
+    engine.exports.entries.borrow_mut().push(Entry {
+        id: common.id,
+        type_name: "vhost-user-blk",
+        node,
+        running: Some(export),
+        socket_path,
+        _iothreads: iothreads,
+    });
+    Ok(json!({}))
+}
+
+/// `iothread`: one id, or a list of them for the queues to be spread over.
+fn take_iothreads(arguments: &mut Arguments) -> Result<Vec<String>> {
+    let wrong_type = |path| Error::parameter_type(path, "BlockExportIothreads");
+    let path = arguments.path_of("iothread");
+    let items = match arguments.take_value("iothread") {
+        None => return Ok(Vec::new()),
+        Some(Value::Array(items)) if !items.is_empty() => items,
+        Some(one @ Value::String(_)) => vec![one],
+        Some(_) => return Err(wrong_type(path)),
+    };
+    if items.len() > MAX_IOTHREADS {
+        let limit = format!("at most {MAX_IOTHREADS} iothreads");
+        return Err(Error::parameter_expects(path, &limit));
+    }
+    let ids = items.into_iter().map(|item| match item {
+        Value::String(id) => Ok(id),
+        _ => Err(wrong_type(path.clone())),
+    });
+    ids.collect()
+}
+
+fn vhost_user_blk_options(
+    engine: &Engine,
+    common: &Common,
+    kind: Kind,
+) -> Result<VhostUserBlkOptions> {
+    let Kind::VhostUserBlk {
+        addr,
+        server,
+        logical_block_size,
+        num_queues,
+        queue_size,
+        serial,
+    } = kind;
+    if common.writethrough {
+        return Err(Error::generic(
+            "vhost-user-blk exports do not support writethrough: the guest chooses the cache mode",
+        ));
+    }
+    let address = match (addr, server.unwrap_or(true)) {
+        (SocketAddress::Unix { path }, true) => Address::Listen(path.into()),
+        (SocketAddress::Unix { path }, false) => Address::Connect(path.into()),
+        (SocketAddress::Fd { str }, true) => Address::ListenFd(engine.claim_fd(&str)?),
+        (SocketAddress::Fd { .. }, false) => {
+            let what = "server=off needs an address of type 'unix'";
+            return Err(Error::generic(what));
+        }
+    };
+    let mut options = VhostUserBlkOptions::new(&common.id, address);
+    options.writable = common.writable;
+    if let Some(bytes) = logical_block_size {
+        options.logical_block_size = u32::try_from(bytes).map_err(|_| {
+            let (id, name) = (&common.id, "logical-block-size");
+            Error::generic(format!("Property {id}.{name} doesn't take value '{bytes}'"))
+        })?;
+    }
+    options.num_queues = num_queues.unwrap_or(options.num_queues);
+    options.queue_size_max = queue_size.unwrap_or(options.queue_size_max);
+    options.serial = serial.unwrap_or(options.serial);
+    Ok(options)
+}
+
+#[derive(Deserialize)]
+struct BlockExportDel {
+    id: String,
+    #[serde(default)]
+    mode: DeleteMode,
+}
+
+/// Whether an export in use may be deleted. A front-end reconnects and does not count as a user,
+/// so both modes end a vhost-user-blk export.
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum DeleteMode {
+    #[default]
+    Safe,
+    Hard,
+}
+
+pub(crate) async fn block_export_del(engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {
+    let BlockExportDel { id, mode } = arguments.parse()?;
+    match mode {
+        DeleteMode::Safe | DeleteMode::Hard => {}
+    }
+    let mut entries = engine.exports.entries.borrow_mut();
+    let Some(entry) = entries.iter_mut().find(|entry| entry.id == id) else {
+        return Err(Error::generic(format!("Export '{id}' is not found")));
+    };
+    let Some(export) = entry.running.take() else {
+        return Err(Error::generic(format!(
+            "Export '{id}' is already shutting down"
+        )));
+    };
+    drop(entries);
+    let engine = Rc::clone(engine);
+    executor::spawn(async move { engine.finish_export(id, export).await });
+    Ok(json!({}))
+}
+
+pub(crate) async fn query_block_exports(
+    engine: &Rc<Engine>,
+    arguments: Arguments,
+) -> Result<Value> {
+    arguments.finish()?;
+    let entries = engine.exports.entries.borrow();
+    let described = entries.iter().rev().map(|entry| {
+        json!({
+            "node-name": entry.node.name(),
+            "shutting-down": entry.running.is_none(),
+            "type": entry.type_name,
+            "id": entry.id,
+        })
+    });
+    Ok(described.collect())
+}
+
+impl Engine {
+    /// Waits for the requests of an export, and forgets it.
+    async fn finish_export(&self, id: String, export: VhostUserBlk) {
+        export.stop().await;
+        self.exports
+            .entries
+            .borrow_mut()
+            .retain(|entry| entry.id != id);
+        tracing::info!(export = id, "export removed");
+        self.emit(&Event::with_data(
+            "BLOCK_EXPORT_DELETED",
+            json!({ "id": id }),
+        ));
+        self.exports.removed.notify_all();
+    }
+
+    /// The sockets that exports listen on in the file system.
+    pub fn socket_paths(&self) -> Vec<PathBuf> {
+        let entries = self.exports.entries.borrow();
+        let paths = entries.iter().filter_map(|entry| entry.socket_path.clone());
+        paths.collect()
+    }
+
+    /// Ends every export, those already on their way out included.
+    pub async fn stop_all_exports(self: &Rc<Self>) {
+        let mut running = Vec::new();
+        for entry in self.exports.entries.borrow_mut().iter_mut() {
+            if let Some(export) = entry.running.take() {
+                running.push((entry.id.clone(), export));
+            }
+        }
+        for (id, export) in running {
+            let engine = Rc::clone(self);
+            executor::spawn(async move { engine.finish_export(id, export).await });
+        }
+        loop {
+            let removed = self.exports.removed.notified();
+            if self.exports.entries.borrow().is_empty() {
+                return;
+            }
+            removed.await;
+        }
+    }
+}

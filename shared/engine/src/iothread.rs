@@ -1,0 +1,94 @@
+//! `iothread` objects: a named thread with an executor of its own.
+
+use std::io;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use executor::{Config, Executor, Handle};
+use nix::unistd::{SysconfVar, sysconf};
+
+/// A running thread. Users hold it in an `Rc`, so that its count tells whether it is in use.
+pub(crate) struct IoThread {
+    id: String,
+    handle: Handle,
+    thread: Option<thread::JoinHandle<()>>,
+    options: IoThreadOptions,
+}
+
+/// What `object-add` can say of an iothread.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct IoThreadOptions {
+    /// Longest time to poll before sleeping; zero never polls.
+    pub(crate) poll_max: Duration,
+}
+
+impl Default for IoThreadOptions {
+    /// Polling pays only when a core is left for whoever is waited for.
+    fn default() -> Self {
+        let cores = sysconf(SysconfVar::_NPROCESSORS_ONLN).ok().flatten();
+        let poll_max = match cores {
+            Some(1) => Duration::ZERO,
+            _ => Config::default().poll_max,
+        };
+        Self { poll_max }
+    }
+}
+
+impl IoThread {
+    /// Starts the thread; its executor exists when this returns.
+    pub(crate) fn start(id: &str, options: IoThreadOptions) -> io::Result<Self> {
+        let (sender, receiver) = mpsc::channel();
+        // The kernel shows 15 bytes of a thread's name.
+        let name: String = id.chars().take(15).collect();
+        let config = Config {
+            poll_max: options.poll_max,
+            ..Config::default()
+        };
+        let thread = thread::Builder::new().name(name).spawn(move || {
+            let executor = match Executor::new(&config) {
+                Ok(executor) => executor,
+                Err(error) => {
+                    let _ = sender.send(Err(error));
+                    return;
+                }
+            };
+            let _ = sender.send(Ok(executor.handle()));
+            drop(sender);
+            executor.run();
+        })?;
+        let started = receiver.recv().map_err(io::Error::other)?;
+        Ok(Self {
+            id: id.to_owned(),
+            handle: started?,
+            thread: Some(thread),
+            options,
+        })
+    }
+
+    /// The object's id.
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Reaches its executor.
+    pub(crate) fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
+    /// How it was made.
+    pub(crate) fn options(&self) -> IoThreadOptions {
+        self.options
+    }
+}
+
+impl Drop for IoThread {
+    fn drop(&mut self) {
+        self.handle.stop();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!(iothread = self.id, "the thread panicked");
+        }
+    }
+}
