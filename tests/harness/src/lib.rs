@@ -8,8 +8,10 @@
 //! - [`ramdisk`]: an independent back-end that the driver itself is tested against.
 //! - [`fuzz_frontend`]: a front-end that means harm.
 //! - [`nested`]: a machine with a working KVM in software; [`scene`]: a real guest, its VMM and its daemon.
+//! - [`conformance`]: what every driver and format must pass, on the simulated world.
 //! - [`wire`]: vhost-user messages as bytes.
 
+pub mod conformance;
 pub mod driver;
 pub mod fuzz_frontend;
 pub mod load;
