@@ -17,7 +17,7 @@ mod stage;
 pub use back_end::BackEnd;
 pub use front_end::{Boot, FrontEnd};
 pub use guest::Guest;
-pub use stage::{Stage, kvm_runs_guests};
+pub use stage::{Stage, kvm_runs_guests, trial_boot};
 
 use std::env;
 use std::path::{Path, PathBuf};

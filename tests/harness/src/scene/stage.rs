@@ -1,7 +1,7 @@
 //! Where a scene is played: on this machine, or in a nested one that has the KVM which this one lacks.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -159,17 +159,23 @@ pub fn kvm_runs_guests() -> bool {
         let extension = flags
             .split_whitespace()
             .any(|flag| flag == "vmx" || flag == "svm");
-        extension && boots_with_kvm().is_ok()
+        extension && trial_boot(FrontEnd::QemuKvm).is_ok()
     })
 }
 
-fn boots_with_kvm() -> Result<()> {
-    let directory = tempfile::Builder::new().prefix("outboard-kvm-").tempdir()?;
+/// Boots a guest without a disk under that VMM and lets it power off.
+///
+/// # Errors
+/// It does not come that far.
+pub fn trial_boot(front_end: FrontEnd) -> Result<()> {
+    let directory = tempfile::Builder::new()
+        .prefix("outboard-trial-")
+        .tempdir()?;
     let kernel = Kernel::installed()?;
-    let initramfs: PathBuf = directory.path().join("guest.cpio");
+    let initramfs = directory.path().join("guest.cpio");
     guest_initramfs(&kernel, &[], &initramfs)?;
     let boot = Boot {
-        front_end: FrontEnd::QemuKvm,
+        front_end,
         kernel: kernel.image().into(),
         initramfs,
         cpus: 1,

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use harness::nested::{NestedVm, Outcome};
-use harness::scene::{FrontEnd, Stage};
+use harness::scene::{FrontEnd, Stage, trial_boot};
 use serde_json::{Value, json};
 
 /// Generous, because emulation is slow and test machines are shared; scenes end long before.
@@ -51,6 +51,11 @@ fn the_nested_machine_offers_kvm_to_programs() {
     assert!(outcome.event("kvm").is_some(), "{outcome:#?}");
     assert_eq!(outcome.output, ["plain"]);
     assert_eq!(outcome.exit, Some(3));
+}
+
+#[test]
+fn the_trial_for_kvm_ends_well_where_guests_run() {
+    trial_boot(FrontEnd::QemuTcg).unwrap();
 }
 
 #[test]

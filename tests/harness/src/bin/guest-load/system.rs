@@ -33,12 +33,17 @@ const COMPLAINTS: [&str; 7] = [
 
 /// The first answer: what the guest has.
 pub(crate) fn ready() -> Value {
+    let attribute = |name: &str| {
+        let text = fs::read_to_string(Path::new("/sys/block/vda").join(name));
+        text.unwrap_or_default().trim().to_owned()
+    };
     json!({
         "event": "ready",
         "cpus": thread::available_parallelism().map_or(0, |count| count.get()),
         "queues": fs::read_dir("/sys/block/vda/mq").map_or(0, Iterator::count),
         "bytes": disk_bytes().unwrap_or(0),
-        "serial": fs::read_to_string("/sys/block/vda/serial").unwrap_or_default().trim(),
+        "serial": attribute("serial"),
+        "write_cache": attribute("queue/write_cache"),
     })
 }
 

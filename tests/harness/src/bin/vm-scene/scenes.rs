@@ -140,6 +140,12 @@ fn boot(
         "the guest has {} queues, not {expected}",
         ready["queues"]
     );
+    // With "write through" the guest would never flush, and an fsync would promise nothing.
+    let cache = &ready["write_cache"];
+    ensure!(
+        *cache == "write back",
+        "the guest takes its disk's cache for {cache}"
+    );
     Ok(guest)
 }
 
