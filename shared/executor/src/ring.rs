@@ -90,6 +90,7 @@ impl Ring {
     /// there is nothing of both.
     pub(crate) fn submit(&mut self) -> io::Result<()> {
         loop {
+            self.refill();
             let queue = self.ring.submission();
             let (queued, kernel) = (queue.len(), queue.taskrun() || queue.cq_overflow());
             drop(queue);
@@ -104,7 +105,6 @@ impl Ring {
             if retry_later(result)? || self.backlog.is_empty() {
                 return Ok(());
             }
-            self.refill();
         }
     }
 

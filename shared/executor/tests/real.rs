@@ -1,6 +1,11 @@
 //! The executor on the real kernel.
 #![expect(clippy::unwrap_used, reason = "tests")]
+#![expect(
+    unsafe_code,
+    reason = "scattered buffers name their memory by pointers"
+)]
 
+use executor::buffer::IoVecs;
 use executor::file::Fallocate;
 use executor::runtime::{PollerRegistration, register_poller};
 use executor::sync::{Mutex, Notify, RangeLock, Semaphore};
@@ -266,8 +271,6 @@ fn turns_run_everything_when_the_descriptor_says_so() {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     let executor = real();
     let handle = executor.handle();
-    let done = Rc::new(Cell::new(false));
-    let seen = Rc::clone(&done);
     let directory = &directories()[1];
     let path = directory.path().join("file");
     executor.turn().unwrap();
@@ -289,5 +292,195 @@ fn turns_run_everything_when_the_descriptor_says_so() {
         poll(&mut fds, PollTimeout::from(5000u16)).unwrap();
         executor.turn().unwrap();
     }
-    drop(seen);
+}
+
+#[test]
+fn memory_of_dropped_reads_is_not_reused_too_early() {
+    let directory = &directories()[1];
+    let path = directory.path().join("file");
+    let executor = real();
+    executor.block_on(async {
+        let file = File::open(&path, &create()).unwrap();
+        file.write_at(pattern(1 << 20, 1), 0).await.unwrap();
+        file.sync_data().await.unwrap();
+        let options = OpenOptions {
+            direct: true,
+            ..OpenOptions::default()
+        };
+        let Ok(file) = File::open(&path, &options) else {
+            eprintln!("skipped: no O_DIRECT here");
+            return;
+        };
+        for round in 0..50u64 {
+            let mut kept = Vec::new();
+            for at in 0..16u64 {
+                // Dropped with its buffer while the device still writes to the memory.
+                drop(file.read_at(Buffer::zeroed(16384), (round + at) % 64 * 16384));
+                let fresh = Buffer::zeroed(16384);
+                fresh.fill(0xa5);
+                kept.push(fresh);
+            }
+            file.read_at(Buffer::zeroed(4096), 0).await.unwrap();
+            for fresh in kept {
+                assert!(fresh.to_heap().iter().all(|&byte| byte == 0xa5));
+            }
+        }
+    });
+}
+
+#[test]
+fn scattered_buffers_of_thousands_of_pieces_are_transferred_whole() {
+    let executor = real();
+    for directory in directories() {
+        executor.block_on(async {
+            let file = File::open(&directory.path().join("file"), &create()).unwrap();
+            let memory = Buffer::zeroed(3000 * 64);
+            let mut iovecs = IoVecs::new();
+            memory.for_each_piece(|base, _| {
+                for piece in 0..3000 {
+                    // Every other half line, so that no two pieces touch.
+                    // SAFETY: within `memory`, which is the owner.
+                    unsafe { iovecs.push(base.add(piece * 64), 32) };
+                }
+            });
+            iovecs.set_owner(Rc::new(memory.clone()));
+            let scattered = Buffer::from_iovecs(Rc::new(iovecs));
+            let data = pattern(3000 * 32, 5);
+            scattered.copy_from(&data);
+            file.write_at(scattered.clone(), 77).await.unwrap();
+            memory.fill(0);
+            file.read_at(scattered.clone(), 77).await.unwrap();
+            assert_eq!(*scattered.to_heap(), *data.to_heap());
+            let part = scattered.slice(33..90_001);
+            memory.fill(0);
+            file.read_at(part.clone(), 77 + 33).await.unwrap();
+            assert_eq!(*part.to_heap(), data.to_heap()[33..90_001]);
+            assert!(scattered.slice(0..33).is_zero());
+        });
+    }
+}
+
+#[test]
+fn a_cancelled_task_is_dropped_and_others_go_on() {
+    struct OnDrop(Rc<Cell<bool>>);
+    impl Drop for OnDrop {
+        fn drop(&mut self) {
+            self.0.set(true);
+        }
+    }
+    let executor = real();
+    let dropped = Rc::new(Cell::new(false));
+    executor.block_on(async {
+        let guard = OnDrop(Rc::clone(&dropped));
+        let task = spawn(async move {
+            let _guard = guard;
+            std::future::pending::<()>().await;
+        });
+        time::yield_now().await;
+        task.cancel();
+        time::yield_now().await;
+        assert!(dropped.get());
+        assert_eq!(spawn(async { 7 }).await, 7);
+    });
+    // Tasks that are left when the executor goes are dropped, too.
+    dropped.set(false);
+    let guard = OnDrop(Rc::clone(&dropped));
+    executor.block_on(async {
+        spawn(async move {
+            let _guard = guard;
+            time::sleep(Duration::from_secs(3600)).await;
+        });
+        time::yield_now().await;
+    });
+    drop(executor);
+    assert!(dropped.get());
+}
+
+#[test]
+fn a_panic_of_a_task_leaves_through_block_on() {
+    let executor = real();
+    let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        executor.block_on(async {
+            spawn(async { panic!("the task's own words") });
+            std::future::pending::<()>().await;
+        });
+    }));
+    let words = panic.unwrap_err();
+    assert_eq!(words.downcast_ref(), Some(&"the task's own words"));
+    assert_eq!(executor.block_on(async { spawn(async { 3 }).await }), 3);
+}
+
+#[test]
+fn executors_of_one_thread_keep_apart() {
+    let (first, second) = (real(), real());
+    let handle = first.handle();
+    assert_ne!(handle.index(), second.handle().index());
+    let inner = first.block_on(async {
+        assert!(handle.is_current());
+        let inside = second.block_on(async {
+            assert!(!handle.is_current());
+            spawn(async { 1 }).await
+        });
+        assert!(handle.is_current());
+        inside + spawn(async { 1 }).await
+    });
+    assert_eq!(inner, 2);
+}
+
+#[test]
+fn wakes_from_many_threads_are_not_lost() {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    let executor = real();
+    let turn = Arc::new((AtomicU32::new(0), Notify::new()));
+    let threads: Vec<_> = (0..2u32)
+        .map(|me| {
+            let turn = Arc::clone(&turn);
+            std::thread::spawn(move || {
+                let executor = real();
+                executor.block_on(async {
+                    for _ in 0..2000 {
+                        loop {
+                            let changed = turn.1.notified();
+                            if turn.0.load(Ordering::SeqCst) % 3 == me {
+                                break;
+                            }
+                            changed.await;
+                        }
+                        turn.0.fetch_add(1, Ordering::SeqCst);
+                        turn.1.notify_all();
+                    }
+                });
+            })
+        })
+        .collect();
+    executor.block_on(async {
+        for _ in 0..2000 {
+            loop {
+                let changed = turn.1.notified();
+                if turn.0.load(Ordering::SeqCst) % 3 == 2 {
+                    break;
+                }
+                changed.await;
+            }
+            turn.0.fetch_add(1, Ordering::SeqCst);
+            turn.1.notify_all();
+        }
+    });
+    for thread in threads {
+        thread.join().unwrap();
+    }
+    assert_eq!(turn.0.load(Ordering::SeqCst), 6000);
+}
+
+#[test]
+fn what_threads_share_is_send_and_sync() {
+    fn shared<T: Send + Sync>() {}
+    shared::<File>();
+    shared::<Handle>();
+    shared::<Mutex<u64>>();
+    shared::<RangeLock>();
+    shared::<Semaphore>();
+    shared::<Notify>();
+    shared::<executor::sim::World>();
 }
