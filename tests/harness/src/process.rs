@@ -202,6 +202,34 @@ impl Daemon {
         Ok(fs::read_dir(&path).with_context(|| path.clone())?.count())
     }
 
+    /// Time its threads have spent on a CPU.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        let mut total = 0;
+        for task in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let path = task?.path().join("schedstat");
+            let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+            let on_cpu = text.split(' ').next().unwrap_or_default();
+            total += on_cpu.parse::<u64>().with_context(|| text.clone())?;
+        }
+        Ok(Duration::from_nanos(total))
+    }
+
+    /// Resident memory in KiB.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn resident_kib(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let number = line
+            .and_then(|rest| rest.split_whitespace().next())
+            .context("no VmRSS")?;
+        Ok(number.parse()?)
+    }
+
     /// Sends SIGKILL and reaps.
     ///
     /// # Errors

@@ -340,3 +340,86 @@ fn ensure_allowed(history: &History, sector: u64, found: Found, since: u64) -> R
     );
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RANGE: SectorRange = SectorRange { first: 2, count: 2 };
+
+    fn write(oracle: &Oracle, count: u64) -> Vec<u8> {
+        let (ticket, data) = oracle.begin_write(RANGE, (1, count)).unwrap();
+        oracle.complete(&ticket, &[]).unwrap();
+        data
+    }
+
+    fn flush(oracle: &Oracle) {
+        let ticket = oracle.begin(Operation::Flush, Vec::new()).unwrap();
+        oracle.complete(&ticket, &[]).unwrap();
+    }
+
+    #[test]
+    fn only_a_power_cut_may_lose_what_no_flush_covered() {
+        for loss in [Loss::Killed, Loss::PowerCut] {
+            let oracle = Oracle::new(8, Initial::Zero);
+            let first = write(&oracle, 1);
+            flush(&oracle);
+            let second = write(&oracle, 2);
+            let mixed = [&first[..SECTOR_BYTES], &second[SECTOR_BYTES..]].concat();
+            assert_eq!(
+                oracle.judge_after(loss, RANGE, &mixed).is_ok(),
+                loss == Loss::PowerCut
+            );
+        }
+    }
+
+    #[test]
+    fn no_loss_excuses_a_flushed_write() {
+        let oracle = Oracle::new(8, Initial::Zero);
+        let first = write(&oracle, 1);
+        let second = write(&oracle, 2);
+        flush(&oracle);
+        assert!(oracle.judge_after(Loss::PowerCut, RANGE, &first).is_err());
+        assert!(
+            oracle
+                .judge_after(Loss::PowerCut, RANGE, &[0; 2 * SECTOR_BYTES])
+                .is_err()
+        );
+        assert!(oracle.judge_after(Loss::PowerCut, RANGE, &second).is_ok());
+    }
+
+    #[test]
+    fn a_flush_covers_only_what_completed_before_it_began() {
+        let oracle = Oracle::new(8, Initial::Zero);
+        let flush = oracle.begin(Operation::Flush, Vec::new()).unwrap();
+        write(&oracle, 1);
+        oracle.complete(&flush, &[]).unwrap();
+        let lost = [0; 2 * SECTOR_BYTES];
+        assert!(oracle.judge_after(Loss::PowerCut, RANGE, &lost).is_ok());
+    }
+
+    #[test]
+    fn a_second_change_of_a_busy_sector_is_refused() {
+        let oracle = Oracle::new(8, Initial::Zero);
+        let (ticket, _) = oracle.begin_write(RANGE, (1, 1)).unwrap();
+        let overlapping = vec![SectorRange::new(6, 1), SectorRange::new(3, 2)];
+        assert!(
+            oracle
+                .begin(Operation::Discard, overlapping.clone())
+                .is_none()
+        );
+        oracle.complete(&ticket, &[]).unwrap();
+        assert!(oracle.begin(Operation::Discard, overlapping).is_some());
+    }
+
+    #[test]
+    fn a_read_during_a_write_sees_old_or_new_sectors() {
+        let oracle = Oracle::new(8, Initial::Zero);
+        let read = oracle.begin(Operation::Read, vec![RANGE]).unwrap();
+        let data = write(&oracle, 1);
+        let torn = [&data[..SECTOR_BYTES], &[0; SECTOR_BYTES][..]].concat();
+        assert!(oracle.complete(&read, &torn).is_ok());
+        let later = oracle.begin(Operation::Read, vec![RANGE]).unwrap();
+        assert!(oracle.complete(&later, &torn).is_err());
+    }
+}

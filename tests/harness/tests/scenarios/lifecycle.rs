@@ -1,6 +1,7 @@
 //! Front-ends and daemons that stop, go and come back in order.
 
 use std::os::unix::process::ExitStatusExt;
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use harness::driver::{Operation, Options, Queue, Request, SectorRange};
@@ -33,6 +34,49 @@ pub(crate) fn front_ends_come_and_go(program: Program) -> Result<()> {
 #[test]
 fn front_ends_connect_one_after_the_other() -> Result<()> {
     front_ends_come_and_go(Program::OutboardBlkd)
+}
+
+#[test]
+fn hundreds_of_connections_leave_nothing_behind() -> Result<()> {
+    let rig = Rig::start(Disk::new(Program::OutboardBlkd, Format::Qcow2).queues(2, 2))?;
+    let connect = |times: usize| -> Result<(usize, u64)> {
+        for _ in 0..times {
+            let (_front_end, mut queues) = rig.connect(Options::default())?;
+            queues[1].run(
+                Request::contiguous(Operation::Read, SectorRange::new(0, 8)),
+                &[],
+            )?;
+        }
+        // Counted while connected: being served shows that the connection before is gone.
+        let (_front_end, _queues) = rig.connect(Options::default())?;
+        Ok((rig.daemon.open_files()?, rig.daemon.resident_kib()?))
+    };
+    let (files, resident) = connect(50)?;
+    let (files_later, resident_later) = connect(400)?;
+    ensure!(
+        files_later <= files,
+        "{files} open files became {files_later}"
+    );
+    ensure!(
+        resident_later < resident + 4096,
+        "{resident} KiB became {resident_later} KiB"
+    );
+    Ok(())
+}
+
+#[test]
+fn an_idle_daemon_uses_no_cpu() -> Result<()> {
+    let rig = Rig::start(Disk::new(Program::OutboardBlkd, Format::Raw).queues(2, 2))?;
+    let (front_end, mut queues) = rig.connect(Options::default())?;
+    load::run_on_all(&mut queues, &rig.oracle, &Plan::default(), Stop::After(500))?;
+    // The claim is about time passing with nothing to do, so time has to pass.
+    let window = Duration::from_secs(1);
+    std::thread::sleep(Duration::from_millis(50));
+    let before = rig.daemon.cpu_time()?;
+    std::thread::sleep(window);
+    let used = rig.daemon.cpu_time()? - before;
+    ensure!(used < window / 200, "{used:?} of CPU in {window:?}");
+    rig.finish(front_end, queues)
 }
 
 fn submit_writes(
