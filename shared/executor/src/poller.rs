@@ -1,13 +1,14 @@
 //! Pollers, and the adaptive window for which they are spun before the thread sleeps.
 //!
 //! ```text
-//!   idle ──> spin for `window` ── found ──> work          window doubles, up to the maximum
-//!                 └─ nothing ──> arm, sleep ──> disarm    slept long: window halves
+//!   idle ──> spin for `window` ── found ───────────────────────> window doubles
+//!                 └─ nothing ──> arm, sleep, disarm ── short ──> window doubles
+//!                                                   └─ long ───> window halves
 //! ```
 //!
-//! The window never falls below an eighth of the maximum: a sleep costs more than that, and a
-//! short look is needed to notice that work comes quickly again. A thread without pollers, or
-//! with a maximum of zero, never spins.
+//! A sleep is short when spinning for the longest window would have saved it, give or take what
+//! waking costs. The window stays between an eighth of the maximum (less than a sleep costs) and
+//! the maximum. A thread without pollers, or with a maximum of zero, never spins.
 
 use crate::runtime::{Backend, Inner, current};
 use std::cell::{Cell, RefCell};
@@ -18,6 +19,8 @@ use std::time::{Duration, Instant};
 const LOOKS_PER_READING: u32 = 16;
 /// The smallest window is the maximum divided by this.
 const SMALLEST_PART: u32 = 8;
+/// A sleep is short up to so many times the maximum.
+const SHORT_SLEEP: u32 = 2;
 
 /// Looks for work outside the ring: a virtqueue's available ring.
 pub trait Poller {
@@ -34,6 +37,8 @@ pub(crate) struct Pollers {
     list: RefCell<Vec<Rc<dyn Poller>>>,
     armed: Cell<bool>,
     window: Cell<Duration>,
+    /// When the thread last began to spin.
+    idle_since: Cell<Option<Instant>>,
     window_max: Duration,
 }
 
@@ -43,6 +48,7 @@ impl Pollers {
             list: RefCell::default(),
             armed: Cell::new(false),
             window: Cell::new(window_max),
+            idle_since: Cell::new(None),
             window_max,
         }
     }
@@ -94,16 +100,22 @@ impl Pollers {
         }
     }
 
-    fn found_while_spinning(&self) {
-        let window = self.window.get();
-        if window < self.window_max {
-            self.window.set((window * 2).min(self.window_max));
+    /// Adapts the window after a sleep.
+    pub(crate) fn slept(&self) {
+        let Some(idle_since) = self.idle_since.take() else {
+            return;
+        };
+        if idle_since.elapsed() <= self.window_max * SHORT_SLEEP {
+            self.grow();
+        } else {
+            let smallest = self.window_max / SMALLEST_PART;
+            self.window.set((self.window.get() / 2).max(smallest));
         }
     }
 
-    fn found_nothing(&self) {
-        let smallest = self.window_max / SMALLEST_PART;
-        self.window.set((self.window.get() / 2).max(smallest));
+    fn grow(&self) {
+        self.window
+            .set((self.window.get() * 2).min(self.window_max));
     }
 }
 
@@ -125,13 +137,13 @@ impl Inner {
             for _ in 0..LOOKS_PER_READING {
                 if pollers.poll() || self.shared.has_pending() || ring.borrow_mut().has_work() {
                     self.exchange();
-                    pollers.found_while_spinning();
+                    pollers.grow();
                     return true;
                 }
                 std::hint::spin_loop();
             }
             if start.elapsed() >= pollers.window.get() {
-                pollers.found_nothing();
+                pollers.idle_since.set(Some(start));
                 return false;
             }
             if self.fire_timers() {

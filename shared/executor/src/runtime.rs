@@ -90,6 +90,8 @@ pub(crate) struct Inner {
     pub(crate) completions: Cell<Vec<Completion>>,
     /// Notified of completions, for [`Executor::fd`].
     turn_fd: OnceCell<EventFd>,
+    /// Counts rounds of work.
+    pub(crate) rounds: Cell<u32>,
     running: Cell<bool>,
 }
 
@@ -145,7 +147,8 @@ impl Drop for Enter {
 }
 
 impl Executor {
-    /// A new executor on a ring of its own, for the current thread.
+    /// A new executor on a ring of its own, for the current thread. A process that forks makes
+    /// its executors afterwards: the child does not have the ring.
     pub fn new(config: &Config) -> io::Result<Executor> {
         let shared = Shared::new()?;
         let ring = Ring::new(config.ring_entries, shared.eventfd())?;
@@ -178,6 +181,7 @@ impl Executor {
             pollers,
             completions: Cell::default(),
             turn_fd: OnceCell::new(),
+            rounds: Cell::new(0),
             running: Cell::new(false),
         });
         DEFAULT.set(Rc::downgrade(&inner));
@@ -195,14 +199,13 @@ impl Executor {
         let waker = Waker::from(Arc::clone(&main));
         let mut context = Context::from_waker(&waker);
         let mut future = pin!(future);
-        let mut rounds = 0;
         loop {
             if main.woken.swap(false, Ordering::AcqRel)
                 && let Poll::Ready(output) = future.as_mut().poll(&mut context)
             {
                 return output;
             }
-            inner.round(&mut rounds, &main.woken);
+            inner.round(&main.woken);
         }
     }
 
@@ -210,9 +213,8 @@ impl Executor {
     pub fn run(&self) {
         let inner = &*self.inner;
         let _enter = Enter::new(&self.inner);
-        let mut rounds = 0;
         while !inner.shared.take_stop() {
-            inner.round(&mut rounds, inner.shared.stop_flag());
+            inner.round(inner.shared.stop_flag());
         }
     }
 
@@ -227,9 +229,9 @@ impl Executor {
             let _ = fd.read();
         }
         for _ in 0..ROUNDS_PER_TURN {
-            let worked = inner.work();
-            let reaped = inner.exchange();
-            if !worked && !reaped && !inner.pollers.arm() && inner.shared.try_sleep() {
+            let mut worked = inner.work();
+            worked |= inner.exchange();
+            if !worked && !inner.fire_timers() && !inner.pollers.arm() && inner.shared.try_sleep() {
                 return Ok(());
             }
         }

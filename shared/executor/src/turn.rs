@@ -8,6 +8,8 @@ use std::time::Duration;
 
 /// Rounds of ready work between two submissions when work does not end.
 const ROUNDS_PER_SUBMIT: u32 = 8;
+/// Rounds of work between two readings of the clock, which cost as much as a round.
+const ROUNDS_PER_CLOCK: u32 = 16;
 /// File operations in flight from which on the executor naps instead of spinning.
 const NAP_DEPTH: usize = 4;
 /// Longest nap.
@@ -16,10 +18,9 @@ const NAP: Duration = Duration::from_micros(100);
 impl Inner {
     /// One step of `block_on` and `run`: work, or when there is none, wait. Returns at once when
     /// `woken` is set.
-    pub(crate) fn round(&self, rounds: &mut u32, woken: &AtomicBool) {
+    pub(crate) fn round(&self, woken: &AtomicBool) {
         if self.work() || woken.load(Ordering::Relaxed) {
-            *rounds += 1;
-            if rounds.is_multiple_of(ROUNDS_PER_SUBMIT) || !self.pollers.is_empty() {
+            if self.rounds.get().is_multiple_of(ROUNDS_PER_SUBMIT) || !self.pollers.is_empty() {
                 self.exchange();
             }
         } else {
@@ -33,7 +34,11 @@ impl Inner {
         worked |= self.run_ready();
         worked |= self.pollers.poll();
         worked |= self.reap();
-        worked |= self.fire_timers();
+        let round = self.rounds.get().wrapping_add(1);
+        self.rounds.set(round);
+        if round.is_multiple_of(ROUNDS_PER_CLOCK) {
+            worked |= self.fire_timers();
+        }
         worked
     }
 
@@ -63,14 +68,21 @@ impl Inner {
 
     /// Polls, then sleeps until there is something to do.
     fn idle(&self, woken: &AtomicBool) {
-        if self.nap(woken) || self.spin() {
+        if self.fire_timers() || self.nap(woken) || self.spin() {
             return;
         }
-        if !self.pollers.arm() && self.shared.try_sleep() && !woken.load(Ordering::SeqCst) {
+        if !self.pollers.arm() && self.may_sleep(woken) {
             self.sleep(None);
+            self.pollers.slept();
         }
         self.shared.awake();
         self.pollers.disarm();
+    }
+
+    /// Announces sleep to other threads; false when there is something to do after all.
+    fn may_sleep(&self, woken: &AtomicBool) -> bool {
+        let quiet = self.shared.try_sleep() && !woken.load(Ordering::SeqCst);
+        quiet && self.queue.borrow().is_empty()
     }
 
     /// Sleeps for a moment without asking pollers for notifications, when so many file operations
@@ -81,7 +93,7 @@ impl Inner {
             return false;
         }
         let mut more = true;
-        if self.shared.try_sleep() && !woken.load(Ordering::SeqCst) {
+        if self.may_sleep(woken) {
             self.sleep(Some(NAP));
             more = self.reap();
         }
