@@ -10,8 +10,9 @@ pub(super) const SECTOR: u64 = 512;
 /// Most data segments of a request that drivers are asked to keep to. With header and status it
 /// still fits a ring of 128 without indirect descriptors.
 const SEG_MAX: u32 = 126;
-/// Longest segment, in bytes.
-const SIZE_MAX: u32 = 1 << 30;
+/// Longest segment that drivers are asked to keep to, in bytes. SeaBIOS multiplies it with
+/// [`SEG_MAX`] and counts the blocks in 16 bits.
+const SIZE_MAX: u32 = 1 << 17;
 /// Longest discard or write of zeroes, in sectors: just below 2 GiB.
 pub(super) const MAX_RANGE_SECTORS: u32 = 0x003f_ffff;
 /// Most ranges of one discard or write of zeroes.

@@ -106,19 +106,7 @@ impl VhostUserBlk {
     /// when the socket cannot be bound.
     pub fn start(node: &Arc<Node>, mut options: VhostUserBlkOptions) -> Result<Self> {
         options.check()?;
-        let permissions = Permissions {
-            consistent_read: true,
-            write: options.writable,
-            ..Permissions::default()
-        };
-        let shared = Permissions {
-            consistent_read: true,
-            write: true,
-            write_unchanged: true,
-            resize: true,
-        };
-        let name = format!("export {}", options.id);
-        let root = Root::new(&name, node, permissions, shared)?;
+        let root = take_root(node, &options)?;
         if options.iothreads.is_empty() {
             options.iothreads.push(Handle::current());
         }
@@ -141,3 +129,23 @@ impl VhostUserBlk {
         drop(self.disk);
     }
 }
+
+/// A root with the permissions that an export needs. It tolerates everything from others, as an
+/// export of qemu-storage-daemon does.
+fn take_root(node: &Arc<Node>, options: &VhostUserBlkOptions) -> Result<Root> {
+    let permissions = Permissions {
+        consistent_read: true,
+        write: options.writable,
+        ..Permissions::default()
+    };
+    let shared = Permissions {
+        consistent_read: true,
+        write: true,
+        write_unchanged: true,
+        resize: true,
+    };
+    Root::new("", node, permissions, shared)
+}
+
+#[cfg(test)]
+mod tests;

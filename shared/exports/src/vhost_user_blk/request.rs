@@ -31,9 +31,9 @@ const RANGE_LEN: usize = 16;
 /// Requests in flight that need no allocation.
 const POOL: usize = 256;
 
-const OK: u8 = blk::VIRTIO_BLK_S_OK as u8;
-const IOERR: u8 = blk::VIRTIO_BLK_S_IOERR as u8;
-const UNSUPP: u8 = blk::VIRTIO_BLK_S_UNSUPP as u8;
+pub(super) const OK: u8 = blk::VIRTIO_BLK_S_OK as u8;
+pub(super) const IOERR: u8 = blk::VIRTIO_BLK_S_IOERR as u8;
+pub(super) const UNSUPP: u8 = blk::VIRTIO_BLK_S_UNSUPP as u8;
 
 /// One range of a discard or write of zeroes.
 #[derive(Clone, Copy)]

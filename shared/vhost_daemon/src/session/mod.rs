@@ -163,7 +163,10 @@ impl<D: Device> Session<D> {
     pub(crate) async fn run(&mut self) -> Result<(), SessionError> {
         while let Some((header, payload, fds)) = self.receive().await? {
             let result = match Message::parse(header.request, &payload, fds) {
-                Ok(message) => self.handle(message).await,
+                Ok(message) => {
+                    tracing::trace!(device = %self.name, ?message, "message");
+                    self.handle(message).await
+                }
                 Err(error) => Err(error.into()),
             };
             let wants_ack = header.need_reply && self.negotiated(Protocol::REPLY_ACK);
