@@ -15,6 +15,7 @@ use crate::monitor::{Monitor, Monitors};
 use crate::options::{CommandLine, Step, StepKind};
 use crate::pidfile::PidFile;
 use crate::race::{First, race};
+use crate::redo_dir;
 use crate::signals::Signals;
 
 /// Everything between the command line and the exit code.
@@ -23,6 +24,7 @@ pub(crate) struct Daemon {
     engine: Rc<Engine>,
     notifier: Notifier,
     version: Version,
+    redo_dir: PathBuf,
     chardevs: Vec<Chardev>,
     monitors: Vec<Monitor>,
 }
@@ -41,8 +43,10 @@ impl Daemon {
             .map(std::path::absolute)
             .collect();
         let allowed_dirs = allowed_dirs.context("--allow-dir")?;
+        let redo_dir = redo_dir::prepare(command_line.redo_dir.as_deref())?;
         let engine = Engine::new(EngineOptions {
             name_policy: NamePolicy { allowed_dirs },
+            redo_dir: Some(redo_dir.clone()),
             named_fds: activation_fds.into_iter().collect(),
             version: version.clone(),
         });
@@ -51,6 +55,7 @@ impl Daemon {
             engine,
             notifier,
             version,
+            redo_dir,
             chardevs: Vec::new(),
             monitors: Vec::new(),
         })
@@ -145,7 +150,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// What stays reachable: `--allow-dir`, and directories of sockets and the pid file, from
+    /// What stays reachable: `--allow-dir`, redo logs, and directories of sockets and the pid file, from
     /// which these are removed at the end.
     fn policy(&self) -> sandbox::Policy {
         let monitors = self.monitors.iter().filter_map(Monitor::socket_file);
@@ -159,8 +164,10 @@ impl Daemon {
         let mut socket_dirs: Vec<PathBuf> = parents.collect();
         socket_dirs.sort();
         socket_dirs.dedup();
+        let mut file_dirs = self.command_line.allowed_dirs.clone();
+        file_dirs.push(self.redo_dir.clone());
         sandbox::Policy {
-            file_dirs: self.command_line.allowed_dirs.clone(),
+            file_dirs,
             socket_dirs,
         }
     }

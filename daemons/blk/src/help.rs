@@ -67,14 +67,19 @@ removed over QMP while the daemon runs.
   --sandbox on|strict|off
                          what the daemon gives up once it serves. on (default):
                          all capabilities, syscalls that serving does not need,
-                         and every path except --allow-dir and the directories
-                         of its own sockets and pid file (these only to make and
-                         remove sockets). What the kernel cannot restrict is
+                         and every path except --allow-dir, --redo-dir and the
+                         directories of its own sockets and pid file (these only
+                         to make and remove sockets). What the kernel cannot restrict is
                          logged. strict: start only with all of it, and end the
                          process at a refused syscall. off: for debugging
   --allow-dir <dir>      files beneath it can be opened after start-up
                          (blockdev-add) and by names inside images; repeatable.
                          Without it, images are those of the command line
+
+  --redo-dir <dir>       where changes of image metadata are kept until they are on
+                         disk, for the successor of a killed daemon: a directory
+                         of this user on tmpfs, the same after a restart
+                         (default: /dev/shm/outboard-<uid>)
 
   --log-level <level>    error, warn, info (default), debug, trace, or filters
                          as in engine=debug,info; overrides $RUST_LOG. The log

@@ -16,6 +16,7 @@ mod monitor;
 mod options;
 mod pidfile;
 mod race;
+mod redo_dir;
 mod signals;
 
 use std::io::IsTerminal;

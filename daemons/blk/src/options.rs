@@ -36,6 +36,8 @@ pub(crate) struct CommandLine {
     pub(crate) sandbox: Mode,
     /// `--allow-dir`, each.
     pub(crate) allowed_dirs: Vec<PathBuf>,
+    /// `--redo-dir`
+    pub(crate) redo_dir: Option<PathBuf>,
     /// `--log-level`
     pub(crate) log_level: Option<String>,
 }
@@ -169,6 +171,7 @@ impl CommandLine {
         match name {
             "pidfile" => self.pidfile = Some(value()?.into()),
             "allow-dir" => self.allowed_dirs.push(value()?.into()),
+            "redo-dir" => self.redo_dir = Some(value()?.into()),
             "log-level" => self.log_level = Some(value()?),
             "sandbox" => {
                 self.sandbox = match value()?.as_str() {

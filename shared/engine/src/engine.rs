@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::os::fd::{OwnedFd, RawFd};
+use std::path::PathBuf;
 use std::rc::{Rc, Weak};
 
 use block::Graph;
@@ -22,6 +23,9 @@ use crate::iothread::IoThread;
 pub struct EngineOptions {
     /// What names inside images may open.
     pub name_policy: NamePolicy,
+    /// Where the redo logs of writable images are kept: a private directory on tmpfs. Without one,
+    /// metadata changes that were not flushed do not survive a kill.
+    pub redo_dir: Option<PathBuf>,
     /// Descriptors that came with a name (socket activation): `addr.type=fd,addr.str=NAME`.
     pub named_fds: BTreeMap<String, RawFd>,
     /// What `query-version` tells.
@@ -57,8 +61,12 @@ struct Quit {
 impl Engine {
     /// An engine with no node, export or iothread.
     pub fn new(options: EngineOptions) -> Rc<Self> {
+        let mut graph = Graph::new(&catalogue::drivers(), options.name_policy);
+        if let Some(redo_dir) = options.redo_dir {
+            graph = graph.with_redo_dir(redo_dir);
+        }
         Rc::new(Self {
-            graph: Graph::new(&catalogue::drivers(), options.name_policy),
+            graph,
             exports: Exports::default(),
             iothreads: RefCell::default(),
             version: options.version,
