@@ -274,14 +274,17 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        let own_end = self.child.try_wait().ok().flatten();
-        let crashed = own_end.is_some_and(|status| status.signal().is_some_and(|s| s != 9));
+        // Nobody asked a daemon that still runs to end: a test failed, or does not mind the output.
+        let unasked = self.is_running();
         let _ = self.child.kill();
-        let _ = self.child.wait();
-        if std::thread::panicking() || crashed {
+        let status = self.child.wait();
+        let crashed = status
+            .as_ref()
+            .is_ok_and(|s| s.signal().is_some_and(|signal| signal != 9));
+        if unasked || crashed || std::thread::panicking() {
             self.log.finish();
             eprintln!(
-                "--- stderr of {:?} ({own_end:?}) ---\n{}---",
+                "--- stderr of {:?} ({status:?}) ---\n{}---",
                 self.program,
                 self.log.text()
             );
