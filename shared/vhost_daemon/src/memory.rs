@@ -14,7 +14,7 @@
 use std::cell::Cell;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vm_memory::{FileOffset, MmapRegion};
@@ -96,13 +96,12 @@ impl SharedMapping {
                 mode: stat.st_mode,
             });
         };
-        // Mappings of huge pages begin and end on huge-page boundaries.
+        // Mappings of huge pages begin and end on huge-page boundaries; a file on hugetlbfs gives
+        // its page size as its block size. On other files a larger unit does no harm.
         let page_size = u64::try_from(stat.st_blksize).unwrap_or(0).max(4096);
         if !page_size.is_power_of_two() || page_size > MAX_PAGE_SIZE {
             return Err(failed(io::ErrorKind::InvalidInput.into()));
         }
-        let is_huge = is_hugetlbfs(&fd).map_err(failed)?;
-        let page_size = if is_huge { page_size } else { 4096 };
         let start = spec.mmap_offset & !(page_size - 1);
         let map_len = usize::try_from((end - start).next_multiple_of(page_size))
             .map_err(|_| failed(io::ErrorKind::InvalidInput.into()))?;
@@ -137,17 +136,6 @@ impl SharedMapping {
     pub(crate) fn poisoned(&self) -> bool {
         self.registration.poisoned()
     }
-}
-
-fn is_hugetlbfs(fd: &OwnedFd) -> io::Result<bool> {
-    let mut stat = std::mem::MaybeUninit::<libc::statfs>::uninit();
-    // SAFETY: an open descriptor and room for the answer.
-    if unsafe { libc::fstatfs(fd.as_raw_fd(), stat.as_mut_ptr()) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the call succeeded and filled it in.
-    let stat = unsafe { stat.assume_init() };
-    Ok(stat.f_type == libc::HUGETLBFS_MAGIC)
 }
 
 /// One mapped region of guest memory.

@@ -119,14 +119,18 @@ extern "C" fn on_sigbus(
     // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler.
     let address = unsafe { (*info).si_addr() } as usize;
     if let Some(slot) = find(address) {
+        let (start, end) = (
+            slot.start.load(Ordering::Relaxed),
+            slot.end.load(Ordering::Relaxed),
+        );
         let page_size = slot.page_size.load(Ordering::Relaxed);
-        let page = address & !(page_size - 1);
+        let page = start + ((address - start) & !(page_size - 1));
         // SAFETY: the page lies in a live registered mapping, whose owner (the faulting thread
         // works through it) keeps it mapped; replacing it changes only that guest's memory.
         let mapped = unsafe {
             libc::mmap(
                 page as *mut libc::c_void,
-                page_size,
+                page_size.min(end - page),
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED,
                 -1,

@@ -116,6 +116,11 @@ fn rules() -> Result<BTreeMap<libc::c_long, Vec<SeccompRule>>, Error> {
     rules.insert(libc::SYS_mprotect, vec![masked(2, exec, 0)?]);
     rules.insert(libc::SYS_socket, vec![equal(0, libc::AF_UNIX as u64)?]);
     rules.insert(libc::SYS_prctl, vec![equal(0, libc::PR_SET_NAME as u64)?]);
+    // The handler for truncated guest memory, and the default action of a fault that is none:
+    // without it a crash would repeat for ever.
+    let faults = [libc::SIGBUS, libc::SIGSEGV].map(|signal| equal(0, signal as u64));
+    let faults: Result<_, Error> = faults.into_iter().collect();
+    rules.insert(libc::SYS_rt_sigaction, faults?);
     let ioctls: Result<_, Error> = IOCTLS.iter().map(|request| equal(1, *request)).collect();
     rules.insert(libc::SYS_ioctl, ioctls?);
     Ok(rules)
