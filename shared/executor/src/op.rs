@@ -10,6 +10,11 @@
 //! happens to the future; waits for sockets are cancelled when their future is dropped, writes
 //! never. A slot keeps its iovec list, so that a warm executor allocates nothing per operation.
 
+#![expect(
+    unsafe_code,
+    reason = "the slots keep the kernel's side of the bargain that submission entries are"
+)]
+
 use crate::file::{Allocation, Transfer};
 use crate::net::{Message, Socket, SocketAddress};
 use crate::runtime::{Backend, Inner, current};
@@ -220,7 +225,10 @@ impl Inner {
         match &self.backend {
             Backend::Ring(ring) => {
                 let entry = slot.op.entry(&mut slot.iovecs).user_data(u64::from(index));
-                ring.borrow_mut().push(entry);
+                // SAFETY: the slot owns the operation's buffer, message, address and iovecs, none
+                // of which moves when the table grows, until `complete` takes in the result; an
+                // executor that goes away waits for that (`settle`).
+                unsafe { ring.borrow_mut().push(entry) };
             }
             Backend::Sim(disk) => disk.submit(index, &slot.op),
         }

@@ -25,12 +25,6 @@ use std::task::{Poll, Waker};
 /// Numbers of the executors alive; the lowest free one is given out.
 static INDICES: Mutex<Vec<bool>> = Mutex::new(Vec::new());
 
-/// An eventfd that never blocks.
-pub(crate) fn new_eventfd() -> io::Result<EventFd> {
-    let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-    Ok(EventFd::from_flags(flags)?)
-}
-
 /// What another thread asks for.
 pub(crate) enum RemoteItem {
     /// Queue a task that was woken.
@@ -59,7 +53,8 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn new() -> io::Result<Arc<Shared>> {
-        let eventfd = new_eventfd()?;
+        // Blocking: the ring waits for it. Writing never blocks, the counter does not get full.
+        let eventfd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?;
         let mut indices = short_lock(&INDICES);
         let index = indices.iter().position(|used| !used);
         let index = index.unwrap_or(indices.len());
@@ -110,7 +105,7 @@ impl Shared {
 
     /// Makes the eventfd readable.
     pub(crate) fn signal(&self) {
-        // The one error, EAGAIN, says that the counter is full: the eventfd is readable already.
+        // Cannot fail: the descriptor is open and the value is not the one that is refused.
         let _ = self.eventfd.write(1);
     }
 

@@ -56,16 +56,20 @@ impl Ring {
         self.ring.submitter().register_eventfd(eventfd.as_raw_fd())
     }
 
-    /// Queues an entry for the next [`Ring::submit`] or [`Ring::wait`]. What it points to must
-    /// stay until its completion has been reaped.
-    pub(crate) fn push(&mut self, entry: Entry) {
+    /// Queues an entry for the next [`Ring::submit`] or [`Ring::wait`].
+    ///
+    /// # Safety
+    /// The memory that the entry points to must stay valid, and unused by others as the operation
+    /// requires, until its completion has been reaped.
+    pub(crate) unsafe fn push(&mut self, entry: Entry) {
         if !self.backlog.is_empty() || !self.try_push(&entry) {
             self.backlog.push_back(entry);
         }
     }
 
+    /// Gives an entry that came through [`Ring::push`] to the submission queue, if it has room.
     fn try_push(&mut self, entry: &Entry) -> bool {
-        // SAFETY: the pusher keeps what the entry points to (documented at `push`).
+        // SAFETY: whoever called `push` keeps what the entry points to.
         unsafe { self.ring.submission().push(entry).is_ok() }
     }
 
@@ -143,16 +147,16 @@ impl Ring {
         let value: *mut u64 = &raw mut *self.wake_value;
         let fd = types::Fd(self.wake_fd);
         let read = opcode::Read::new(fd, value.cast(), size_of::<u64>() as u32).build();
-        self.push(read.user_data(WAKE));
+        // SAFETY: `wake_value` is boxed and nobody looks at it; `close` ends the read before the
+        // ring and its box are dropped.
+        unsafe { self.push(read.user_data(WAKE)) };
     }
 
     /// Asks the kernel to give up the operation of `user_data`.
     pub(crate) fn cancel(&mut self, user_data: u64) {
-        self.push(
-            opcode::AsyncCancel::new(user_data)
-                .build()
-                .user_data(CANCEL),
-        );
+        let entry = opcode::AsyncCancel::new(user_data).build();
+        // SAFETY: the entry points to nothing.
+        unsafe { self.push(entry.user_data(CANCEL)) };
     }
 
     /// Ends the read of the eventfd, so that the kernel keeps no pointer into the ring's memory.

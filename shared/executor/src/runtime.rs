@@ -16,12 +16,11 @@ use crate::poller::Pollers;
 pub use crate::poller::{Poller, PollerRegistration, register_poller};
 pub use crate::remote::Handle;
 pub(crate) use crate::remote::Shared;
-use crate::remote::new_eventfd;
 use crate::ring::{Completion, Ring};
 use crate::sim;
 use crate::task::{TaskCell, TaskRef};
 use crate::time::Timers;
-use nix::sys::eventfd::EventFd;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use slab::Slab;
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::VecDeque;
@@ -244,7 +243,8 @@ impl Executor {
         match &self.inner.backend {
             Backend::Ring(ring) => {
                 let fd = self.inner.turn_fd.get_or_init(|| {
-                    let fd = new_eventfd().expect("an eventfd can be made");
+                    let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+                    let fd = EventFd::from_flags(flags).expect("an eventfd can be made");
                     let registered = ring.borrow().notify(fd.as_fd());
                     registered.expect("an eventfd can be registered with an open ring");
                     // What has finished until now was not notified.
