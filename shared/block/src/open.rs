@@ -36,6 +36,10 @@ pub struct DriverEntry {
     pub name: &'static str,
     /// Opens a node. Driver-specific options are taken out of the request; what remains
     /// untaken is refused by the graph ("Parameter 'x' is unexpected").
+    #[expect(
+        clippy::type_complexity,
+        reason = "an alias would hide what a driver has to write"
+    )]
     pub open: for<'a> fn(&'a mut OpenRequest<'_>) -> BoxFuture<'a, Result<Box<dyn Driver>>>,
 }
 

@@ -1,5 +1,8 @@
 //! The block graph with its real leaves: files in temporary directories, `null-co`, `raw`.
 
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod allocation;
 mod catalogue;
 mod drain;
 mod files;

@@ -1,0 +1,88 @@
+//! What a request through the graph costs on this machine, in nanoseconds.
+//!
+//! `cargo run --release -p harness --example graph_cost [DIRECTORY ON A DISK]`
+#![expect(clippy::unwrap_used, reason = "a measuring tool")]
+
+use block::graph::{Graph, NamePolicy};
+use block::{Buffer, Permissions, Root, RootHandle, WriteFlags};
+use executor::{Config, Executor};
+use serde_json::{Value, json};
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+const BLOCK: usize = 4096;
+const LENGTH: u64 = 64 << 20;
+
+async fn measure(name: &str, mut step: impl AsyncFnMut(u64)) {
+    let limit = Duration::from_millis(300);
+    let start = Instant::now();
+    let mut calls = 0u64;
+    while start.elapsed() < limit {
+        for _ in 0..64 {
+            let block = calls.wrapping_mul(2_862_933_555_777_941_757) >> 33;
+            step(block % (LENGTH / BLOCK as u64) * BLOCK as u64).await;
+            calls += 1;
+        }
+    }
+    let each = start.elapsed().as_nanos() as f64 / calls as f64;
+    println!("{name:<44} {each:>9.1} ns");
+}
+
+async fn open(definition: Value) -> (Graph, RootHandle) {
+    let graph = Graph::new(
+        &[protocols::DRIVERS, formats::DRIVERS],
+        NamePolicy::default(),
+    );
+    let Value::Object(definition) = definition else {
+        panic!("an object");
+    };
+    let node = graph.add(definition).await.unwrap();
+    let root = Root::new("", &node, Permissions::READ_WRITE, Permissions::ALL).unwrap();
+    (graph, root.attach())
+}
+
+async fn read_and_write(name: &str, definition: Value) {
+    let (_graph, root) = open(definition).await;
+    let buffer = Buffer::zeroed(BLOCK);
+    measure(&format!("{name}: read"), async |offset| {
+        black_box(root.read(offset, buffer.clone()).await).unwrap();
+    })
+    .await;
+    let flags = WriteFlags::default();
+    measure(&format!("{name}: write"), async |offset| {
+        black_box(root.write(offset, buffer.clone(), flags).await).unwrap();
+    })
+    .await;
+    measure(&format!("{name}: flush"), async |_| {
+        black_box(root.flush().await).unwrap();
+    })
+    .await;
+}
+
+fn main() {
+    let directory = std::env::args().nth(1);
+    Executor::new(&Config::default()).unwrap().block_on(async {
+        read_and_write("null-co", json!({"driver": "null-co", "node-name": "n"})).await;
+        let raw = json!({"driver": "raw", "node-name": "r", "file": {"driver": "null-co"}});
+        read_and_write("raw on null-co", raw).await;
+        measure("epoch pin", async |_| drop(black_box(block::epoch::pin()))).await;
+        let memory = tempfile::TempDir::new_in("/dev/shm").unwrap();
+        read_and_write("raw on tmpfs", image(&memory, json!({}))).await;
+        if let Some(directory) = directory {
+            let disk = tempfile::TempDir::new_in(directory).unwrap();
+            let direct = json!({"cache": {"direct": true}});
+            read_and_write("raw on O_DIRECT", image(&disk, direct)).await;
+        }
+    });
+}
+
+fn image(directory: &tempfile::TempDir, extra: Value) -> Value {
+    let path = directory.path().join("image");
+    std::fs::write(&path, vec![1; LENGTH as usize]).unwrap();
+    let mut definition = json!({"driver": "raw", "node-name": "r",
+        "file": {"driver": "file", "filename": path}});
+    if let (Value::Object(definition), Value::Object(extra)) = (&mut definition, extra) {
+        definition.extend(extra);
+    }
+    definition
+}
