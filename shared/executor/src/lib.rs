@@ -36,6 +36,7 @@ mod turn;
 pub use buffer::{Buffer, HeapBuffer};
 pub use file::{File, FileOp, OpenOptions};
 pub use nix::errno::Errno;
+pub use op::after_abandoned;
 pub use pool::TaskPool;
 pub use runtime::{Config, Executor, Handle, JoinHandle, Poller, spawn};
 pub use shared_memory::SharedMemory;

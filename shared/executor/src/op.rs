@@ -17,7 +17,7 @@
 
 use crate::file::{Allocation, Transfer};
 use crate::net::{Message, Socket, SocketAddress};
-use crate::runtime::{Backend, Inner, current};
+use crate::runtime::{Backend, Inner, current, with_current};
 use crate::{Errno, File};
 use io_uring::squeue::Entry;
 use io_uring::{opcode, types};
@@ -156,6 +156,10 @@ pub(crate) struct OpTable {
     used: usize,
     /// Operations in flight that end by themselves: those on files.
     working: usize,
+    /// Those of them whose future was dropped.
+    abandoned: usize,
+    /// Called when there are none of these any more.
+    after_abandoned: Vec<Box<dyn FnOnce()>>,
 }
 
 impl Default for OpTable {
@@ -165,6 +169,8 @@ impl Default for OpTable {
             free: NO_SLOT,
             used: 0,
             working: 0,
+            abandoned: 0,
+            after_abandoned: Vec::new(),
         }
     }
 }
@@ -240,7 +246,23 @@ impl Inner {
             After::Nothing => {}
             After::Wake(waker) => waker.wake(),
             After::Again => self.submit_slot(index),
-            After::Discard(op, result) => op.discard(result),
+            After::Discard(op, result) => {
+                op.discard(result);
+                self.call_after_abandoned();
+            }
+        }
+    }
+
+    fn call_after_abandoned(&self) {
+        let callbacks = {
+            let mut ops = self.ops.borrow_mut();
+            match ops.abandoned {
+                0 => mem::take(&mut ops.after_abandoned),
+                _ => return,
+            }
+        };
+        for callback in callbacks {
+            callback();
         }
     }
 
@@ -263,7 +285,10 @@ impl Inner {
         ops.working -= working;
         match before {
             State::Waiting(waker) => waker.map_or(After::Nothing, After::Wake),
-            State::Dropped => After::Discard(ops.remove(index), result),
+            State::Dropped => {
+                ops.abandoned -= working;
+                After::Discard(ops.remove(index), result)
+            }
             State::Free(_) | State::Done(_) => unreachable!("one completion per operation"),
         }
     }
@@ -300,6 +325,21 @@ impl Inner {
         let in_flight = |slot: &Slot| matches!(slot.state, State::Waiting(_) | State::Dropped);
         ops.used > 0 && ops.slots.iter().any(in_flight)
     }
+}
+
+/// Calls `callback` on this thread when no operation on a file is in flight whose future was
+/// dropped: at once when there is none, or no executor. What such operations still write to must
+/// not be used for anything else before.
+pub fn after_abandoned(callback: impl FnOnce() + 'static) {
+    with_current(|executor| match executor {
+        Some(executor) => {
+            let mut ops = executor.ops.borrow_mut();
+            ops.after_abandoned.push(Box::new(callback));
+            drop(ops);
+            executor.call_after_abandoned();
+        }
+        None => callback(),
+    });
 }
 
 /// An operation in flight. Dropping it leaves the slot to the kernel.
@@ -368,6 +408,8 @@ impl Drop for InFlight {
         }
         let waker = mem::replace(&mut slot.state, State::Dropped);
         let cancel = slot.op.waits_for_peer();
+        let works = usize::from(!slot.op.is_endless());
+        ops.abandoned += works;
         drop(ops);
         drop(waker);
         if let (true, Backend::Ring(ring)) = (cancel, &self.executor.backend) {

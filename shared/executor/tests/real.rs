@@ -134,6 +134,28 @@ fn a_dropped_write_still_reaches_the_file() {
 }
 
 #[test]
+fn dropped_operations_are_waited_for() {
+    let [_, disk] = directories();
+    real().block_on(async {
+        let called = Rc::new(Cell::new(false));
+        let caller = |called: &Rc<Cell<bool>>| {
+            let called = Rc::clone(called);
+            move || called.set(true)
+        };
+        executor::after_abandoned(caller(&called));
+        assert!(called.take(), "nothing is in flight");
+        let file = File::open(&disk.path().join("file"), &create()).unwrap();
+        let sync = file.sync_data();
+        drop(sync);
+        executor::after_abandoned(caller(&called));
+        assert!(!called.get(), "the kernel has not been asked yet");
+        while !called.get() {
+            time::sleep(Duration::from_micros(100)).await;
+        }
+    });
+}
+
+#[test]
 fn other_threads_wake_spawn_and_call() {
     let executor = real();
     let handle = executor.handle();

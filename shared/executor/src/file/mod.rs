@@ -261,6 +261,15 @@ impl FileOp {
         }
     }
 
+    /// The result, when the operation was done as it began (a caller may save itself the count of
+    /// what is in flight).
+    pub fn result(&self) -> Option<Result<(), Errno>> {
+        match self.state {
+            FileOpState::Ready(result) => Some(result),
+            _ => None,
+        }
+    }
+
     fn begin(op: Op) -> FileOp {
         FileOp {
             state: FileOpState::InFlight(InFlight::begin(op)),
