@@ -60,6 +60,15 @@ impl<'a> IoFuture<'a> {
     }
 }
 
+impl From<FileOp> for IoFuture<'_> {
+    fn from(operation: FileOp) -> Self {
+        match operation.result() {
+            Some(result) => Self::Ready(result),
+            None => Self::Op(operation),
+        }
+    }
+}
+
 impl Future for IoFuture<'_> {
     type Output = Result<(), Errno>;
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {

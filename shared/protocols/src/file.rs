@@ -303,26 +303,25 @@ impl Driver for FileNode {
         true
     }
     fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_> {
-        IoFuture::Op(self.file.read_at(buffer, offset))
+        self.file.read_at(buffer, offset).into()
     }
     fn write(&self, offset: u64, buffer: Buffer, _flags: WriteFlags) -> IoFuture<'_> {
         let end = offset + buffer.len() as u64;
         if end > self.length.load(Ordering::Relaxed) {
             self.length.fetch_max(round_up(end), Ordering::Relaxed);
         }
-        IoFuture::Op(self.file.write_at(buffer, offset))
+        self.file.write_at(buffer, offset).into()
     }
     fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> IoFuture<'_> {
         IoFuture::boxed(self.zero(range, flags))
     }
     fn discard(&self, range: ByteRange) -> IoFuture<'_> {
-        IoFuture::Op(
-            self.file
-                .fallocate(Fallocate::PunchHole, range.offset, range.length),
-        )
+        self.file
+            .fallocate(Fallocate::PunchHole, range.offset, range.length)
+            .into()
     }
     fn flush(&self) -> IoFuture<'_> {
-        IoFuture::Op(self.file.sync_data())
+        self.file.sync_data().into()
     }
     fn block_status(&self, range: ByteRange) -> BoxFuture<'_, Result<StatusExtent, Errno>> {
         Box::pin(self.status(range))

@@ -22,7 +22,9 @@ pub struct RootHandle {
 
 impl Drop for RootHandle {
     fn drop(&mut self) {
-        self.root.threads.detach(&self.thread);
+        let (root, thread) = (Arc::clone(&self.root), Rc::clone(&self.thread));
+        // A drain has to wait for what dropped requests left with the kernel.
+        executor::after_abandoned(move || root.threads.detach(&thread));
     }
 }
 
@@ -170,11 +172,12 @@ impl RootHandle {
         }
         self.check(range)
     }
+}
 
-    fn finish(&self, parity: usize) {
-        self.epoch.unpin(parity);
-        self.thread.end();
-    }
+/// Ends a request that was counted.
+fn finish(thread: &Thread, epoch: &ThreadEpoch, parity: usize) {
+    epoch.unpin(parity);
+    thread.end();
 }
 
 /// A request in flight: its node future plus the counts it holds until it ends.
@@ -214,7 +217,7 @@ impl Future for RootFuture<'_> {
                     };
                     let parity = *parity;
                     this.state = State::Ready(result);
-                    this.handle.finish(parity);
+                    finish(&this.handle.thread, &this.handle.epoch, parity);
                     return Poll::Ready(result);
                 }
                 State::Waiting(request) => {
@@ -242,9 +245,11 @@ impl<'a> RootFuture<'a> {
 impl Drop for RootFuture<'_> {
     fn drop(&mut self) {
         if let State::InFlight { parity, .. } = self.state {
-            // The operation's future goes first: nothing of it runs uncounted.
+            // The kernel may still be at work on operations of the dropped future. Until it is
+            // done the request counts, and keeps freed clusters from being used again.
             self.state = State::Ready(Err(Errno::ECANCELED));
-            self.handle.finish(parity);
+            let (thread, epoch) = (Rc::clone(&self.handle.thread), self.handle.epoch.clone());
+            executor::after_abandoned(move || finish(&thread, &epoch, parity));
         }
     }
 }

@@ -81,6 +81,26 @@ fn an_abandoned_request_does_not_hold_a_drain() {
     });
 }
 
+#[test]
+fn a_drain_waits_for_what_an_abandoned_write_left_with_the_kernel() {
+    let directory = tempfile::TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = directory.path().join("image");
+    std::fs::write(&path, vec![0; 1 << 20]).unwrap();
+    run(async {
+        let definition = json!({"driver": "file", "node-name": "f", "filename": path,
+            "cache": {"direct": true}});
+        let graph = graph();
+        let node = graph.add(options(definition)).await.unwrap();
+        let root = open_root(&node);
+        let handle = root.attach();
+        drop(handle.write(0, filled(&[7; 1 << 20]), WriteFlags::default()));
+        assert_eq!(handle.in_flight(), 1);
+        drop(handle);
+        drop(root.drain().await);
+        assert_eq!(std::fs::read(&path).unwrap(), vec![7; 1 << 20]);
+    });
+}
+
 /// A thread that reads in a loop and counts, until told to stop.
 fn reader(root: Root, stop: Arc<AtomicBool>, reads: Arc<AtomicU64>) -> std::thread::JoinHandle<()> {
     std::thread::spawn(move || {
