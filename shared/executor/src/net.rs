@@ -10,9 +10,10 @@ use crate::Errno;
 use crate::op::{InFlight, Op};
 use io_uring::types;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, bind, connect, listen,
-    shutdown, socket,
+    AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, bind, connect, getsockopt,
+    listen, shutdown, socket, sockopt::PeerCredentials,
 };
 use std::io;
 use std::mem::{self, MaybeUninit};
@@ -337,13 +338,35 @@ fn unix_socket() -> Result<OwnedFd, Errno> {
     socket(AddressFamily::Unix, SockType::Stream, flags, None)
 }
 
-/// Whether `path` is a socket that nobody listens on.
+/// Whether `path` is a socket that nobody listens on any more.
 fn is_stale(path: &Path, address: &UnixAddr) -> io::Result<bool> {
     if !std::fs::symlink_metadata(path)?.file_type().is_socket() {
         return Ok(false);
     }
     let probe = unix_socket()?;
-    Ok(connect(probe.as_raw_fd(), address) == Err(Errno::ECONNREFUSED))
+    fcntl(&probe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    match connect(probe.as_raw_fd(), address) {
+        Err(Errno::ECONNREFUSED) => Ok(true),
+        // A killed process' ring keeps its listener for a moment after the process is gone.
+        Ok(()) => Ok(getsockopt(&probe, PeerCredentials).is_ok_and(|peer| has_ended(peer.pid()))),
+        Err(_) => Ok(false),
+    }
+}
+
+/// Whether process `pid` is gone or a zombie; false when that cannot be told.
+fn has_ended(pid: libc::pid_t) -> bool {
+    if pid <= 0 {
+        return false;
+    }
+    // SAFETY: no pointers are passed.
+    let result = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if result < 0 {
+        return Errno::last() == Errno::ESRCH;
+    }
+    // SAFETY: a call that succeeded gives a new descriptor, which nobody else owns.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(result as RawFd) };
+    let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ended| ended > 0)
 }
 
 /// Waits for `events` (`libc::POLLIN`, ...) on a descriptor; resolves to the events seen.
