@@ -9,4 +9,4 @@ pub mod raw;
 use block::DriverEntry;
 
 /// The drivers of this crate.
-pub static DRIVERS: &[DriverEntry] = &[raw::ENTRY];
+pub static DRIVERS: &[DriverEntry] = &[qcow2::ENTRY, raw::ENTRY];

@@ -26,7 +26,9 @@
 
 mod alloc;
 mod cache;
+mod create;
 mod driver;
+mod entry;
 mod flush;
 mod header;
 mod l1;
@@ -39,9 +41,13 @@ mod refcount;
 mod resize;
 mod snapshots;
 mod tables;
+#[cfg(test)]
+mod tests;
 mod write;
 mod zero;
 
+pub use create::{CreateOptions, create};
+pub use entry::ENTRY;
 pub use open::OpenOptions;
 
 use alloc::Allocator;

@@ -53,7 +53,7 @@ impl Default for OpenOptions {
     }
 }
 
-async fn read_header(file: &Edge) -> Result<Header, Error> {
+pub(super) async fn read_header(file: &Edge) -> Result<Header, Error> {
     let failed = |errno| Error::io("Could not read qcow2 header", errno);
     let start = read_bytes(file, 0, 512).await.map_err(failed)?;
     let length = Header::cluster_size_hint(&start);
@@ -75,7 +75,7 @@ impl Qcow2 {
         Self::open_parsed(file, backing, header, options).await
     }
 
-    async fn open_parsed(
+    pub(super) async fn open_parsed(
         file: Edge,
         backing: Option<Edge>,
         header: Header,

@@ -1,0 +1,198 @@
+//! An independent look at an image's bytes: are the refcounts right, and what does it read as?
+//!
+//! Written from the specification alone, without the driver's code.
+
+use std::collections::BTreeMap;
+
+/// An image as bytes.
+pub(super) struct Checker<'b> {
+    bytes: &'b [u8],
+    cluster_size: u64,
+    refcount_order: u32,
+    size: u64,
+}
+
+/// What a check found.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Findings {
+    pub(super) corruptions: Vec<String>,
+    pub(super) leaks: u64,
+}
+
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+
+impl<'b> Checker<'b> {
+    pub(super) fn new(bytes: &'b [u8]) -> Self {
+        let mut checker = Self {
+            bytes,
+            cluster_size: 0,
+            refcount_order: 4,
+            size: 0,
+        };
+        assert_eq!(checker.u32(0), 0x5146_49fb, "not a qcow2 image");
+        checker.cluster_size = 1 << checker.u32(20);
+        checker.size = checker.u64(24);
+        if checker.u32(4) >= 3 {
+            checker.refcount_order = checker.u32(96);
+        }
+        checker
+    }
+
+    fn u32(&self, at: u64) -> u32 {
+        (self.u64(at) >> 32) as u32
+    }
+
+    fn u64(&self, at: u64) -> u64 {
+        let mut word = [0; 8];
+        if let Some(bytes) = self.bytes.get(at as usize..at as usize + 8) {
+            word.copy_from_slice(bytes);
+            return u64::from_be_bytes(word);
+        }
+        for (byte, slot) in self.bytes.iter().skip(at as usize).zip(&mut word) {
+            *slot = *byte;
+        }
+        u64::from_be_bytes(word)
+    }
+
+    fn l1(&self) -> (u64, u64) {
+        (self.u64(40), u64::from(self.u32(36)))
+    }
+
+    fn refcount(&self, cluster: u64) -> u64 {
+        let per_block = (self.cluster_size * 8) >> self.refcount_order;
+        let table_entries = u64::from(self.u32(56)) * self.cluster_size / 8;
+        let index = cluster / per_block;
+        if index >= table_entries {
+            return 0;
+        }
+        let block = self.u64(self.u64(48) + index * 8) & !0x1ff;
+        if block == 0 {
+            return 0;
+        }
+        let bits = 1_u64 << self.refcount_order;
+        let bit = cluster % per_block * bits;
+        if bits >= 8 {
+            self.u64(block + bit / 8) >> (64 - bits)
+        } else {
+            let byte = self.bytes.get((block + bit / 8) as usize).unwrap_or(&0);
+            u64::from(*byte) >> (bit % 8) & ((1 << bits) - 1)
+        }
+    }
+
+    /// Counts the references to each cluster by what refers to it.
+    fn references(&self) -> BTreeMap<u64, (u64, &'static str)> {
+        let mut counts = BTreeMap::new();
+        let mut count = |offset: u64, bytes: u64, what: &'static str| {
+            for cluster in offset / self.cluster_size..(offset + bytes).div_ceil(self.cluster_size)
+            {
+                let entry = counts.entry(cluster).or_insert((0, what));
+                entry.0 += 1;
+            }
+        };
+        count(0, 1, "header");
+        let (l1, entries) = self.l1();
+        count(l1, entries * 8, "L1 table");
+        let table = self.u64(48);
+        let table_bytes = u64::from(self.u32(56)) * self.cluster_size;
+        count(table, table_bytes, "refcount table");
+        for index in 0..table_bytes / 8 {
+            let block = self.u64(table + index * 8) & !0x1ff;
+            if block != 0 {
+                count(block, self.cluster_size, "refcount block");
+            }
+        }
+        for index in 0..entries {
+            let l2 = self.u64(l1 + index * 8) & OFFSET;
+            if l2 == 0 {
+                continue;
+            }
+            count(l2, self.cluster_size, "L2 table");
+            for number in 0..self.cluster_size / 8 {
+                let data = self.u64(l2 + number * 8) & OFFSET;
+                if data != 0 {
+                    count(data, self.cluster_size, "data");
+                }
+            }
+        }
+        counts
+    }
+
+    /// Compares refcounts with references, and COPIED flags with refcounts.
+    pub(super) fn check(&self) -> Findings {
+        let mut findings = Findings::default();
+        let references = self.references();
+        for (&cluster, &(count, what)) in &references {
+            let refcount = self.refcount(cluster);
+            let at = cluster * self.cluster_size;
+            if refcount < count {
+                let text = format!("{what} at {at:#x}: refcount {refcount}, references {count}");
+                findings.corruptions.push(text);
+            } else if refcount > count {
+                findings.leaks += 1;
+            }
+        }
+        let clusters = self.bytes.len() as u64 / self.cluster_size + 1;
+        findings.leaks += (0..clusters)
+            .filter(|cluster| !references.contains_key(cluster) && self.refcount(*cluster) != 0)
+            .count() as u64;
+        self.check_copied(&mut findings);
+        findings
+    }
+
+    fn check_copied(&self, findings: &mut Findings) {
+        let mut check = |entry: u64, what: &str| {
+            let offset = entry & OFFSET;
+            let copied = entry >> 63 != 0;
+            let refcount = self.refcount(offset / self.cluster_size);
+            if offset != 0 && copied != (refcount == 1) {
+                let text = format!("{what} {entry:#x}: COPIED with refcount {refcount}");
+                findings.corruptions.push(text);
+            }
+        };
+        let (l1, entries) = self.l1();
+        for index in 0..entries {
+            let entry = self.u64(l1 + index * 8);
+            check(entry, "L1 entry");
+            let l2 = entry & OFFSET;
+            for number in 0..self.cluster_size / 8 {
+                if l2 != 0 {
+                    check(self.u64(l2 + number * 8), "L2 entry");
+                }
+            }
+        }
+    }
+
+    /// Where the guest's bytes at `offset` are: an offset of the file, or zeroes; `None` when the
+    /// backing has them.
+    fn place(&self, offset: u64) -> Option<Option<u64>> {
+        let entries = self.cluster_size / 8;
+        let cluster = offset / self.cluster_size;
+        let l2 = self.u64(self.l1().0 + cluster / entries * 8) & OFFSET;
+        if l2 == 0 {
+            return None;
+        }
+        let entry = self.u64(l2 + cluster % entries * 8);
+        match (entry & 1, entry & OFFSET) {
+            (1, _) => Some(None),
+            (_, 0) => None,
+            (_, host) => Some(Some(host + offset % self.cluster_size)),
+        }
+    }
+
+    /// The whole disk over a backing's content.
+    pub(super) fn read_all(&self, backing: &[u8]) -> Vec<u8> {
+        let mut disk = vec![0; self.size as usize];
+        for (number, sector) in disk.chunks_mut(512).enumerate() {
+            let offset = number as u64 * 512;
+            let (source, at) = match self.place(offset) {
+                None => (backing, offset),
+                Some(None) => continue,
+                Some(Some(host)) => (self.bytes, host),
+            };
+            let rest = source.get(at as usize..).unwrap_or_default();
+            let held = rest.len().min(sector.len());
+            sector[..held].copy_from_slice(&rest[..held]);
+        }
+        disk
+    }
+}

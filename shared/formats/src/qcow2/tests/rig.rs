@@ -1,0 +1,266 @@
+//! A qcow2 node over a file of the simulated or the real world.
+
+use crate::qcow2::{CreateOptions, OpenOptions, Qcow2, create};
+use block::edge::{EdgeSpec, Permissions};
+use block::node::Discard;
+use block::open::ChildRole;
+use block::{
+    BlockStatus, BoxFuture, Buffer, ByteRange, Driver, Edge, Errno, Error, FormatNode,
+    ImageIdentity, IoFuture, Limits, Node, NodeOptions, RedoLog, Resize, Root, RootHandle,
+    StatusExtent, WriteFlags, ZeroFlags,
+};
+use executor::file::Fallocate;
+use executor::{File, OpenOptions as FileOptions};
+use serde_json::{Map, Value};
+use std::cell::Cell;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+thread_local! {
+    /// Operations that this thread's leaves may still start before they stop answering.
+    static BUDGET: Cell<u64> = const { Cell::new(u64::MAX) };
+    /// Wakes who waits for the death.
+    static MAIN: Cell<Option<std::task::Waker>> = const { Cell::new(None) };
+}
+
+/// From the `operations`-th file operation on, none is started nor answered: the process is dead.
+pub(super) fn die_after(operations: u64) {
+    BUDGET.set(operations);
+}
+
+/// Runs `life` to its end or to the death of the process.
+pub(super) async fn until_death(life: impl Future<Output = ()>) {
+    let mut life = std::pin::pin!(life);
+    std::future::poll_fn(|context| {
+        MAIN.set(Some(context.waker().clone()));
+        match is_dead() {
+            true => std::task::Poll::Ready(()),
+            false => life.as_mut().poll(context),
+        }
+    })
+    .await;
+}
+
+fn is_dead() -> bool {
+    BUDGET.get() == 0
+}
+
+fn die() {
+    if let Some(main) = MAIN.take() {
+        main.wake();
+    }
+}
+
+/// A file as a leaf.
+struct Leaf {
+    file: File,
+    length: AtomicU64,
+}
+
+impl Leaf {
+    fn op<'a>(&self, start: impl FnOnce() -> executor::FileOp) -> IoFuture<'a> {
+        match BUDGET.get() {
+            0 => {
+                die();
+                IoFuture::boxed(std::future::pending())
+            }
+            left => {
+                if left != u64::MAX {
+                    BUDGET.set(left - 1);
+                }
+                let op = start();
+                IoFuture::boxed(async move {
+                    let result = op.await;
+                    if is_dead() {
+                        die();
+                        std::future::pending::<()>().await;
+                    }
+                    result
+                })
+            }
+        }
+    }
+}
+
+impl Driver for Leaf {
+    fn driver_name(&self) -> &'static str {
+        "leaf"
+    }
+    fn length(&self) -> u64 {
+        self.length.load(Ordering::Relaxed)
+    }
+    fn limits(&self) -> Limits {
+        Limits::default()
+    }
+    fn grows(&self) -> bool {
+        true
+    }
+    fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_> {
+        self.op(|| self.file.read_at(buffer, offset))
+    }
+    fn write(&self, offset: u64, buffer: Buffer, _flags: WriteFlags) -> IoFuture<'_> {
+        let end = offset + buffer.len() as u64;
+        self.length.fetch_max(end, Ordering::Relaxed);
+        self.op(|| self.file.write_at(buffer, offset))
+    }
+    fn write_zeroes(&self, range: ByteRange, _flags: ZeroFlags) -> IoFuture<'_> {
+        self.write(
+            range.offset,
+            Buffer::zeroed(range.length as usize),
+            WriteFlags::default(),
+        )
+    }
+    fn discard(&self, range: ByteRange) -> IoFuture<'_> {
+        let (offset, length) = (range.offset, range.length);
+        self.op(|| self.file.fallocate(Fallocate::PunchHole, offset, length))
+    }
+    fn flush(&self) -> IoFuture<'_> {
+        self.op(|| self.file.sync_data())
+    }
+    fn block_status(&self, range: ByteRange) -> BoxFuture<'_, Result<StatusExtent, Errno>> {
+        let status = BlockStatus {
+            data: true,
+            allocated: true,
+            offset: Some(range.offset),
+            ..BlockStatus::default()
+        };
+        let length = range.length;
+        Box::pin(async move { Ok(StatusExtent { length, status }) })
+    }
+    fn resize(&self, resize: Resize) -> BoxFuture<'_, Result<(), Error>> {
+        Box::pin(async move {
+            let done = self.file.set_len(resize.length).await;
+            done.map_err(|errno| Error::io("resize", errno))?;
+            self.length.store(resize.length, Ordering::Relaxed);
+            Ok(())
+        })
+    }
+    fn close(&self) -> BoxFuture<'_, Result<(), Errno>> {
+        Box::pin(async { Ok(()) })
+    }
+    fn edges(&self) -> Vec<(&'static str, &Edge)> {
+        Vec::new()
+    }
+    fn describe(&self) -> Map<String, Value> {
+        Map::new()
+    }
+    fn filename(&self) -> String {
+        String::new()
+    }
+    fn identity(&self) -> Option<ImageIdentity> {
+        None
+    }
+}
+
+/// A file as a node.
+pub(super) fn leaf(path: &Path) -> Arc<Node> {
+    let options = FileOptions {
+        write: true,
+        create: true,
+        ..FileOptions::default()
+    };
+    let file = File::open(path, &options).unwrap();
+    let length = AtomicU64::new(file.len().unwrap());
+    let options = NodeOptions {
+        node_name: path.display().to_string(),
+        discard: Discard::Unmap,
+        ..NodeOptions::default()
+    };
+    Node::new(options, Box::new(Leaf { file, length }))
+}
+
+fn edge(child: &Arc<Node>, name: &'static str, role: ChildRole) -> Edge {
+    let spec = EdgeSpec {
+        parent: "test".into(),
+        name,
+        role,
+        read_only: role == ChildRole::Backing,
+    };
+    Edge::attach(child, spec).unwrap()
+}
+
+/// Makes an image.
+pub(super) async fn make(path: &Path, options: &CreateOptions) {
+    let file = edge(&leaf(path), "file", ChildRole::Image);
+    create(file, options).await.unwrap();
+}
+
+/// How the rig opens an image.
+pub(super) struct Setup {
+    pub(super) backing: Option<Arc<Node>>,
+    pub(super) log: RedoLog,
+    /// Memory for each cache in bytes.
+    pub(super) cache: u64,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            backing: None,
+            log: RedoLog::in_memory(1024),
+            cache: 1 << 20,
+        }
+    }
+}
+
+/// An open image with a root on it.
+#[derive(Clone)]
+pub(super) struct Disk {
+    pub(super) node: Arc<Node>,
+    pub(super) root: Rc<RootHandle>,
+}
+
+impl Disk {
+    pub(super) async fn open(path: &Path, setup: Setup) -> Result<Disk, Error> {
+        let file = edge(&leaf(path), "file", ChildRole::Image);
+        let backing = setup
+            .backing
+            .map(|node| edge(&node, "backing", ChildRole::Backing));
+        let options = OpenOptions {
+            read_only: false,
+            l2_cache: setup.cache,
+            refcount_cache: setup.cache,
+            log: setup.log,
+        };
+        let image = Qcow2::open(file, backing, options).await?;
+        let options = NodeOptions {
+            node_name: "disk".into(),
+            discard: Discard::Unmap,
+            ..NodeOptions::default()
+        };
+        let node = Node::new(options, Box::new(FormatNode::new(image)));
+        let root = Root::new("test", &node, Permissions::ALL, Permissions::ALL)?;
+        let root = Rc::new(root.attach());
+        Ok(Disk { node, root })
+    }
+
+    pub(super) async fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>, Errno> {
+        let buffer = Buffer::zeroed(length);
+        self.root.read(offset, buffer.clone()).await?;
+        Ok(buffer.to_heap().to_vec())
+    }
+
+    pub(super) async fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
+        let buffer = Buffer::zeroed(bytes.len());
+        buffer.copy_from_slice(bytes);
+        self.root.write(offset, buffer, WriteFlags::default()).await
+    }
+
+    pub(super) async fn read_all(&self) -> Result<Vec<u8>, Errno> {
+        let mut disk = Vec::new();
+        while (disk.len() as u64) < self.node.length() {
+            let left = self.node.length() - disk.len() as u64;
+            disk.extend(
+                self.read(disk.len() as u64, left.min(65536) as usize)
+                    .await?,
+            );
+        }
+        Ok(disk)
+    }
+
+    pub(super) async fn close(self) -> Result<(), Errno> {
+        self.node.driver().close().await
+    }
+}
