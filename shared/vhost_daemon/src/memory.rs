@@ -12,12 +12,9 @@
 #![expect(unsafe_code, reason = "guest memory is reached through raw pointers")]
 
 use std::cell::Cell;
-use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
-
-use vm_memory::{FileOffset, MmapRegion};
 
 use crate::sigbus::Registration;
 use crate::wire::RegionSpec;
@@ -66,12 +63,51 @@ struct Backing {
     inode: u64,
 }
 
-/// A descriptor mapped shared and watched for truncation.
+/// A shared mapping, unmapped on drop.
+#[derive(Debug)]
+struct Mapping {
+    base: *mut u8,
+    len: usize,
+}
+
+impl Mapping {
+    fn new(fd: impl AsFd, offset: u64, len: usize) -> io::Result<Mapping> {
+        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing else.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                fd.as_fd().as_raw_fd(),
+                offset,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Mapping {
+            base: base.cast(),
+            len,
+        })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping made in `new`; whoever uses it keeps its owner alive.
+        unsafe { libc::munmap(self.base.cast(), self.len) };
+    }
+}
+
+/// A descriptor mapped shared and watched for truncation. The descriptor itself is not kept, so
+/// that a front-end's regions do not use the process' descriptors up.
 #[derive(Debug)]
 pub(crate) struct SharedMapping {
     // Dropped in this order: the handler forgets the range before it is unmapped.
     registration: Registration,
-    map: MmapRegion<()>,
+    map: Mapping,
     /// Distance from the mapping's start to the bytes asked for.
     skew: usize,
     len: usize,
@@ -86,16 +122,7 @@ impl SharedMapping {
             source,
         };
         let stat = nix::sys::stat::fstat(&fd).map_err(|e| failed(e.into()))?;
-        let file_len = u64::try_from(stat.st_size).unwrap_or(0);
-        let end = spec.mmap_offset.checked_add(spec.size);
-        let is_file = stat.st_mode & libc::S_IFMT == libc::S_IFREG;
-        let (Some(end), true) = (end.filter(|end| *end <= file_len), is_file) else {
-            return Err(MemoryError::File {
-                spec: *spec,
-                file_len,
-                mode: stat.st_mode,
-            });
-        };
+        let end = end_in_file(spec, &stat)?;
         // Mappings of huge pages begin and end on huge-page boundaries; a file on hugetlbfs gives
         // its page size as its block size. On other files a larger unit does no harm.
         let page_size = u64::try_from(stat.st_blksize).unwrap_or(0).max(4096);
@@ -105,10 +132,9 @@ impl SharedMapping {
         let start = spec.mmap_offset & !(page_size - 1);
         let map_len = usize::try_from((end - start).next_multiple_of(page_size))
             .map_err(|_| failed(io::ErrorKind::InvalidInput.into()))?;
-        let map = MmapRegion::from_file(FileOffset::new(File::from(fd), start), map_len)
-            .map_err(|e| failed(io::Error::other(e)))?;
+        let map = Mapping::new(fd, start, map_len).map_err(failed)?;
         let registration =
-            Registration::new(map.as_ptr(), map_len, page_size as usize).map_err(failed)?;
+            Registration::new(map.base, map_len, page_size as usize).map_err(failed)?;
         Ok(SharedMapping {
             registration,
             map,
@@ -124,7 +150,7 @@ impl SharedMapping {
     /// The first byte asked for.
     pub(crate) fn base(&self) -> *mut u8 {
         // SAFETY: the mapping is at least `skew + len` bytes long.
-        unsafe { self.map.as_ptr().add(self.skew) }
+        unsafe { self.map.base.add(self.skew) }
     }
 
     /// Bytes from [`SharedMapping::base`].
@@ -136,6 +162,19 @@ impl SharedMapping {
     pub(crate) fn poisoned(&self) -> bool {
         self.registration.poisoned()
     }
+}
+
+/// Where `spec` ends in the file of `stat`, which has to be a regular one that long.
+fn end_in_file(spec: &RegionSpec, stat: &libc::stat) -> Result<u64, MemoryError> {
+    let file_len = u64::try_from(stat.st_size).unwrap_or(0);
+    let end = spec.mmap_offset.checked_add(spec.size);
+    let is_file = stat.st_mode & libc::S_IFMT == libc::S_IFREG;
+    end.filter(|end| is_file && *end <= file_len)
+        .ok_or(MemoryError::File {
+            spec: *spec,
+            file_len,
+            mode: stat.st_mode,
+        })
 }
 
 /// One mapped region of guest memory.

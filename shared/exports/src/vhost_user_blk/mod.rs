@@ -26,6 +26,10 @@ use device::Disk;
 
 /// Most queues of one export.
 const MAX_QUEUES: u16 = 256;
+/// Smallest logical block size in bytes.
+const MIN_BLOCK_SIZE: u32 = 512;
+/// Largest logical block size in bytes.
+const MAX_BLOCK_SIZE: u32 = 2 << 20;
 /// Longest serial in bytes (`VIRTIO_BLK_ID_BYTES`).
 const MAX_SERIAL: usize = 20;
 
@@ -37,7 +41,7 @@ pub struct VhostUserBlkOptions {
     pub address: Address,
     /// `writable`; false offers `VIRTIO_BLK_F_RO`.
     pub writable: bool,
-    /// `logical-block-size` in bytes: a power of two from 512 to 65536.
+    /// `logical-block-size` in bytes: a power of two from 512 to 2 MiB.
     pub logical_block_size: u32,
     /// `num-queues`, 1 to 256.
     pub num_queues: u16,
@@ -72,10 +76,17 @@ impl VhostUserBlkOptions {
         if self.num_queues > MAX_QUEUES {
             return invalid(format!("num-queues must not be greater than {MAX_QUEUES}"));
         }
-        let size = self.logical_block_size;
-        if !size.is_power_of_two() || !(512..=65536).contains(&size) {
+        let (id, size) = (&self.id, self.logical_block_size);
+        if !(MIN_BLOCK_SIZE..=MAX_BLOCK_SIZE).contains(&size) {
             return invalid(format!(
-                "logical-block-size {size} is not a power of 2 between 512 and 65536"
+                "Property {id}.logical-block-size doesn't take value {size} \
+                 (minimum: {MIN_BLOCK_SIZE}, maximum: {MAX_BLOCK_SIZE})"
+            ));
+        }
+        if !size.is_power_of_two() {
+            return invalid(format!(
+                "Property {id}.logical-block-size doesn't take value '{size}', \
+                 it's not a power of 2"
             ));
         }
         let size = self.queue_size_max;
@@ -111,12 +122,13 @@ impl VhostUserBlk {
             options.iothreads.push(Handle::current());
         }
         let disk = Rc::new(Disk::new(root.clone(), &options));
+        let place = match &options.address {
+            Address::Listen(path) => format!("Failed to bind socket to {}", path.display()),
+            _ => format!("export '{}': cannot use its socket", options.id),
+        };
         let server = Server::start(disk.clone(), options.address).map_err(|error| {
-            let errno = Errno::from_raw(error.raw_os_error().unwrap_or(Errno::EIO as i32));
-            Error::io(
-                format!("export '{}': cannot use its address", options.id),
-                errno,
-            )
+            let errno = error.raw_os_error().unwrap_or(Errno::EIO as i32);
+            Error::io(place, Errno::from_raw(errno))
         })?;
         let changed = server.config_changed();
         root.on_resize(Box::new(move |_length| changed.notify_all()));

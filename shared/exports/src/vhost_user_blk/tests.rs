@@ -518,7 +518,7 @@ fn options_out_of_range_are_refused() {
     assert!(refused(|options| options.num_queues = 257));
     assert!(refused(|options| options.logical_block_size = 256));
     assert!(refused(|options| options.logical_block_size = 3000));
-    assert!(refused(|options| options.logical_block_size = 1 << 17));
+    assert!(refused(|options| options.logical_block_size = 4 << 20));
     assert!(refused(|options| options.queue_size_max = 100));
     assert!(refused(|options| options.serial = "x".repeat(21)));
 }
