@@ -64,7 +64,7 @@ impl Tables<'_> {
         let at = self.next;
         let end = at + table.len() as u64;
         ensure!(
-            end <= layout::HIGH_MEMORY_START,
+            end <= layout::RESET_VECTOR,
             "the ACPI tables do not fit below 1 MiB"
         );
         self.memory.write(at, table)?;

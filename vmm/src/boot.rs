@@ -39,6 +39,24 @@ pub(crate) enum Entry {
     },
 }
 
+/// Real-mode code at the reset vector: writes the reset register, then halts for good. Linux on hardware-reduced ACPI asks EFI to
+/// restart the machine, and without EFI jumps here; it never tries the reset register itself.
+const RESET_CODE: [u8; 9] = {
+    let [low, high] = layout::RESET_PORT.to_le_bytes();
+    // mov dx, port; mov al, value; out dx, al; hlt; jmp to hlt
+    [
+        0xba,
+        low,
+        high,
+        0xb0,
+        layout::RESET_VALUE,
+        0xee,
+        0xf4,
+        0xeb,
+        0xfd,
+    ]
+};
+
 /// The files that a guest boots from.
 pub(crate) struct Kernel {
     image: OpenFile,
@@ -97,6 +115,7 @@ impl Kernel {
     /// The kernel is of no known kind, or the files do not fit into the memory.
     pub(crate) fn load(&self, memory: &Memory, rsdp: u64) -> Result<Entry> {
         memory.write(layout::CMDLINE_START, &self.cmdline)?;
+        memory.write(layout::RESET_VECTOR, &RESET_CODE)?;
         let mut file = &self.image.file;
         let mut start = [0; 0x206];
         file.rewind()

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0x0000_0000_0000  RAM (first 640 KiB: boot parameters, page tables, command line)
-//! 0x0000_000e_0000  ACPI tables (RSDP first), up to 1 MiB
+//! 0x0000_000e_0000  ACPI tables (RSDP first), up to the reset vector
 //! 0x0000_0010_0000  RAM: kernel, initrd
 //! 0x0000_c000_0000  32-bit MMIO window of the PCI root
 //! 0x0000_e000_0000  ECAM of bus 0
@@ -14,7 +14,9 @@
 pub(crate) const CONVENTIONAL_END: u64 = 0x9_fc00;
 /// Where the ACPI tables start; the RSDP is the first of them.
 pub(crate) const ACPI_START: u64 = 0xe_0000;
-/// First byte above the ACPI tables and first byte of high memory.
+/// Where a PC's CPU starts; what is here stands in for a BIOS that is asked to restart the machine.
+pub(crate) const RESET_VECTOR: u64 = 0xf_fff0;
+/// First byte of high memory.
 pub(crate) const HIGH_MEMORY_START: u64 = 0x10_0000;
 
 /// Global descriptor table of the boot CPU.

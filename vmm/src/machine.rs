@@ -151,6 +151,7 @@ impl Machine {
     /// # Errors
     /// A back-end does not stop, or the board cannot be made.
     pub(crate) fn reset(&mut self) -> Result<()> {
+        tracing::info!("the machine is reset");
         let state = self.state;
         self.board = None;
         for disk in &self.disks {

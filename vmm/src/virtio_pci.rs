@@ -244,6 +244,10 @@ impl VirtioPci {
     }
 
     fn write_status(&mut self, status: u8) {
+        // A driver has to wait for the end of a reset (virtio 1.2, 4.1.4.3.2); one that does not cannot pile up orders.
+        if self.disk.is_resetting() {
+            return;
+        }
         if status == 0 {
             self.reset();
             return;

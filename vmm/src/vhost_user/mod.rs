@@ -31,6 +31,8 @@ use crate::seccomp::{Sandbox, ThreadKind};
 
 /// Bytes of the configuration space that the guest sees: `struct virtio_blk_config` up to the write-zeroes fields (virtio 1.2, 5.2.4).
 pub(crate) const CONFIG_SIZE: usize = 60;
+/// Offset of `writeback` in the configuration, the only field that a driver may write.
+const CONFIG_WRITEBACK: usize = 32;
 /// Longest time that a back-end may take to finish what it has in flight.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -60,7 +62,7 @@ pub(crate) struct Activation {
 enum Command {
     Activate(Activation),
     Reset(SyncSender<()>),
-    WriteConfig { offset: usize, bytes: Vec<u8> },
+    WriteCache,
     Pause(SyncSender<()>),
     Resume,
     Quit,
@@ -88,6 +90,8 @@ struct SharedState {
     features: Option<u64>,
     config: [u8; CONFIG_SIZE],
     generation: u8,
+    /// An order to write the cache mode waits.
+    write_cache: bool,
     resetting: bool,
     broken: bool,
 }
@@ -131,6 +135,7 @@ impl Disk {
                 features: None,
                 config: [0; CONFIG_SIZE],
                 generation: 0,
+                write_cache: false,
                 resetting: false,
                 broken: false,
             }),
@@ -208,19 +213,19 @@ impl Disk {
         state.features.map(|_| (state.config, state.generation))
     }
 
-    /// Changes the configuration: at once in the copy, soon in the back-end.
+    /// Changes the one field that a driver may write, the cache mode: at once in the copy, soon in the back-end. However
+    /// often the guest writes, at most one order waits.
     pub(crate) fn write_config(&self, offset: usize, bytes: &[u8]) {
-        let mut state = self.shared.lock();
-        let end = offset.saturating_add(bytes.len());
-        let Some(target) = state.config.get_mut(offset..end) else {
+        let (CONFIG_WRITEBACK, &[mode]) = (offset, bytes) else {
             return;
         };
-        target.copy_from_slice(bytes);
+        let mut state = self.shared.lock();
+        state.config[CONFIG_WRITEBACK] = mode;
+        let already_ordered = std::mem::replace(&mut state.write_cache, true);
         drop(state);
-        self.send(Command::WriteConfig {
-            offset,
-            bytes: bytes.to_vec(),
-        });
+        if !already_ordered {
+            self.send(Command::WriteCache);
+        }
     }
 
     /// The driver is ready: start the rings, now or when the back-end is there.

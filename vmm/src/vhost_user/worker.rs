@@ -94,9 +94,7 @@ impl Worker {
                 // Who asked may have stopped waiting.
                 let _ = reply.send(());
             }
-            Command::WriteConfig { offset, bytes } => {
-                self.with_session(|session, _| session.write_config(offset, &bytes));
-            }
+            Command::WriteCache => self.write_cache_mode(),
             Command::Pause(reply) => {
                 self.paused = true;
                 self.drain();
@@ -142,6 +140,14 @@ impl Worker {
         self.started = false;
         self.progress = Progress::default();
         self.setup.shared.lock().resetting = false;
+    }
+
+    fn write_cache_mode(&mut self) {
+        let mut state = self.setup.shared.lock();
+        state.write_cache = false;
+        let mode = state.config[super::CONFIG_WRITEBACK];
+        drop(state);
+        self.with_session(|session, _| session.write_config(super::CONFIG_WRITEBACK, &[mode]));
     }
 
     fn drain(&mut self) {

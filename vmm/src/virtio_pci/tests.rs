@@ -158,3 +158,19 @@ fn registers_of_queues_that_do_not_exist_read_as_zero() {
     assert_eq!(read(&mut device, 0x1a, 2), 0xffff);
     write(&mut device, NOTIFY + 0xffc, 0, 2);
 }
+
+#[test]
+fn only_the_cache_mode_can_be_written_and_it_reaches_the_back_end() {
+    let rig = Rig::new();
+    let back_end = rig.connect(Character::default());
+    let (mut device, _) = device(&rig);
+    write(&mut device, DEVICE, 1, 8);
+    write(&mut device, DEVICE + 32, 1, 1);
+    assert_eq!(read(&mut device, DEVICE, 8), 1000);
+    assert_eq!(read(&mut device, DEVICE + 32, 1), 1);
+    let order = back_end.expect(FrontendReq::SET_CONFIG);
+    assert_eq!(
+        (order.word(0), order.word(1), order.payload[12]),
+        (32, 1, 1)
+    );
+}
