@@ -44,7 +44,7 @@ impl Default for Character {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Seen {
     request: FrontendReq,
-    payload: Vec<u8>,
+    pub(crate) payload: Vec<u8>,
     fds: usize,
 }
 
