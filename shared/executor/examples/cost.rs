@@ -7,10 +7,15 @@ use executor::runtime::register_poller;
 use executor::sim::{self, Image, PowerCut, Subset, World};
 use executor::sync::{Mutex, RangeLock};
 use executor::{Buffer, Config, Executor, File, OpenOptions, Poller, TaskPool, net, spawn, time};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::unistd::Pid;
 use std::cell::Cell;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const FILE_LEN: u64 = 64 << 20;
@@ -142,7 +147,7 @@ async fn files(directory: &Path, label: &str) {
 }
 
 async fn blocks() {
-    let ready = nix::sys::eventfd::EventFd::from_value(1).unwrap();
+    let ready = EventFd::from_value(1).unwrap();
     measure("ring operation, one at a time", 1, async || {
         net::poll_fd(ready.as_fd(), 1).await.unwrap();
     })
@@ -202,6 +207,105 @@ fn calls() {
     thread.join().unwrap();
 }
 
+/// A queue of one request, as a guest has it: a counter to watch, and an eventfd for when nobody
+/// does.
+struct Mailbox {
+    asked: AtomicU64,
+    answered: AtomicU64,
+    armed: AtomicBool,
+    kick: EventFd,
+}
+
+impl Mailbox {
+    fn take(&self) -> bool {
+        let asked = self.asked.load(Ordering::Acquire);
+        self.answered.swap(asked, Ordering::AcqRel) != asked
+    }
+}
+
+struct Served(Arc<Mailbox>);
+
+impl Poller for Served {
+    fn poll(&self) -> bool {
+        self.0.take()
+    }
+    fn arm(&self) -> bool {
+        self.0.armed.store(true, Ordering::SeqCst);
+        self.0.asked.load(Ordering::SeqCst) != self.0.answered.load(Ordering::SeqCst)
+    }
+    fn disarm(&self) {
+        self.0.armed.store(false, Ordering::SeqCst);
+    }
+}
+
+/// Keeps the thread on one processor: the scheduler likes to put both ends on the same.
+fn pin(processor: usize) {
+    let mut set = CpuSet::new();
+    set.set(processor).unwrap();
+    // A machine with one processor measures without.
+    let _ = sched_setaffinity(Pid::from_raw(0), &set);
+}
+
+/// Answer times of a polling thread to one that asks `pause` after each answer.
+fn ping_pong(pause: Duration) {
+    let mailbox = Arc::new(Mailbox {
+        asked: AtomicU64::new(0),
+        answered: AtomicU64::new(0),
+        armed: AtomicBool::new(false),
+        kick: EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap(),
+    });
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let served = Arc::clone(&mailbox);
+    let thread = std::thread::spawn(move || {
+        pin(1);
+        let executor = Executor::new(&Config::default()).unwrap();
+        sender.send(executor.handle()).unwrap();
+        let kicked = Arc::clone(&served);
+        executor.block_on(async {
+            let task = spawn(async move {
+                loop {
+                    net::poll_fd(kicked.kick.as_fd(), libc::POLLIN)
+                        .await
+                        .unwrap();
+                    kicked.kick.read().unwrap();
+                }
+            });
+            drop(task);
+        });
+        let _registration = executor.block_on(async { register_poller(Rc::new(Served(served))) });
+        executor.run();
+        cpu_time()
+    });
+    let handle = receiver.recv().unwrap();
+    pin(0);
+    let rounds = 2000;
+    let mut times = Vec::new();
+    for round in 1..=rounds {
+        let start = Instant::now();
+        mailbox.asked.store(round, Ordering::SeqCst);
+        if mailbox.armed.swap(false, Ordering::SeqCst) {
+            mailbox.kick.write(1).unwrap();
+        }
+        while mailbox.answered.load(Ordering::Acquire) != round {
+            std::hint::spin_loop();
+        }
+        times.push(start.elapsed());
+        let answered = Instant::now();
+        while answered.elapsed() < pause {
+            std::hint::spin_loop();
+        }
+    }
+    handle.stop();
+    let cpu = thread.join().unwrap();
+    times.sort();
+    let (median, slow) = (times[times.len() / 2], times[times.len() * 99 / 100]);
+    let name = format!("answer to a request every {pause:?}");
+    println!(
+        "{name:<40} {median:>9.1?}, p99 {slow:.1?}, CPU {:.1?} each",
+        cpu / rounds as u32
+    );
+}
+
 /// What a crash test pays: a world of 4 MiB, cut at every point, brought up and read a bit.
 fn crash_points() {
     let path = Path::new("disk");
@@ -251,5 +355,8 @@ fn main() {
         files(Path::new(&directory), "disk").await;
     });
     calls();
+    for pause_us in [0, 10, 20, 50, 200] {
+        ping_pong(Duration::from_micros(pause_us));
+    }
     crash_points();
 }

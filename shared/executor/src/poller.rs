@@ -1,14 +1,15 @@
 //! Pollers, and the adaptive window for which they are spun before the thread sleeps.
 //!
 //! ```text
-//!   idle ──> spin for `window` ── found ───────────────────────> window doubles
-//!                 └─ nothing ──> arm, sleep, disarm ── short ──> window doubles
-//!                                                   └─ long ───> window halves
+//!   idle ──> spin for `window` ── found ──> window doubles
+//!                 └─ nothing ──> window halves; arm, sleep, disarm
 //! ```
 //!
-//! A sleep is short when spinning for the longest window would have saved it, give or take what
-//! waking costs. The window stays between an eighth of the maximum (less than a sleep costs) and
-//! the maximum. A thread without pollers, or with a maximum of zero, never spins.
+//! The window stays between an eighth of the maximum (less than a sleep costs) and the maximum.
+//! While nothing is found, one spin in sixteen tries the maximum, so that work which comes just
+//! outside a small window is noticed. How long a sleep lasted says nothing: waking alone takes
+//! longer than the largest window, and a front-end that shares the processor asks as soon as this
+//! thread stops spinning. A thread without pollers, or with a maximum of zero, never spins.
 
 use crate::runtime::{Backend, Inner, current};
 use std::cell::{Cell, RefCell};
@@ -19,8 +20,8 @@ use std::time::{Duration, Instant};
 const LOOKS_PER_READING: u32 = 16;
 /// The smallest window is the maximum divided by this.
 const SMALLEST_PART: u32 = 8;
-/// A sleep is short up to so many times the maximum.
-const SHORT_SLEEP: u32 = 2;
+/// One spin in so many that find nothing lasts for the maximum.
+const SPINS_PER_TRIAL: u32 = 16;
 
 /// Looks for work outside the ring: a virtqueue's available ring.
 pub trait Poller {
@@ -37,8 +38,8 @@ pub(crate) struct Pollers {
     list: RefCell<Vec<Rc<dyn Poller>>>,
     armed: Cell<bool>,
     window: Cell<Duration>,
-    /// When the thread last began to spin.
-    idle_since: Cell<Option<Instant>>,
+    /// Spins without success since the last one with.
+    misses: Cell<u32>,
     window_max: Duration,
 }
 
@@ -48,7 +49,7 @@ impl Pollers {
             list: RefCell::default(),
             armed: Cell::new(false),
             window: Cell::new(window_max),
-            idle_since: Cell::new(None),
+            misses: Cell::new(0),
             window_max,
         }
     }
@@ -100,22 +101,25 @@ impl Pollers {
         }
     }
 
-    /// Adapts the window after a sleep.
-    pub(crate) fn slept(&self) {
-        let Some(idle_since) = self.idle_since.take() else {
-            return;
-        };
-        if idle_since.elapsed() <= self.window_max * SHORT_SLEEP {
-            self.grow();
+    /// How long to spin now.
+    fn next_spin(&self) -> Duration {
+        if self.misses.get() % SPINS_PER_TRIAL == SPINS_PER_TRIAL - 1 {
+            self.window_max
         } else {
-            let smallest = self.window_max / SMALLEST_PART;
-            self.window.set((self.window.get() / 2).max(smallest));
+            self.window.get()
         }
     }
 
-    fn grow(&self) {
-        self.window
-            .set((self.window.get() * 2).min(self.window_max));
+    /// Adapts the window after a spin of `length`.
+    fn spun(&self, length: Duration, found: bool) {
+        if found {
+            self.misses.set(0);
+            self.window.set((length * 2).min(self.window_max));
+        } else {
+            self.misses.set(self.misses.get().wrapping_add(1));
+            let smallest = self.window_max / SMALLEST_PART;
+            self.window.set((self.window.get() / 2).max(smallest));
+        }
     }
 }
 
@@ -132,18 +136,18 @@ impl Inner {
         if self.exchange() {
             return true;
         }
-        let start = Instant::now();
+        let (start, length) = (Instant::now(), pollers.next_spin());
         loop {
             for _ in 0..LOOKS_PER_READING {
                 if pollers.poll() || self.shared.has_pending() || ring.borrow_mut().has_work() {
                     self.exchange();
-                    pollers.grow();
+                    pollers.spun(length, true);
                     return true;
                 }
                 std::hint::spin_loop();
             }
-            if start.elapsed() >= pollers.window.get() {
-                pollers.idle_since.set(Some(start));
+            if start.elapsed() >= length {
+                pollers.spun(length, false);
                 return false;
             }
             if self.fire_timers() {
@@ -179,5 +183,35 @@ impl Drop for PollerRegistration {
             let mut list = executor.pollers.list.borrow_mut();
             list.retain(|poller| !Rc::ptr_eq(poller, &self.poller));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_window_follows_what_spinning_finds() {
+        let pollers = Pollers::new(Duration::from_micros(32));
+        let spin = |found| {
+            let length = pollers.next_spin();
+            pollers.spun(length, found);
+            length.as_micros()
+        };
+        let lengths: Vec<u128> = (0..17).map(|_| spin(false)).collect();
+        assert_eq!(lengths[..5], [32, 16, 8, 4, 4]);
+        assert_eq!(lengths[14..], [4, 32, 4]);
+        assert_eq!([spin(true), spin(true), spin(true)], [4, 8, 16]);
+        assert_eq!([spin(true), spin(true)], [32, 32]);
+    }
+
+    #[test]
+    fn a_trial_that_succeeds_restores_the_largest_window() {
+        let pollers = Pollers::new(Duration::from_micros(32));
+        for _ in 0..15 {
+            pollers.spun(pollers.next_spin(), false);
+        }
+        pollers.spun(pollers.next_spin(), true);
+        assert_eq!(pollers.next_spin(), Duration::from_micros(32));
     }
 }

@@ -73,7 +73,6 @@ impl Inner {
         }
         if !self.pollers.arm() && self.may_sleep(woken) {
             self.sleep(None);
-            self.pollers.slept();
         }
         self.shared.awake();
         self.pollers.disarm();
