@@ -9,8 +9,8 @@
 //!                                          the executor poll
 //! ```
 //!
-//! Promises: the ring is looked at as soon as it starts, kick or not; used elements are published
-//! and the guest called at most once per batch; stopping waits for every request in flight; a ring
+//! Promises: the ring is looked at as soon as it starts, kick or not, and the guest is called once
+//! then; afterwards used elements are published and the guest called at most once per batch; stopping waits for every request in flight; a ring
 //! that the guest breaks is reported (error eventfd, [`Failure`]) and never read again, while the
 //! requests it had in flight still complete.
 
@@ -401,6 +401,8 @@ impl<H: Handler> RunningQueue<H> {
         });
         running.watch(setup.kick.clone());
         worker.resubmit(&resubmit);
+        // A predecessor may have died after it published and before it called.
+        worker.queue.signal_call();
         worker.queue.ring.borrow().disarm();
         running.poller.set(Some(register_poller(worker)));
         Ok(running)

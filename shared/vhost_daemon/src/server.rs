@@ -51,6 +51,10 @@ enum Source {
 }
 
 impl Source {
+    fn listens(&self) -> bool {
+        matches!(self, Source::Listener(_))
+    }
+
     async fn next(&self) -> Result<Stream, executor::Errno> {
         match self {
             Source::Listener(listener) => listener.accept().await,
@@ -154,14 +158,15 @@ async fn serve<D: Device>(device: Rc<D>, source: Source, shared: Rc<Shared>) {
             Ok(stream) => run_session(&device, stream, &shared).await,
             Err(errno) => {
                 tracing::debug!(device = device.name(), "no front-end: {errno}");
-                false
+                Served::Nothing
             }
         };
-        if served {
+        // Whoever connects to a listener has waited enough; but neither an absent front-end nor
+        // one that leaves at once may make connecting to it a busy loop.
+        if served == Served::Messages || (served == Served::Silence && source.listens()) {
             backoff = BACKOFF_MIN;
             continue;
         }
-        // Neither an absent front-end nor one that leaves at once makes this a busy loop.
         if unless_stopped(&shared, time::sleep(backoff))
             .await
             .is_none()
@@ -172,8 +177,19 @@ async fn serve<D: Device>(device: Rc<D>, source: Source, shared: Rc<Shared>) {
     }
 }
 
-/// Serves one front-end until it leaves; whether it said anything sensible.
-async fn run_session<D: Device>(device: &Rc<D>, stream: Stream, shared: &Rc<Shared>) -> bool {
+/// What came of waiting for a front-end.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Served {
+    /// Nobody was there.
+    Nothing,
+    /// A front-end that left without a word.
+    Silence,
+    /// A session with messages.
+    Messages,
+}
+
+/// Serves one front-end until it leaves.
+async fn run_session<D: Device>(device: &Rc<D>, stream: Stream, shared: &Rc<Shared>) -> Served {
     let stream = Rc::new(stream);
     shared.current.replace(Some(stream.clone()));
     tracing::info!(device = device.name(), "front-end connected");
@@ -185,5 +201,8 @@ async fn run_session<D: Device>(device: &Rc<D>, stream: Stream, shared: &Rc<Shar
         Ok(()) => tracing::info!(device = device.name(), "front-end disconnected"),
         Err(error) => tracing::error!(device = device.name(), "front-end dropped: {error}"),
     }
-    session.messages() > 0
+    match session.messages() {
+        0 => Served::Silence,
+        _ => Served::Messages,
+    }
 }

@@ -7,7 +7,9 @@ use std::sync::atomic::Ordering;
 use vhost::vhost_user::message::FrontendReq as Req;
 
 use super::device::{BackEnd, Mode};
-use super::front_end::{Driver, FrontEnd, GUEST_BASE, INDIRECT, Memory, NEXT, WRITE, wait};
+use super::front_end::{
+    Driver, FrontEnd, GUEST_BASE, INDIRECT, Memory, NEXT, PATIENCE_MS, WRITE, wait,
+};
 use crate::session::PROTOCOL_FEATURES;
 
 const MEMORY: usize = 1 << 20;
@@ -220,6 +222,20 @@ fn a_successor_serves_what_was_in_flight_in_order() {
     assert_eq!(front_end.get_base(0), 4);
     assert_eq!(region.read(14, 2), 4u16.to_ne_bytes());
     assert!((0..64).all(|head| region.read(16 + 16 * head, 1) == [0]));
+    back_end.stop();
+}
+
+#[test]
+fn a_guest_that_the_predecessor_did_not_call_is_called() {
+    let back_end = BackEnd::start(Mode::Listen);
+    let (mut front_end, mut driver) = ready(&back_end);
+    // Published by a back-end that died before it signalled.
+    driver.memory.write(driver.used_offset() + 2, &[1, 0]);
+    driver.avail = 1;
+    front_end.set(Req::SET_VRING_BASE, &FrontEnd::state(0, 1), &[]);
+    front_end.enable(0, true);
+    assert!(wait(driver.call.as_fd(), PATIENCE_MS), "no call");
+    assert!(driver.try_complete().is_some());
     back_end.stop();
 }
 
