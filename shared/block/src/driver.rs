@@ -110,7 +110,8 @@ pub struct ZeroFlags {
 pub struct Limits {
     /// Offsets and lengths of reads and writes are multiples of this (a power of two).
     pub request_alignment: u32,
-    /// Buffer addresses are multiples of this.
+    /// Addresses and lengths of each piece of a buffer are multiples of this; at most
+    /// `request_alignment`.
     pub memory_alignment: u32,
     /// Largest read or write; 0 = no limit.
     pub max_transfer: u32,

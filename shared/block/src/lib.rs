@@ -22,6 +22,8 @@ pub mod error;
 pub mod format;
 pub mod format_node;
 pub mod graph;
+#[cfg(test)]
+mod memory;
 pub mod node;
 pub mod open;
 pub mod redo_log;

@@ -103,7 +103,12 @@ impl Node {
     /// A node outside of any graph (tests, tools) or about to be added to one.
     pub fn new(options: NodeOptions, driver: Box<dyn Driver>) -> Arc<Node> {
         let limits = driver.limits();
-        assert!(limits.request_alignment.is_power_of_two() && limits.memory_alignment > 0);
+        assert!(
+            limits.request_alignment.is_power_of_two()
+                && (1..=limits.request_alignment).contains(&limits.memory_alignment),
+            "{}: impossible {limits:?}",
+            driver.driver_name()
+        );
         let aligned = limits.request_alignment > 1;
         let node = Arc::new_cyclic(|this| Node {
             plain_writes: !options.read_only
@@ -306,3 +311,6 @@ impl ResizeListener for Node {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -294,7 +294,7 @@ impl Driver for FileNode {
     fn limits(&self) -> Limits {
         let alignment = self.file.alignment();
         Limits {
-            request_alignment: alignment.offset as u32,
+            request_alignment: alignment.offset.max(alignment.memory) as u32,
             memory_alignment: alignment.memory as u32,
             ..Limits::default()
         }
