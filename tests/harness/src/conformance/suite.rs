@@ -13,10 +13,10 @@ use std::rc::Rc;
 const REQUESTS: usize = 60;
 
 /// Points at which the power is cut in one run, besides the end.
-const CUTS: usize = 25;
+const CUTS: usize = 20;
 
 /// Operations of one run that are made to fail, about.
-const FAULTS: u64 = 40;
+const FAULTS: u64 = 25;
 
 fn world_of(subject: &Subject, seed: u64) -> World {
     let config = Config {
