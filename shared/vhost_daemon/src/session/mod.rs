@@ -169,8 +169,7 @@ impl<D: Device> Session<D> {
                 }
                 Err(error) => Err(error.into()),
             };
-            let wants_ack = header.need_reply && self.negotiated(Protocol::REPLY_ACK);
-            self.answer(header.request, wants_ack, result).await?;
+            self.answer(&header, result).await?;
             self.messages += 1;
         }
         Ok(())
@@ -226,12 +225,9 @@ impl<D: Device> Session<D> {
         Ok(Some(bytes))
     }
 
-    async fn answer(
-        &self,
-        request: u32,
-        wants_ack: bool,
-        result: Reply,
-    ) -> Result<(), SessionError> {
+    async fn answer(&self, header: &Header, result: Reply) -> Result<(), SessionError> {
+        let request = header.request;
+        let wants_ack = header.need_reply && self.negotiated(Protocol::REPLY_ACK);
         let (payload, fd) = match result {
             Ok(Answer::Payload(payload)) => (payload, None),
             Ok(Answer::PayloadFd(payload, fd)) => (payload, Some(fd)),

@@ -139,8 +139,7 @@ impl<D: Device> Session<D> {
 
     /// Starts the ring when everything it needs is there.
     pub(super) async fn maybe_start(&mut self, index: u16) -> Reply {
-        let enabled_by_kick = self.features & F_PROTOCOL_FEATURES == 0;
-        let Some(setup) = self.setup(index, enabled_by_kick)? else {
+        let Some(setup) = self.setup(index)? else {
             return Ok(Answer::Done);
         };
         let err = setup.err.clone();
@@ -159,7 +158,8 @@ impl<D: Device> Session<D> {
         }
     }
 
-    fn setup(&self, index: u16, enabled: bool) -> Result<Option<QueueSetup>, SessionError> {
+    /// What the ring starts with; `None` while something is missing.
+    fn setup(&self, index: u16) -> Result<Option<QueueSetup>, SessionError> {
         let vring = self
             .vrings
             .get(usize::from(index))
@@ -172,7 +172,8 @@ impl<D: Device> Session<D> {
         let Some(addresses) = vring.addresses else {
             return Ok(None);
         };
-        let ready = !vring.running && vring.size > 0 && (vring.enabled || enabled);
+        let enabled = vring.enabled || self.features & F_PROTOCOL_FEATURES == 0;
+        let ready = !vring.running && vring.size > 0 && enabled;
         if !ready || !crate::ring::is_mapped(&self.memory, &addresses, vring.size) {
             return Ok(None);
         }

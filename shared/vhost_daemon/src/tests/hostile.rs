@@ -206,3 +206,38 @@ fn truncated_memory_fails_the_ring_and_not_the_daemon() {
     assert_alive(&back_end);
     back_end.stop();
 }
+
+#[test]
+fn a_guest_that_scribbles_over_its_rings_harms_only_itself() {
+    let seed = StdRng::from_os_rng().random();
+    println!("seed {seed}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let back_end = BackEnd::start(Mode::Listen);
+    back_end.control.release();
+    for _ in 0..20 {
+        let mut front_end = FrontEnd::connect(back_end.path(), PROTOCOL_FEATURES);
+        let memory = Memory::new(MEMORY);
+        front_end.set_memory(&memory);
+        let mut driver = Driver::new(&memory, 0, 64);
+        front_end.set_ring(0, &driver);
+        front_end.enable(0, true);
+        let mut scribbler = StdRng::seed_from_u64(rng.random());
+        let (target, rings) = (memory.clone(), driver.buffer(0));
+        let scribbling = std::thread::spawn(move || {
+            for _ in 0..20_000 {
+                let at = scribbler.random_range(0..rings - 8) & !1;
+                let mut bytes = plausible(&mut scribbler);
+                bytes.truncate(*pick(&mut scribbler, &[2, 4, 8]));
+                target.write(at, &bytes);
+            }
+        });
+        for round in 0..200u16 {
+            driver.request((round % 31) * 2, b"scribbled over");
+            driver.publish();
+        }
+        scribbling.join().unwrap();
+        front_end.get_base(0);
+    }
+    assert_alive(&back_end);
+    back_end.stop();
+}
