@@ -10,7 +10,7 @@
 
 use super::alloc::{Need, Pins, Structure};
 use super::redo::RedoRecord;
-use super::tables::ClusterRun;
+use super::tables::{ClusterRun, HostCluster};
 use super::{Qcow2, State};
 use block::ByteRange;
 use block::epoch::{self, Epoch};
@@ -53,45 +53,73 @@ impl Qcow2 {
             let Some(freed) = next.filter(|freed| epoch::passed(freed.epoch)) else {
                 return;
             };
-            if let Err(errno) = self.reclaim_one(&structure, freed).await {
+            if let Err(errno) = self.reclaim_one(&structure).await {
                 tracing::warn!(%errno, run = ?freed.run, "freed clusters not given back");
                 return;
             }
         }
     }
 
-    async fn reclaim_one(&self, structure: &Structure<'_>, freed: Freed) -> Result<(), Errno> {
-        let bits = self.geometry.cluster_bits;
-        let range = ByteRange::new(freed.run.first.0 << bits, freed.run.count << bits);
-        // Losing the space is all that a failed discard means.
-        let _ = self.file.node().discard(range).await;
+    /// Gives the oldest run back part by part; the queue says at every moment what is left.
+    async fn reclaim_one(&self, structure: &Structure<'_>) -> Result<(), Errno> {
         let mut pins = Pins::default();
-        let mut done = 0;
-        while done < freed.run.count {
-            let rest = ClusterRun {
-                first: super::tables::HostCluster(freed.run.first.0 + done),
-                count: freed.run.count - done,
+        loop {
+            let Some(rest) = self.state().reclaimable.front().map(|freed| freed.run) else {
+                return Ok(());
             };
-            match self.decrement(rest, freed) {
-                Ok(count) => done += count,
+            let last_references = match self.last_references(rest) {
+                Ok(run) => run,
+                Err(need) => {
+                    self.provide(structure, need, &mut pins).await?;
+                    continue;
+                }
+            };
+            if last_references.count > 0 {
+                self.discard_on_host(last_references).await;
+            }
+            let count = last_references.count.max(1);
+            match self.decrement(ClusterRun { count, ..rest }) {
+                Ok(()) if count == rest.count => return Ok(()),
+                Ok(()) => {}
                 Err(need) => self.provide(structure, need, &mut pins).await?,
             }
         }
-        Ok(())
     }
 
-    /// Decrements the refcounts of the part of `run` that lies in one cached slice.
-    fn decrement(&self, run: ClusterRun, whole: Freed) -> Result<u64, Need> {
-        let geometry = &self.geometry;
+    /// The clusters at the start of `run`, within one slice of refcounts, that nothing else refers
+    /// to. Others (a snapshot's, or shared by compressed clusters) keep their content.
+    fn last_references(&self, run: ClusterRun) -> Result<ClusterRun, Need> {
+        let state = self.state();
+        let end = self.geometry.refcount_slice_end(run.first).min(run.end());
+        let mut count = 0;
+        for cluster in (run.first.0..end).map(HostCluster) {
+            if self.refcount(&state, cluster)? != 1 {
+                break;
+            }
+            count += 1;
+        }
+        Ok(ClusterRun { count, ..run })
+    }
+
+    async fn discard_on_host(&self, run: ClusterRun) {
+        let bits = self.geometry.cluster_bits;
+        let range = ByteRange::new(run.first.0 << bits, run.count << bits);
+        // When this future is dropped half-way, the discard may hit the clusters later: they stay
+        // counted until the abandoned request has ended too.
+        if let Some(freed) = self.state().reclaimable.front_mut() {
+            freed.epoch = epoch::current();
+        }
+        // Losing the space is all that a failed discard means.
+        let _ = self.file.node().discard(range).await;
+    }
+
+    /// Decrements the refcounts of the start of the oldest run, a part in one slice; all or nothing.
+    fn decrement(&self, run: ClusterRun) -> Result<(), Need> {
         let mut state = self.state();
-        let count = run
-            .count
-            .min(geometry.refcount_slice_end(run.first) - run.first.0);
-        let clusters = (run.first.0..run.first.0 + count).map(super::tables::HostCluster);
-        for first in clusters {
+        for first in (run.first.0..run.end()).map(HostCluster) {
             let refcount = self.refcount(&state, first)?;
             let Some(value) = refcount.checked_sub(1) else {
-                let offset = geometry.host_offset(first).0;
+                let offset = self.geometry.host_offset(first).0;
                 let what = format!("cluster at {offset:#x} was in use but not counted");
                 state.reclaimable.pop_front();
                 return Err(Need::Corrupt(what));
@@ -105,9 +133,13 @@ impl Qcow2 {
                 state.allocator.scan = state.allocator.scan.min(first.0);
             }
         }
-        if run.first.0 + count == whole.run.end() {
-            state.reclaimable.pop_front();
+        if let Some(oldest) = state.reclaimable.front_mut() {
+            oldest.run.first = HostCluster(run.end());
+            oldest.run.count -= run.count;
+            if oldest.run.count == 0 {
+                state.reclaimable.pop_front();
+            }
         }
-        Ok(count)
+        Ok(())
     }
 }

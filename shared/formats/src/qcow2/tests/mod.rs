@@ -3,5 +3,6 @@
 
 mod checker;
 mod crash;
+mod peers;
 mod rig;
 mod workload;
