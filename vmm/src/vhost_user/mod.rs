@@ -12,8 +12,6 @@
 
 mod reconnect;
 mod session;
-#[cfg(test)]
-pub(crate) mod tests;
 mod wire;
 mod worker;
 
@@ -311,3 +309,6 @@ pub(crate) struct Environment {
     /// Which filter threads install.
     pub(crate) sandbox: Sandbox,
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

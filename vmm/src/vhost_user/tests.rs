@@ -461,3 +461,21 @@ fn a_ring_outside_the_memory_breaks_the_device_until_it_is_reset() {
             .all(|seen| seen.request != FrontendReq::SET_VRING_NUM)
     );
 }
+
+#[test]
+fn a_restarted_back_end_is_told_the_cache_mode_until_the_driver_is_reset() {
+    let rig = Rig::new();
+    let first = rig.connect(Character::default());
+    rig.disk.write_config(CONFIG_WRITEBACK, &[1]);
+    first.expect(FrontendReq::SET_CONFIG);
+    first.kill();
+    let second = rig.connect(Character::default());
+    assert_eq!(second.expect(FrontendReq::SET_CONFIG).payload[12], 1);
+    assert_eq!(rig.disk.config().unwrap().0[CONFIG_WRITEBACK], 1);
+    rig.disk.reset_and_wait().unwrap();
+    assert_eq!(
+        rig.disk.config().unwrap().0[CONFIG_WRITEBACK],
+        0,
+        "the back-end's own"
+    );
+}

@@ -34,6 +34,8 @@ pub(super) struct Worker {
     paused: bool,
     activation: Option<Activation>,
     progress: Progress,
+    /// The cache mode that the driver asked for.
+    cache_mode: Option<u8>,
     backoff: Backoff,
     next_attempt: Instant,
     away_since: Option<Instant>,
@@ -62,6 +64,7 @@ impl Worker {
             paused: false,
             activation: None,
             progress: Progress::default(),
+            cache_mode: None,
             backoff: Backoff::default(),
             next_attempt: Instant::now(),
             away_since: None,
@@ -139,6 +142,9 @@ impl Worker {
         }
         self.started = false;
         self.progress = Progress::default();
+        if self.cache_mode.take().is_some() {
+            self.refresh_config();
+        }
         self.setup.shared.lock().resetting = false;
     }
 
@@ -147,6 +153,7 @@ impl Worker {
         state.write_cache = false;
         let mode = state.config[super::CONFIG_WRITEBACK];
         drop(state);
+        self.cache_mode = Some(mode);
         self.with_session(|session, _| session.write_config(super::CONFIG_WRITEBACK, &[mode]));
     }
 
@@ -225,7 +232,11 @@ impl Worker {
 
     fn open(&mut self, link: super::wire::Link) -> Result<Session, LinkError> {
         let mut session = Session::open(link, &self.setup)?;
-        let config = session.read_config(&self.setup)?;
+        let mut config = session.read_config(&self.setup)?;
+        if let Some(mode) = self.cache_mode {
+            session.write_config(super::CONFIG_WRITEBACK, &[mode])?;
+            config[super::CONFIG_WRITEBACK] = mode;
+        }
         self.publish(Some(session.features()), config);
         Ok(session)
     }
