@@ -13,7 +13,7 @@
 //!
 //! System calls once it runs, for allow-lists: `io_uring_enter`, `io_uring_register`, `preadv2`,
 //! `pwritev2`, `read`, `write` (eventfds), `fallocate`, `ftruncate`, `lseek`, `fstat`, `shutdown`,
-//! `close`, `clock_gettime`; making an executor or opening files and sockets needs more.
+//! `close`, `fcntl`, `futex`, `clock_gettime`; making an executor or opening files and sockets needs more.
 //!
 //! Must not know: images, guests, sockets' protocols.
 

@@ -17,6 +17,7 @@
 
 use crate::file::{Allocation, Transfer};
 use crate::net::{Message, Socket, SocketAddress};
+use crate::ring::Reason;
 use crate::runtime::{Backend, Inner, current, with_current};
 use crate::{Errno, File};
 use io_uring::squeue::Entry;
@@ -312,7 +313,7 @@ impl Inner {
             }
         }
         while self.has_in_flight() {
-            let wait = ring.borrow_mut().wait(None);
+            let wait = ring.borrow_mut().wait(None, Reason::Files);
             wait.expect("waiting on an open ring");
             self.reap();
         }

@@ -27,6 +27,16 @@ const COMPLETION_FACTOR: u32 = 4;
 /// A finished operation: its user data and result.
 pub(crate) type Completion = (u32, i32);
 
+/// What a thread waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reason {
+    /// Operations on files: the kernel counts the processor as waiting for I/O.
+    Files,
+    /// Peers, timers and other threads: the processor is idle (kernels before 6.15 count this as
+    /// waiting for I/O, too).
+    Events,
+}
+
 /// A ring and what it has not accepted yet.
 pub(crate) struct Ring {
     ring: IoUring,
@@ -113,18 +123,24 @@ impl Ring {
     }
 
     /// Submits, then waits until something has finished or `timeout` has passed.
-    pub(crate) fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+    pub(crate) fn wait(&mut self, timeout: Option<Duration>, reason: Reason) -> io::Result<()> {
         if !self.backlog.is_empty() {
             self.submit()?;
         }
-        let result = match timeout {
-            None => self.ring.submitter().submit_and_wait(1),
-            Some(timeout) => {
-                let time = types::Timespec::from(timeout);
-                let args = types::SubmitArgs::new().timespec(&time);
-                self.ring.submitter().submit_with_args(1, &args)
-            }
-        };
+        let queued = self.ring.submission().len() as u32;
+        let mut flags = EnterFlags::GETEVENTS | EnterFlags::EXT_ARG;
+        if reason == Reason::Events && self.ring.params().is_feature_no_iowait() {
+            flags |= EnterFlags::NO_IOWAIT;
+        }
+        let time = timeout.map(types::Timespec::from);
+        let mut arguments = types::SubmitArgs::new();
+        if let Some(time) = &time {
+            arguments = arguments.timespec(time);
+        }
+        let submitter = self.ring.submitter();
+        // SAFETY: `arguments` is what EXT_ARG announces, and it and the time that it points to
+        // live until the call returns; the entries are valid (see `push`).
+        let result = unsafe { submitter.enter(queued, 1, flags.bits(), Some(&arguments)) };
         retry_later(result).map(drop)
     }
 
@@ -163,7 +179,7 @@ impl Ring {
     pub(crate) fn close(&mut self) -> io::Result<()> {
         self.cancel(WAKE);
         loop {
-            self.wait(None)?;
+            self.wait(None, Reason::Events)?;
             if self
                 .ring
                 .completion()

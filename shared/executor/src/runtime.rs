@@ -81,7 +81,7 @@ pub(crate) struct Inner {
     /// Ready tasks.
     pub(crate) queue: RefCell<VecDeque<TaskRef>>,
     /// Every unfinished task, so that none outlives the executor.
-    tasks: RefCell<Slab<TaskRef>>,
+    pub(crate) tasks: RefCell<Slab<TaskRef>>,
     pub(crate) ops: RefCell<OpTable>,
     pub(crate) timers: RefCell<Timers>,
     pub(crate) pollers: Pollers,

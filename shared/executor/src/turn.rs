@@ -1,6 +1,7 @@
 //! One turn of an executor: what it looks at, in which order, and how it waits.
 
 use crate::remote::RemoteItem;
+use crate::ring::Reason;
 use crate::runtime::{Backend, Inner};
 use crate::sim::Step;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -142,13 +143,19 @@ impl Inner {
                 let deadline = self.next_deadline();
                 let timeout = deadline.map(|deadline| deadline.saturating_sub(self.now()));
                 let timeout = timeout.into_iter().chain(limit).min();
-                let waited = ring.borrow_mut().wait(timeout);
+                let reason = match self.ops.borrow().working() {
+                    0 => Reason::Events,
+                    _ => Reason::Files,
+                };
+                let waited = ring.borrow_mut().wait(timeout, reason);
                 waited.expect("waiting on an open ring");
             }
             Backend::Sim(_) => {
+                let tasks = self.tasks.borrow().len();
                 assert!(
                     self.exchange(),
-                    "deadlock: no task is ready, no operation in flight and no timer set"
+                    "deadlock: {tasks} spawned tasks wait, but no operation is in flight and no \
+                     timer is set"
                 );
             }
         }
