@@ -9,6 +9,10 @@
 //! refused when anybody holds byte 201. Both are held first and looked at after, so that of two
 //! processes that come at once at least one backs off. Nobody ever holds a write lock, so all
 //! that hold the same thing get along.
+//!
+//! A killed process holds its locks until the kernel has finished what its ring had in flight, some
+//! milliseconds after the process itself is gone. Its successor waits for that: the lock is also
+//! what keeps the predecessor's last writes from landing after the successor's first.
 
 use block::edge::Permissions;
 use block::error::Result;
@@ -17,6 +21,13 @@ use executor::File;
 use nix::fcntl::{FcntlArg, fcntl};
 use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long somebody else's lock is waited for before it counts as held on purpose.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// First and longest time between two looks; nothing announces that a lock is gone.
+const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(20));
 
 const USED: u64 = 100;
 const NOT_SHARED: u64 = 200;
@@ -83,7 +94,7 @@ impl Locks {
             not_shared: Permissions::ALL.minus(shared),
         };
         let added = wanted.minus(*held);
-        match take(fd, added).and_then(|()| self.check(fd, added)) {
+        match self.take_patiently(fd, added) {
             Ok(()) => {
                 release(fd, held.minus(wanted));
                 *held = wanted;
@@ -101,6 +112,23 @@ impl Locks {
                     _ => Err(error),
                 }
             }
+        }
+    }
+
+    /// Takes locks, and gives a predecessor time to lose its own. Nothing is held meanwhile, so that two
+    /// processes that wait for each other do not both fail in the end.
+    fn take_patiently(&self, fd: BorrowedFd<'_>, added: Held) -> Result<()> {
+        let begin = Instant::now();
+        let (mut pause, longest) = LOOK_AGAIN;
+        loop {
+            let taken = take(fd, added).and_then(|()| self.check(fd, added));
+            let busy = matches!(&taken, Err(error) if error.kind == ErrorKind::Busy);
+            if !busy || begin.elapsed() >= PATIENCE {
+                return taken;
+            }
+            release(fd, added);
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(longest);
         }
     }
 
