@@ -101,5 +101,14 @@ impl BackEnd {
     }
 }
 
+impl Drop for BackEnd {
+    fn drop(&mut self) {
+        // Left over only where the scene has failed: what the daemon said may tell why.
+        if let Some(daemon) = &self.daemon {
+            eprintln!("--- outboard-blkd:\n{}---", daemon.stderr());
+        }
+    }
+}
+
 const SOCKET: &str = "disk.sock";
 const MONITOR: &str = "blkd-qmp.sock";

@@ -91,7 +91,8 @@ fn resize(options: &Options, directory: &Path, story: &mut Story) -> Result<()> 
     let seen = guest.expect("size")?;
     story.pass_on(&seen);
     finish_load(&mut guest, story)?;
-    power_off(guest, story)
+    power_off(guest, story)?;
+    back_end.terminate()
 }
 
 /// The VMM is there before the daemon; the guest is reset, then its power button is pressed.
@@ -112,7 +113,8 @@ fn late_back_end(options: &Options, directory: &Path, story: &mut Story) -> Resu
     guest.ask("power-button", "waiting")?;
     vmm.execute("system_powerdown", json!({}))?;
     story.pass_on(&guest.expect("pressed")?);
-    power_off(guest, story)
+    power_off(guest, story)?;
+    back_end.terminate()
 }
 
 /// A shell in a guest with the overlay as its disk, until the user powers it off.
@@ -122,7 +124,8 @@ fn shell(options: &Options, directory: &Path) -> Result<()> {
     back_end.start()?;
     let mut boot = options.boot(back_end.socket());
     boot.run = String::new();
-    Guest::on_this_terminal(&boot, directory)
+    Guest::on_this_terminal(&boot, directory)?;
+    back_end.terminate()
 }
 
 fn boot(
