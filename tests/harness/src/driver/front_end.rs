@@ -64,6 +64,8 @@ pub struct FrontEnd {
     bases: Vec<u16>,
     inflight: Option<Inflight>,
     channel: Option<BackendChannel>,
+    /// The back-end of this connection has the regions; a device reset leaves them alone.
+    memory_sent: bool,
 }
 
 impl FrontEnd {
@@ -112,6 +114,7 @@ impl FrontEnd {
             bases,
             inflight: None,
             channel: None,
+            memory_sent: false,
         };
         if start == Start::Now {
             front_end.start()?;
@@ -165,7 +168,7 @@ impl FrontEnd {
         device.min(ring).min(self.options.max_segments).max(1)
     }
 
-    /// Sends features, memory table, inflight region and rings, then enables the rings.
+    /// Sends features, inflight region, memory and rings, then enables the rings.
     ///
     /// # Errors
     /// When the back-end refuses one of them.
@@ -188,7 +191,10 @@ impl FrontEnd {
             );
         }
         self.send_inflight()?;
-        self.send_memory()?;
+        if !self.memory_sent {
+            self.send_memory()?;
+            self.memory_sent = true;
+        }
         for index in 0..self.guest.vrings.len() {
             self.start_ring(index)?;
         }
@@ -319,6 +325,7 @@ impl FrontEnd {
             self.features & !greeting.offered
         );
         self.socket = socket;
+        self.memory_sent = false;
         self.protocol = greeting.protocol;
         self.config = greeting.config;
         for (base, vring) in self.bases.iter_mut().zip(&self.guest.vrings) {
@@ -386,10 +393,7 @@ impl FrontEnd {
     }
 
     /// Announces all regions: one `SET_MEM_TABLE`, or one `ADD_MEM_REG` each with memory slots.
-    ///
-    /// # Errors
-    /// When the back-end refuses.
-    pub fn send_memory(&self) -> Result<()> {
+    fn send_memory(&self) -> Result<()> {
         if self.protocol & protocol_feature::CONFIGURE_MEM_SLOTS != 0 {
             self.regions()
                 .iter()
