@@ -7,4 +7,6 @@ mod catalogue;
 mod drain;
 mod files;
 mod locks;
+mod names;
 mod rig;
+mod threads;
