@@ -32,6 +32,8 @@ const MAX_ACTIVATION_FDS: RawFd = 1024;
 #[derive(Debug, Default)]
 pub struct Notifier {
     socket: Option<UnixDatagram>,
+    /// With --daemonize the process that was started is not the one that serves.
+    pid: u32,
 }
 
 impl Notifier {
@@ -46,14 +48,15 @@ impl Notifier {
         };
         let socket = UnixDatagram::unbound()?;
         socket.connect_addr(&address)?;
-        let socket = Some(socket);
-        Ok(Self { socket })
+        Ok(Self {
+            socket: Some(socket),
+            pid: std::process::id(),
+        })
     }
 
     /// The daemon serves.
     pub fn ready(&self) -> io::Result<()> {
-        // With --daemonize the process that was started is not the one that serves.
-        self.send(&[NotifyState::MainPid(std::process::id()), NotifyState::Ready])
+        self.send(&[NotifyState::MainPid(self.pid), NotifyState::Ready])
     }
 
     /// The daemon has begun to stop.

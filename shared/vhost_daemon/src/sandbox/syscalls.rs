@@ -32,6 +32,7 @@ const PLAIN: &[libc::c_long] = &[
     libc::SYS_fdatasync,
     libc::SYS_fstat,
     libc::SYS_newfstatat,
+    libc::SYS_fstatfs,
     libc::SYS_statx,
     libc::SYS_fcntl,
     libc::SYS_close,
@@ -61,11 +62,13 @@ const PLAIN: &[libc::c_long] = &[
     libc::SYS_set_robust_list,
     libc::SYS_rseq,
     libc::SYS_sigaltstack,
+    libc::SYS_rt_sigaction,
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigreturn,
     libc::SYS_getrandom,
     // Only where the vDSO has no clock source that user space can read.
     libc::SYS_clock_gettime,
+    libc::SYS_gettid,
     libc::SYS_exit,
     libc::SYS_exit_group,
 ];
