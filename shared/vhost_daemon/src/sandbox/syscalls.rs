@@ -59,6 +59,7 @@ const PLAIN: &[libc::c_long] = &[
     libc::SYS_mremap,
     libc::SYS_brk,
     libc::SYS_futex,
+    libc::SYS_membarrier,
     libc::SYS_set_robust_list,
     libc::SYS_rseq,
     libc::SYS_sigaltstack,
