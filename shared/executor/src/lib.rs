@@ -11,9 +11,10 @@
 //! in the kernel. The same API runs on a simulated world ([`sim`]), in which completion order,
 //! latency, faults and power cuts come from a seed.
 //!
-//! System calls once it runs, for allow-lists: `io_uring_enter`, `io_uring_register`, `preadv2`,
-//! `pwritev2`, `read`, `write` (eventfds), `fallocate`, `ftruncate`, `lseek`, `fstat`, `shutdown`,
-//! `close`, `fcntl`, `futex`, `clock_gettime`; making an executor or opening files and sockets needs more.
+//! System calls once it runs, for allow-lists: `io_uring_enter`, `io_uring_register`, `pread64`,
+//! `pwrite64`, `preadv2`, `pwritev2`, `read`, `write` (eventfds), `fallocate`, `ftruncate`,
+//! `lseek`, `fstat`, `fstatfs`, `shutdown`, `close`, `fcntl`, `futex`, `clock_gettime`; making an executor or
+//! opening files and sockets needs more.
 //!
 //! Must not know: images, guests, sockets' protocols.
 
