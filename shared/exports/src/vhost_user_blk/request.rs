@@ -28,6 +28,8 @@ use super::device::Traits;
 const HEADER_LEN: usize = 16;
 /// Length of one range of a discard or write of zeroes: sector u64, sectors u32, flags u32.
 const RANGE_LEN: usize = 16;
+/// Longest read or write in bytes: QEMU's limit, below 2 GiB by a sector.
+const MAX_TRANSFER: usize = (1 << 31) - 512;
 /// Requests in flight that need no allocation.
 const POOL: usize = 256;
 
@@ -268,10 +270,13 @@ impl Inner {
     /// A transfer of `len` bytes at `sector` that lies on the disk, without its pieces yet.
     #[inline]
     fn transfer(&self, sector: u64, len: usize) -> Result<Transfer, u8> {
+        if len > MAX_TRANSFER {
+            return Err(IOERR);
+        }
         let range = self.on_disk(sector, len as u64)?;
         Ok(Transfer {
             offset: range.offset,
-            len: u32::try_from(len).map_err(|_| IOERR)?,
+            len: len as u32,
             iovecs: self.spare.borrow_mut().pop().unwrap_or_default(),
         })
     }

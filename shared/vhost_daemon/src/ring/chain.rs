@@ -12,12 +12,10 @@ use executor::buffer::IoVecs;
 use super::RingError;
 use crate::memory::MemoryTable;
 
-/// Longest indirect table accepted, in descriptors, whatever the ring size.
-pub const MAX_INDIRECT: u32 = 32768;
-
-/// Most contiguous pieces of one chain; more than [`MAX_INDIRECT`], since a buffer may continue in
-/// the next region.
-const MAX_SEGMENTS: usize = 2 * MAX_INDIRECT as usize;
+/// Longest chain accepted, in descriptors, and most contiguous pieces that they come to. It bounds
+/// the memory that a guest can make the device use: descriptors cost the guest next to nothing, as
+/// many chains may share them.
+pub const MAX_CHAIN: u16 = 2048;
 
 /// The memory table as a queue thread holds it: cheap to keep alive per request.
 pub type SharedMemory = Rc<Arc<MemoryTable>>;
@@ -193,7 +191,7 @@ impl Chain {
         while left > 0 {
             let (base, there) = memory.locate(addr, hint).ok_or(outside)?;
             let len = left.min(there);
-            if self.segments.len() >= MAX_SEGMENTS {
+            if self.segments.len() >= usize::from(MAX_CHAIN) {
                 return Err(RingError::ChainLength(self.head));
             }
             self.segments.push(Segment {

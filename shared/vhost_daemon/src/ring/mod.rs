@@ -5,14 +5,14 @@
 //! `relocate`; another layout is another type with these.
 //!
 //! Promises: each descriptor is read once and then validated; no access outside of the memory
-//! table; every loop is bounded by the ring size or [`MAX_INDIRECT`]; a chain holds each byte
+//! table; every loop is bounded by the ring size or [`MAX_CHAIN`]; a chain holds each byte
 //! count below 4 GiB. A guest that breaks the rules gets a [`RingError`], after which its ring is
 //! not read again.
 
 mod chain;
 mod split;
 
-pub use chain::{Chain, GuestBytes, MAX_INDIRECT, Segment, SharedMemory};
+pub use chain::{Chain, GuestBytes, MAX_CHAIN, Segment, SharedMemory};
 pub(crate) use split::is_mapped;
 pub use split::{RingParts, SplitRing, StartError};
 

@@ -21,7 +21,7 @@ use virtio_bindings::virtio_ring::{
 };
 
 use super::RingError;
-use super::chain::{Buffer, Chain, MAX_INDIRECT, SharedMemory};
+use super::chain::{Buffer, Chain, MAX_CHAIN, SharedMemory};
 use crate::inflight::{InflightError, InflightRing};
 use crate::memory::{Mapped, MemoryTable};
 use crate::wire::RingAddresses;
@@ -310,7 +310,7 @@ impl SplitRing {
     fn parse(&self, chain: &mut Chain) -> Result<(), RingError> {
         let head = chain.head();
         let mut index = head;
-        for _ in 0..self.size {
+        for _ in 0..self.size.min(MAX_CHAIN) {
             if index >= self.size {
                 return Err(RingError::DescriptorIndex(index));
             }
@@ -333,7 +333,7 @@ impl SplitRing {
         let count = table.len / DESC_LEN as u32;
         let whole = table.len.is_multiple_of(DESC_LEN as u32);
         let allowed = self.indirect && !table.has(VRING_DESC_F_NEXT);
-        if !allowed || !whole || count == 0 || count > MAX_INDIRECT {
+        if !allowed || !whole || count == 0 || count > u32::from(MAX_CHAIN) {
             return Err(RingError::Indirect {
                 head,
                 len: table.len,

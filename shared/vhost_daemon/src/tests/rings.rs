@@ -137,6 +137,23 @@ fn indirect_tables_neither_nest_nor_loop() {
 }
 
 #[test]
+fn chains_of_more_than_2048_descriptors_are_refused() {
+    for (count, accepted) in [(2048u32, true), (2049, false)] {
+        let mut fixture = Fixture::new();
+        let table = Driver::new(&fixture.driver.memory, 0x8000, 4096);
+        for index in 0..count as u16 {
+            table.descriptor(index, GUEST_BASE, 1, NEXT, index + 1);
+        }
+        table.descriptor(count as u16 - 1, GUEST_BASE, 1, WRITE, 0);
+        let len = 16 * count;
+        fixture
+            .driver
+            .descriptor(0, GUEST_BASE + 0x8000, len, INDIRECT, 0);
+        assert_eq!(fixture.fetch(0).is_ok(), accepted, "{count}");
+    }
+}
+
+#[test]
 fn indirect_needs_its_feature() {
     let mut fixture = Fixture::new();
     fixture.driver.descriptor(0, GUEST_BASE, 16, INDIRECT, 0);
