@@ -27,7 +27,7 @@ use crate::events::{EventSender, Notifier};
 use crate::irq::{InterruptController, KvmInterrupts};
 use crate::layout;
 use crate::memory::{Backing, Memory};
-use crate::options::{Options, Switch};
+use crate::options::Options;
 use crate::pci::root::{DeviceInfo, MAX_DEVICES, PciDevice, PciRoot};
 use crate::power::Power;
 use crate::seccomp::Sandbox;
@@ -71,7 +71,7 @@ impl Machine {
     ///
     /// # Errors
     /// Something cannot be opened, or KVM lacks what is needed.
-    pub(crate) fn new(options: &Options, events: EventSender) -> Result<Self> {
+    pub(crate) fn new(options: &Options, sandbox: Sandbox, events: EventSender) -> Result<Self> {
         let kvm = open_kvm(options.cpus)?;
         let supported_cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -81,10 +81,6 @@ impl Machine {
             Backing::HugePages
         } else {
             Backing::Pages
-        };
-        let sandbox = match options.sandbox {
-            Switch::On => Sandbox::On,
-            Switch::Off => Sandbox::Off,
         };
         let environment = Environment {
             memory: Memory::new(options.memory, backing)?,

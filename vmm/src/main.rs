@@ -59,14 +59,15 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    let signals = monitor::take_signals()?;
-    let (sender, receiver) = events::queue()?;
-    let machine = Machine::new(options, sender)?;
-    let monitor = Monitor::new(machine, receiver, signals, options.qmp.as_deref())?;
     let sandbox = match options.sandbox {
         Switch::On => Sandbox::On,
         Switch::Off => Sandbox::Off,
     };
+    sandbox.prepare();
+    let signals = monitor::take_signals()?;
+    let (sender, receiver) = events::queue()?;
+    let machine = Machine::new(options, sandbox, sender)?;
+    let monitor = Monitor::new(machine, receiver, signals, options.qmp.as_deref())?;
     sandbox.enter(ThreadKind::Main);
     monitor.run()
 }

@@ -54,7 +54,7 @@ impl Memory {
         let file = create_file(size, backing)?;
         let regions = split(size)
             .into_iter()
-            .map(|(start, offset, size)| map_region(&file, start, offset, size))
+            .map(|(start, offset, size)| map_region(&file, backing, (start, offset, size)))
             .collect::<Result<Vec<_>>>()?;
         let map = GuestMemoryMmap::from_regions(regions).context("guest memory layout")?;
         Ok(Self { map })
@@ -145,15 +145,28 @@ fn create_file(size: u64, backing: Backing) -> Result<File> {
     Ok(file)
 }
 
-fn map_region(file: &File, start: u64, offset: u64, size: u64) -> Result<GuestRegionMmap> {
+fn map_region(
+    file: &File,
+    backing: Backing,
+    (start, offset, size): (u64, u64, u64),
+) -> Result<GuestRegionMmap> {
+    // Huge pages are reserved here: an access to one that is not there would be fatal later.
+    let reserve = if backing == Backing::Pages {
+        libc::MAP_NORESERVE
+    } else {
+        0
+    };
     let file = file.try_clone().context("guest memory: file descriptor")?;
     let region = MmapRegionBuilder::new(usize::try_from(size)?)
         .with_file_offset(FileOffset::new(file, offset))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+        .with_mmap_flags(libc::MAP_SHARED | reserve)
         .build()
         .map_err(io::Error::other)
-        .with_context(|| format!("guest memory: mapping {size} bytes (are there huge pages?)"))?;
+        .with_context(|| match backing {
+            Backing::Pages => format!("guest memory: mapping {size} bytes"),
+            Backing::HugePages => format!("--hugepages: {size} bytes of huge pages"),
+        })?;
     GuestRegionMmap::new(region, GuestAddress(start)).context("guest memory: address range")
 }
 

@@ -3,6 +3,8 @@
 //! The main thread's filter is installed last and contains the other two, because a reset starts CPU threads from it. A system call
 //! that is not listed kills the process. `--sandbox off` leaves all of them out.
 
+#![expect(unsafe_code, reason = "the C library's allocator is set up")]
+
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
@@ -29,6 +31,14 @@ pub(crate) enum Sandbox {
 }
 
 impl Sandbox {
+    /// Prepares the process, before there are threads.
+    pub(crate) fn prepare(self) {
+        const ARENAS: libc::c_int = 2;
+        // Left alone, glibc opens a file in /sys to count CPUs when many threads allocate, which no filter allows.
+        // SAFETY: no other thread exists yet, and the call only stores a number.
+        unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS) };
+    }
+
     /// Confines the calling thread for good.
     ///
     /// # Panics

@@ -25,8 +25,18 @@ impl Topology {
 const EXTENDED_TOPOLOGY: [u32; 2] = [0xb, 0x1f];
 
 /// Leaves that describe hardware which the guest does not get: monitoring, thermal sensors (but for the always running
-/// APIC timer), performance counters, resource director, SGX, processor trace.
-const HIDDEN_LEAVES: [u32; 8] = [0x5, 0xa, 0xf, 0x10, 0x12, 0x14, 0x1b, 0x8000_0022];
+/// APIC timer), performance counters, resource director, SGX, processor trace, nested virtualisation.
+const HIDDEN_LEAVES: [u32; 9] = [
+    0x5,
+    0xa,
+    0xf,
+    0x10,
+    0x12,
+    0x14,
+    0x1b,
+    0x8000_000a,
+    0x8000_0022,
+];
 
 /// Makes the CPUID of one CPU from what KVM supports.
 ///
@@ -60,7 +70,10 @@ fn adjust(entry: &mut kvm_cpuid_entry2, topology: Topology) {
     match entry.function {
         0 => entry.eax = entry.eax.max(0xb),
         1 => features(entry, topology),
-        4 => cache_sharing(entry, topology, true),
+        4 => {
+            cache_sharing(entry, topology);
+            cores_per_socket(entry, topology);
+        }
         6 => {
             *entry = kvm_cpuid_entry2 {
                 function: 6,
@@ -84,8 +97,7 @@ fn adjust(entry: &mut kvm_cpuid_entry2, topology: Topology) {
             let cores = u32::from(topology.count) - 1;
             entry.ecx = entry.ecx & !0xf0ff | cores | topology.core_bits() << 12;
         }
-        0x8000_000a => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-        0x8000_001d => cache_sharing(entry, topology, false),
+        0x8000_001d => cache_sharing(entry, topology),
         0x8000_001e => {
             let index = u32::from(topology.index);
             (entry.eax, entry.ebx, entry.ecx) = (index, index, 0);
@@ -117,18 +129,29 @@ fn features(entry: &mut kvm_cpuid_entry2, topology: Topology) {
     }
 }
 
+/// Whether a subleaf of a cache leaf describes a cache, not the end of the list.
+fn is_cache(entry: &kvm_cpuid_entry2) -> bool {
+    entry.eax & 0x1f != 0
+}
+
 /// Leaves 4 (Intel) and 0x8000_001d (AMD): the last level cache is shared by all cores, the others are each core's own.
-fn cache_sharing(entry: &mut kvm_cpuid_entry2, topology: Topology, intel: bool) {
-    const NO_MORE_CACHES: u32 = 0;
-    if entry.eax & 0x1f == NO_MORE_CACHES {
-        return;
+fn cache_sharing(entry: &mut kvm_cpuid_entry2, topology: Topology) {
+    if is_cache(entry) {
+        let level = entry.eax >> 5 & 7;
+        let sharing = if level >= 3 {
+            (1 << topology.core_bits()) - 1
+        } else {
+            0
+        };
+        entry.eax = entry.eax & !(0xfff << 14) | sharing << 14;
     }
-    let level = entry.eax >> 5 & 7;
-    let cores = (1 << topology.core_bits()) - 1;
-    let sharing = if level >= 3 { cores } else { 0 };
-    entry.eax = entry.eax & 0x3fff | sharing << 14;
-    if intel {
-        entry.eax |= cores.min(0x3f) << 26;
+}
+
+/// Leaf 4: the socket's cores, in bits that leaf 0x8000_001d reserves.
+fn cores_per_socket(entry: &mut kvm_cpuid_entry2, topology: Topology) {
+    if is_cache(entry) {
+        let cores: u32 = (1 << topology.core_bits()) - 1;
+        entry.eax = entry.eax & 0x03ff_ffff | cores.min(0x3f) << 26;
     }
 }
 
