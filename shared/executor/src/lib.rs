@@ -13,8 +13,8 @@
 //!
 //! System calls once it runs, for allow-lists: `io_uring_enter`, `io_uring_register`, `pread64`,
 //! `pwrite64`, `preadv2`, `pwritev2`, `read`, `write` (eventfds), `fallocate`, `ftruncate`,
-//! `lseek`, `fstat`, `fstatfs`, `shutdown`, `close`, `fcntl`, `futex`, `clock_gettime`; making an executor or
-//! opening files and sockets needs more.
+//! `lseek`, `fstat`, `fstatfs`, `shutdown`, `close`, `fcntl`, `futex`, `clock_gettime`; making an
+//! executor or opening files and sockets needs more.
 //!
 //! Must not know: images, guests, sockets' protocols.
 

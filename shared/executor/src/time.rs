@@ -77,7 +77,10 @@ impl Timer {
             return Poll::Ready(());
         }
         let mut timers = self.executor.timers.borrow_mut();
-        timers.waiting.insert(self.key, context.waker().clone());
+        let before = timers.waiting.insert(self.key, context.waker().clone());
+        // Not while the list is borrowed: dropping a waker may run anything.
+        drop(timers);
+        drop(before);
         Poll::Pending
     }
 }

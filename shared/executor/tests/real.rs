@@ -288,6 +288,39 @@ fn pollers_are_spun_armed_and_disarmed() {
     assert_eq!(counter.arms.get(), counter.disarms.get());
 }
 
+/// Readies a task in `arm` without telling.
+struct Late(Notify, Cell<bool>);
+
+impl Poller for Late {
+    fn poll(&self) -> bool {
+        false
+    }
+    fn arm(&self) -> bool {
+        if self.1.replace(false) {
+            self.0.notify_all();
+        }
+        false
+    }
+    fn disarm(&self) {}
+}
+
+#[test]
+fn a_task_that_arming_readies_is_run_before_sleeping() {
+    let executor = real();
+    executor.block_on(async {
+        let late = Rc::new(Late(Notify::new(), Cell::new(false)));
+        let _registration = register_poller(Rc::clone(&late) as Rc<dyn Poller>);
+        for _ in 0..100 {
+            let waiter = Rc::clone(&late);
+            let task = spawn(async move { waiter.0.notified().await });
+            time::yield_now().await;
+            late.1.set(true);
+            let woken = time::timeout(Duration::from_secs(60), task).await;
+            assert!(woken.is_some());
+        }
+    });
+}
+
 #[test]
 fn turns_run_everything_when_the_descriptor_says_so() {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};

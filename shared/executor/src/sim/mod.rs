@@ -12,6 +12,11 @@
 //!   power_cut(prefix, subset) <── Cursor <── History
 //! ```
 //!
+//! A file that `File::open` creates is there after every later cut, empty; emptying a file that is
+//! opened is a length change like any other. A write that fails with EIO may have been done in
+//! part. A sync that fails leaves the writes it was for in doubt for good: no later sync covers
+//! them.
+//!
 //! Same seed and same program: same order, same delays, same faults, same log.
 
 mod content;
