@@ -58,6 +58,10 @@ impl<'b> Checker<'b> {
         (self.u64(40), u64::from(self.u32(36)))
     }
 
+    pub(super) fn refcount_table_clusters(&self) -> u32 {
+        self.u32(56)
+    }
+
     fn refcount(&self, cluster: u64) -> u64 {
         let per_block = (self.cluster_size * 8) >> self.refcount_order;
         let table_entries = u64::from(self.u32(56)) * self.cluster_size / 8;

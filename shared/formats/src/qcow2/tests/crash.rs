@@ -4,23 +4,85 @@ use super::checker::Checker;
 use super::rig::{self, Disk, Setup};
 use super::workload::{History, Workload};
 use crate::qcow2::CreateOptions;
-use block::RedoLog;
+use block::{ByteRange, RedoLog};
 use executor::sim::{Config, Fault, PowerCut, Subset, World};
 use executor::{Errno, Executor};
 use std::path::Path;
 use std::rc::Rc;
 
 const IMAGE: &str = "disk.qcow2";
-const SIZE: u64 = 256 << 10;
 
-fn small_image() -> CreateOptions {
-    CreateOptions {
-        cluster_size: 1024,
-        ..CreateOptions::new(SIZE)
+/// What is crashed.
+#[derive(Clone, Copy)]
+struct Case {
+    size: u64,
+    cluster_size: u64,
+    refcount_bits: u32,
+    /// Memory of each cache in bytes.
+    cache: u64,
+    /// Records in the redo log.
+    log: usize,
+    workload: Workload,
+}
+
+/// Few tables that all fit the caches.
+const ROOMY: Case = Case {
+    size: 256 << 10,
+    cluster_size: 1024,
+    refcount_bits: 16,
+    cache: 1 << 20,
+    log: 1024,
+    workload: Workload {
+        seed: 0,
+        tasks: 4,
+        requests: 40,
+        longest: 24 << 10,
+    },
+};
+
+/// Caches that hold a fraction of the tables, a refcount table that must grow, a log that fills.
+const TIGHT: Case = Case {
+    size: 4 << 20,
+    cluster_size: 512,
+    refcount_bits: 64,
+    cache: 0,
+    log: 320,
+    workload: Workload {
+        seed: 0,
+        tasks: 4,
+        requests: 40,
+        longest: 400 << 10,
+    },
+};
+
+impl Case {
+    fn image(&self) -> CreateOptions {
+        CreateOptions {
+            cluster_size: self.cluster_size,
+            refcount_bits: self.refcount_bits,
+            ..CreateOptions::new(self.size)
+        }
+    }
+    fn workload(&self, seed: u64) -> Workload {
+        Workload {
+            seed,
+            ..self.workload
+        }
+    }
+    fn setup(&self) -> Setup {
+        self.setup_with(RedoLog::in_memory(self.log))
+    }
+    fn setup_with(&self, log: RedoLog) -> Setup {
+        Setup {
+            log,
+            cache: self.cache,
+            backing: None,
+        }
     }
 }
 
-fn world(seed: u64, options: &CreateOptions) -> World {
+fn world(seed: u64, case: &Case) -> World {
+    let options = &case.image();
     let world = World::new(Config {
         seed,
         short_transfers: true,
@@ -55,35 +117,36 @@ fn assert_sound(bytes: &[u8], context: &str) {
     assert!(findings.corruptions.is_empty(), "{context}: {findings:#x?}");
 }
 
-const WORKLOAD: Workload = Workload {
-    seed: 0,
-    tasks: 4,
-    requests: 40,
-    longest: 24 << 10,
-};
+/// Runs a workload to its end and closes the disk.
+fn run_and_close(world: &World, history: &Rc<History>, (case, seed): (&Case, u64)) {
+    Executor::simulated(world).block_on(async {
+        let disk = Disk::open(Path::new(IMAGE), case.setup()).await.unwrap();
+        case.workload(seed).run(&disk, history).await;
+        let content = disk.read_all().await.unwrap();
+        history.check_kill(&content, &[], usize::MAX).unwrap();
+        disk.close().await.unwrap();
+    });
+    assert_eq!(history.failures.get(), 0, "seed {seed}");
+}
 
 #[test]
 fn a_clean_run_leaves_no_leak_and_the_right_content() {
-    for seed in 0..8 {
-        println!("seed {seed}");
-        let world = world(seed, &small_image());
-        let history = History::of_world(SIZE, &world);
-        Executor::simulated(&world).block_on(async {
-            let disk = Disk::open(Path::new(IMAGE), Setup::default())
-                .await
-                .unwrap();
-            Workload { seed, ..WORKLOAD }.run(&disk, &history).await;
-            let content = disk.read_all().await.unwrap();
+    for (case, seeds) in [(&ROOMY, 0..8), (&TIGHT, 20..22)] {
+        for seed in seeds {
+            println!("seed {seed}");
+            let world = world(seed, case);
+            let history = History::of_world(case.size, &world);
+            run_and_close(&world, &history, (case, seed));
+            let bytes = image_of(&world);
+            let checker = Checker::new(&bytes);
+            assert_eq!(checker.check(), Default::default(), "seed {seed}");
+            if case.refcount_bits == TIGHT.refcount_bits {
+                let clusters = checker.refcount_table_clusters();
+                assert!(clusters > 1, "seed {seed}: the table did not grow");
+            }
+            let content = checker.read_all(&[]);
             history.check_kill(&content, &[], usize::MAX).unwrap();
-            disk.close().await.unwrap();
-        });
-        assert_eq!(history.failures.get(), 0, "seed {seed}");
-        let bytes = image_of(&world);
-        let checker = Checker::new(&bytes);
-        let findings = checker.check();
-        assert_eq!(findings, Default::default(), "seed {seed}");
-        let content = checker.read_all(&[]);
-        history.check_kill(&content, &[], usize::MAX).unwrap();
+        }
     }
 }
 
@@ -91,62 +154,67 @@ fn a_clean_run_leaves_no_leak_and_the_right_content() {
 fn flushed_data_survives_a_power_cut_at_every_moment() {
     for seed in 0..4 {
         println!("seed {seed}");
-        let world = world(seed, &small_image());
-        let history = History::of_world(SIZE, &world);
-        Executor::simulated(&world).block_on(async {
-            let disk = Disk::open(Path::new(IMAGE), Setup::default())
-                .await
-                .unwrap();
-            Workload { seed, ..WORKLOAD }.run(&disk, &history).await;
-            disk.close().await.unwrap();
-        });
-        for prefix in 0..=world.log_len() {
-            for subset in [Subset::Random(seed), Subset::None, Subset::All] {
-                let mut files = world.power_cut(&cut(prefix, subset));
-                let bytes = files.remove(Path::new(IMAGE)).unwrap();
-                let context = format!("seed {seed}, prefix {prefix}, {subset:?}");
-                assert_sound(&bytes, &context);
-                let content = Checker::new(&bytes).read_all(&[]);
-                let checked = history.check_power_cut(&content, &[], prefix);
-                checked.unwrap_or_else(|wrong| panic!("{context}: {wrong}"));
-            }
+        cut_power_everywhere(&ROOMY, seed, 1);
+    }
+}
+
+#[test]
+fn flushed_data_survives_a_power_cut_with_full_caches_and_growing_tables() {
+    for seed in 30..31 {
+        println!("seed {seed}");
+        cut_power_everywhere(&TIGHT, seed, 6);
+    }
+}
+
+/// Cuts the power at every `step`-th entry of the log of a workload.
+fn cut_power_everywhere(case: &Case, seed: u64, step: usize) {
+    let world = world(seed, case);
+    let history = History::of_world(case.size, &world);
+    run_and_close(&world, &history, (case, seed));
+    for prefix in (0..=world.log_len()).step_by(step) {
+        for subset in [Subset::Random(seed), Subset::None, Subset::All] {
+            let mut files = world.power_cut(&cut(prefix, subset));
+            let bytes = files.remove(Path::new(IMAGE)).unwrap();
+            let context = format!("seed {seed}, prefix {prefix}, {subset:?}");
+            assert_sound(&bytes, &context);
+            let content = Checker::new(&bytes).read_all(&[]);
+            let checked = history.check_power_cut(&content, &[], prefix);
+            checked.unwrap_or_else(|wrong| panic!("{context}: {wrong}"));
         }
     }
 }
 
 #[test]
 fn a_failing_disk_never_succeeds_silently() {
-    let probe = run_with_fault(None);
-    let step = (probe / 80).max(1);
-    for op_index in (0..probe).step_by(step as usize) {
-        for sticky in [false, true] {
-            run_with_fault(Some(Fault {
-                op_index,
-                errno: Errno::EIO,
-                sticky,
-            }));
+    for (case, points) in [(&ROOMY, 24), (&TIGHT, 6)] {
+        let probe = run_with_fault(case, None);
+        let step = (probe / points).max(1);
+        for op_index in (0..probe).step_by(step as usize) {
+            for sticky in [false, true] {
+                let fault = Fault {
+                    op_index,
+                    errno: Errno::EIO,
+                    sticky,
+                };
+                run_with_fault(case, Some(fault));
+            }
         }
     }
 }
 
 /// Runs a workload with a fault, then cuts the power; answers with the number of operations.
-fn run_with_fault(fault: Option<Fault>) -> u64 {
+fn run_with_fault(case: &Case, fault: Option<Fault>) -> u64 {
     let seed = 7;
-    let world = world(seed, &small_image());
-    let history = History::of_world(SIZE, &world);
+    let world = world(seed, case);
+    let history = History::of_world(case.size, &world);
     if let Some(fault) = fault {
         world.inject(fault);
     }
     let context = format!("fault {fault:?}");
     Executor::simulated(&world).block_on(async {
-        let opened = Disk::open(Path::new(IMAGE), Setup::default()).await;
+        let opened = Disk::open(Path::new(IMAGE), case.setup()).await;
         let Ok(disk) = opened else { return };
-        let workload = Workload {
-            requests: 30,
-            seed,
-            ..WORKLOAD
-        };
-        workload.run(&disk, &history).await;
+        case.workload(seed).run(&disk, &history).await;
         if let Ok(content) = disk.read_all().await {
             let checked = history.check_kill(&content, &[], usize::MAX);
             checked.unwrap_or_else(|wrong| panic!("{context}: {wrong}"));
@@ -167,25 +235,31 @@ fn run_with_fault(fault: Option<Fault>) -> u64 {
 
 #[test]
 fn completed_writes_survive_a_kill_at_every_moment() {
-    let seed = 11;
-    let total = kill_at(seed, u64::MAX);
-    println!("seed {seed}, {total} operations");
-    let step = (total / 120).max(1);
-    for operations in (0..total).step_by(step as usize) {
-        kill_at(seed, operations);
+    for (case, seed, points) in [(&ROOMY, 11, 80), (&TIGHT, 12, 14)] {
+        let total = kill_at(case, seed, u64::MAX);
+        println!("seed {seed}, {total} operations");
+        let step = (total / points).max(1);
+        for operations in (0..total).step_by(step as usize) {
+            kill_at(case, seed, operations);
+        }
     }
 }
 
 /// Kills the process after so many file operations, opens the image again with the redo log,
 /// checks, flushes, cuts the power and checks again. Answers with the operations that a whole run
 /// takes.
-fn kill_at(seed: u64, operations: u64) -> u64 {
+fn kill_at(case: &Case, seed: u64, operations: u64) -> u64 {
     let context = format!("seed {seed}, kill at {operations}");
-    let world = world(seed, &small_image());
-    let history = History::of_world(SIZE, &world);
-    let log = RedoLog::in_memory(1024);
+    let world = world(seed, case);
+    let history = History::of_world(case.size, &world);
+    let log = RedoLog::in_memory(case.log);
     let before = world.op_count();
-    run_until_killed(&world, &history, log.share(), (seed, operations));
+    run_until_killed(
+        &world,
+        &history,
+        case.setup_with(log.share()),
+        (case, seed, operations),
+    );
     let total = world.op_count() - before;
     let killed = world.log_len();
     let config = Config {
@@ -194,13 +268,11 @@ fn kill_at(seed: u64, operations: u64) -> u64 {
     };
     let world = world.restart(&cut(killed, Subset::All), config);
     assert_sound(&image_of(&world), &context);
-    let setup = Setup {
-        log,
-        ..Setup::default()
-    };
     let executor = Executor::simulated(&world);
     let disk = executor.block_on(async {
-        let disk = Disk::open(Path::new(IMAGE), setup).await.unwrap();
+        let disk = Disk::open(Path::new(IMAGE), case.setup_with(log))
+            .await
+            .unwrap();
         let content = disk.read_all().await.unwrap();
         let checked = history.check_kill(&content, &[], killed);
         checked.unwrap_or_else(|wrong| panic!("{context}: {wrong}"));
@@ -220,23 +292,47 @@ fn kill_at(seed: u64, operations: u64) -> u64 {
 fn run_until_killed(
     world: &World,
     history: &Rc<History>,
-    log: RedoLog,
-    (seed, operations): (u64, u64),
+    setup: Setup,
+    (case, seed, operations): (&Case, u64, u64),
 ) {
-    let setup = Setup {
-        log,
-        ..Setup::default()
-    };
     rig::die_after(operations);
     let executor = Executor::simulated(world);
     executor.block_on(async {
         let whole = async {
             let disk = Disk::open(Path::new(IMAGE), setup).await.unwrap();
-            let workload = Workload { seed, ..WORKLOAD };
-            workload.run(&disk, history).await;
+            case.workload(seed).run(&disk, history).await;
         };
         rig::until_death(whole).await;
     });
     drop(executor);
     rig::die_after(u64::MAX);
+}
+
+#[test]
+fn a_freed_cluster_is_reused_only_when_durable_and_no_older_request_is_left() {
+    let case = &ROOMY;
+    let world = world(1, case);
+    Executor::simulated(&world).block_on(async {
+        let disk = Disk::open(Path::new(IMAGE), case.setup()).await.unwrap();
+        let cluster = |number: u64| ByteRange::new(number * case.cluster_size, case.cluster_size);
+        let write = async |number: u64| {
+            let bytes = vec![number as u8 + 1; case.cluster_size as usize];
+            disk.write(cluster(number).offset, &bytes).await.unwrap();
+            let status = disk.node.block_status(cluster(number)).await.unwrap();
+            status.status.offset.unwrap()
+        };
+        let freed = write(0).await;
+        disk.root.flush().await.unwrap();
+        let older_request = block::epoch::pin();
+        disk.root.discard(cluster(0)).await.unwrap();
+        assert_ne!(write(1).await, freed, "the discard is not durable");
+        disk.root.flush().await.unwrap();
+        assert_ne!(write(2).await, freed, "an older request is under way");
+        drop(older_request);
+        // A flush is a request itself: the one after it finds everything older ended.
+        disk.root.flush().await.unwrap();
+        disk.root.flush().await.unwrap();
+        assert_eq!(write(3).await, freed);
+        disk.close().await.unwrap();
+    });
 }

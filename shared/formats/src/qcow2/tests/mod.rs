@@ -3,6 +3,8 @@
 
 mod checker;
 mod crash;
+mod hostile;
 mod peers;
 mod rig;
+mod threads;
 mod workload;
