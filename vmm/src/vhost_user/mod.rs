@@ -214,7 +214,7 @@ impl Disk {
     /// Changes the one field that a driver may write, the cache mode: at once in the copy, soon in the back-end. However
     /// often the guest writes, at most one order waits.
     pub(crate) fn write_config(&self, offset: usize, bytes: &[u8]) {
-        let (CONFIG_WRITEBACK, &[mode]) = (offset, bytes) else {
+        let (CONFIG_WRITEBACK, &[mode @ (0 | 1)]) = (offset, bytes) else {
             return;
         };
         let mut state = self.shared.lock();

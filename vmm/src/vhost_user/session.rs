@@ -19,7 +19,7 @@ use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 use vhost::vhost_user::message::FrontendReq;
 
 use super::wire::{Link, LinkError};
-use super::{Activation, CONFIG_SIZE, RingSetup, Shared};
+use super::{Activation, CONFIG_SIZE, CONFIG_WRITEBACK, RingSetup, Shared};
 use crate::memory::Memory;
 
 type Result<T> = std::result::Result<T, LinkError>;
@@ -127,11 +127,15 @@ impl Session {
         Ok(config)
     }
 
-    /// Changes the configuration.
-    pub(super) fn write_config(&mut self, offset: usize, bytes: &[u8]) -> Result<()> {
-        let mut payload = words(&[offset as u32, bytes.len() as u32, 0]);
-        payload.extend_from_slice(bytes);
-        self.link.order(FrontendReq::SET_CONFIG, &payload, &[])
+    /// Changes the cache mode; returns whether the back-end agrees.
+    pub(super) fn write_cache_mode(&mut self, mode: u8) -> Result<bool> {
+        let mut payload = words(&[CONFIG_WRITEBACK as u32, 1, 0]);
+        payload.push(mode);
+        match self.link.order(FrontendReq::SET_CONFIG, &payload, &[]) {
+            Ok(()) => Ok(true),
+            Err(LinkError::Rejected(_)) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Starts all rings of `activation`. `bases` has what [`Session::drain`] returned, if rings were drained.

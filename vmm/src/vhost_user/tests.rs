@@ -27,6 +27,8 @@ pub(crate) struct Character {
     protocol: Protocol,
     capacity: u64,
     vring_base: u32,
+    /// Acknowledges this request with an error.
+    rejects: Option<FrontendReq>,
 }
 
 impl Default for Character {
@@ -36,6 +38,7 @@ impl Default for Character {
             protocol: Protocol::all(),
             capacity: 1000,
             vring_base: 7,
+            rejects: None,
         }
     }
 }
@@ -121,7 +124,11 @@ fn serve(
         }
         let reply = match answer {
             Some(payload) => payload,
-            None if acknowledge && message.flags & NEED_REPLY != 0 => 0_u64.to_ne_bytes().to_vec(),
+            None if acknowledge && message.flags & NEED_REPLY != 0 => {
+                u64::from(character.rejects == Some(request))
+                    .to_ne_bytes()
+                    .to_vec()
+            }
             None => {
                 let _ = tell.send(seen);
                 continue;
@@ -478,4 +485,19 @@ fn a_restarted_back_end_is_told_the_cache_mode_until_the_driver_is_reset() {
         0,
         "the back-end's own"
     );
+}
+
+#[test]
+fn a_back_end_may_refuse_a_cache_mode_and_stays_connected() {
+    let rig = Rig::new();
+    let back_end = rig.connect(Character {
+        rejects: Some(FrontendReq::SET_CONFIG),
+        ..Character::default()
+    });
+    let seen = rig.gate.device_changes();
+    rig.disk.write_config(CONFIG_WRITEBACK, &[1]);
+    rig.gate.wait_for_change(seen);
+    assert_eq!(rig.disk.config().unwrap().0[CONFIG_WRITEBACK], 0);
+    rig.activate();
+    back_end.expect(FrontendReq::SET_VRING_ENABLE);
 }

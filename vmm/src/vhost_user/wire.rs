@@ -42,6 +42,9 @@ pub(super) enum LinkError {
     /// An order came while waiting for an answer that may take long.
     #[error("interrupted")]
     Interrupted,
+    /// The back-end acknowledged a request with an error; the conversation may go on.
+    #[error("the back-end failed at {0:?}")]
+    Rejected(FrontendReq),
     /// The back-end cannot serve this guest, or breaks the protocol.
     #[error("{0}")]
     Refused(String),
@@ -151,9 +154,7 @@ impl Link {
         let flags = if acknowledged { NEED_REPLY } else { 0 };
         self.send(request.into(), flags, payload, fds)?;
         if acknowledged && self.wait_for_reply(request)?.as_u64()? != 0 {
-            return Err(LinkError::Refused(format!(
-                "the back-end failed at {request:?}"
-            )));
+            return Err(LinkError::Rejected(request));
         }
         Ok(())
     }
@@ -197,20 +198,20 @@ impl Link {
 
     fn wait_for_socket(&mut self, events: PollFlags) -> Result<()> {
         loop {
-            let (socket, channel, interrupted) = self.poll(events)?;
-            if channel {
+            let ready = self.poll(events)?;
+            if ready.channel {
                 self.serve_channel()?;
             }
-            if socket {
+            if ready.socket {
                 return Ok(());
             }
-            if interrupted {
+            if ready.interrupted {
                 return Err(LinkError::Interrupted);
             }
         }
     }
 
-    fn poll(&self, events: PollFlags) -> Result<(bool, bool, bool)> {
+    fn poll(&self, events: PollFlags) -> Result<Ready> {
         let mut fds = vec![PollFd::new(self.socket.as_fd(), events)];
         fds.extend(
             self.channel
@@ -225,11 +226,11 @@ impl Link {
         }
         let ready = |index: usize| fds.get(index).is_some_and(|fd| fd.any().unwrap_or(false));
         let after_socket = 1 + usize::from(self.channel.is_some());
-        Ok((
-            ready(0),
-            self.channel.is_some() && ready(1),
-            ready(after_socket),
-        ))
+        Ok(Ready {
+            socket: ready(0),
+            channel: self.channel.is_some() && ready(1),
+            interrupted: ready(after_socket),
+        })
     }
 
     /// Serves one request of the back-end. A back-end may close this channel and go on.
@@ -273,6 +274,13 @@ impl Link {
     pub(super) fn channel(&self) -> Option<&UnixStream> {
         self.channel.as_ref()
     }
+}
+
+/// What ended a wait.
+struct Ready {
+    socket: bool,
+    channel: bool,
+    interrupted: bool,
 }
 
 /// The bytes of a message.

@@ -42,6 +42,13 @@ pub(super) struct Worker {
     last_complaint: String,
 }
 
+/// What ended a wait, beside an order.
+struct Ready {
+    socket: bool,
+    channel: bool,
+    watch: bool,
+}
+
 enum Flow {
     Continue,
     Quit,
@@ -154,7 +161,12 @@ impl Worker {
         let mode = state.config[super::CONFIG_WRITEBACK];
         drop(state);
         self.cache_mode = Some(mode);
-        self.with_session(|session, _| session.write_config(super::CONFIG_WRITEBACK, &[mode]));
+        let agreed = self.with_session(|session, _| session.write_cache_mode(mode));
+        if agreed == Some(false) {
+            tracing::warn!(disk = self.name, mode, "the back-end keeps its cache mode");
+            self.cache_mode = None;
+            self.refresh_config();
+        }
     }
 
     fn drain(&mut self) {
@@ -233,8 +245,9 @@ impl Worker {
     fn open(&mut self, link: super::wire::Link) -> Result<Session, LinkError> {
         let mut session = Session::open(link, &self.setup)?;
         let mut config = session.read_config(&self.setup)?;
-        if let Some(mode) = self.cache_mode {
-            session.write_config(super::CONFIG_WRITEBACK, &[mode])?;
+        if let Some(mode) = self.cache_mode
+            && session.write_cache_mode(mode)?
+        {
             config[super::CONFIG_WRITEBACK] = mode;
         }
         self.publish(Some(session.features()), config);
@@ -273,7 +286,7 @@ impl Worker {
         }
         self.started = false;
         let delay = match error {
-            LinkError::Refused(_) => self.backoff.after_refusal(),
+            LinkError::Refused(_) | LinkError::Rejected(_) => self.backoff.after_refusal(),
             LinkError::Gone(_) => self.backoff.after_absence(),
             LinkError::Interrupted => Duration::ZERO,
         };
@@ -281,7 +294,7 @@ impl Worker {
         match error {
             LinkError::Interrupted => {}
             LinkError::Gone(_) => self.complain(&error.to_string()),
-            LinkError::Refused(_) => {
+            LinkError::Refused(_) | LinkError::Rejected(_) => {
                 let text = error.to_string();
                 if self.last_complaint != text {
                     tracing::error!(disk = self.name, "{}: {text}", self.dialer.path().display());
@@ -301,16 +314,18 @@ impl Worker {
 
     /// Waits for an order, a message, the end of the connection or the time of the next attempt.
     fn wait(&mut self) {
-        let (socket, channel, watch) = self.poll();
-        if watch && self.dialer.socket_appeared() {
+        let ready = self.poll();
+        if ready.watch && self.dialer.socket_appeared() {
             // It appears before it listens: if the first attempt fails, the next ones follow quickly.
             self.backoff.clear();
             self.next_attempt = Instant::now();
         }
-        if channel {
+        if ready.channel {
             self.with_session(|session, _| session.link.serve_channel());
         }
-        if socket && let Some(session) = &self.session {
+        if ready.socket
+            && let Some(session) = &self.session
+        {
             let error = session.link.unexpected();
             self.disconnect(&error);
         }
@@ -323,7 +338,7 @@ impl Worker {
         }
     }
 
-    fn poll(&self) -> (bool, bool, bool) {
+    fn poll(&self) -> Ready {
         let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
         let mut fds = vec![readable(self.dialer.wake().as_fd())];
         let mut timeout = PollTimeout::NONE;
@@ -345,11 +360,11 @@ impl Worker {
         }
         let ready = |index: usize| fds.get(index).is_some_and(|fd| fd.any().unwrap_or(false));
         let connected = self.session.is_some();
-        (
-            connected && ready(1),
-            connected && ready(2),
-            !connected && ready(1),
-        )
+        Ready {
+            socket: connected && ready(1),
+            channel: connected && ready(2),
+            watch: !connected && ready(1),
+        }
     }
 }
 
