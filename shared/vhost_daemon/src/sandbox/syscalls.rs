@@ -19,7 +19,7 @@ const PLAIN: &[libc::c_long] = &[
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_setup,
     libc::SYS_io_uring_register,
-    // Files: transfers that the page cache answers, allocation, size, durability.
+    // Files: transfers that the page cache answers, sizes, locks, seals. The rest is the ring's.
     libc::SYS_read,
     libc::SYS_write,
     libc::SYS_preadv2,
@@ -29,9 +29,6 @@ const PLAIN: &[libc::c_long] = &[
     libc::SYS_lseek,
     libc::SYS_ftruncate,
     libc::SYS_fallocate,
-    libc::SYS_fdatasync,
-    libc::SYS_fstat,
-    libc::SYS_fstatfs,
     libc::SYS_newfstatat,
     libc::SYS_fstatfs,
     libc::SYS_statx,
@@ -40,24 +37,26 @@ const PLAIN: &[libc::c_long] = &[
     // Paths, as far as Landlock lets them through.
     libc::SYS_openat,
     libc::SYS_openat2,
+    #[cfg(target_arch = "x86_64")]
     libc::SYS_unlink,
-    // Sockets, of the unix family.
+    #[cfg(not(target_arch = "x86_64"))]
+    libc::SYS_unlinkat,
+    // Sockets, of the unix family. Accepting, connecting and transfers are the ring's; the service
+    // manager hears by sendto, and binding tries whether a stale socket still has a listener.
     libc::SYS_bind,
     libc::SYS_listen,
     libc::SYS_connect,
-    libc::SYS_accept4,
-    libc::SYS_sendmsg,
-    libc::SYS_recvmsg,
     libc::SYS_sendto,
-    libc::SYS_recvfrom,
     libc::SYS_shutdown,
+    #[cfg(target_arch = "x86_64")]
     libc::SYS_poll,
+    #[cfg(not(target_arch = "x86_64"))]
+    libc::SYS_ppoll,
     libc::SYS_eventfd2,
     libc::SYS_memfd_create,
     // Memory and threads.
     libc::SYS_munmap,
     libc::SYS_madvise,
-    libc::SYS_mremap,
     libc::SYS_brk,
     libc::SYS_futex,
     libc::SYS_membarrier,
@@ -70,7 +69,6 @@ const PLAIN: &[libc::c_long] = &[
     libc::SYS_getrandom,
     // Only where the vDSO has no clock source that user space can read.
     libc::SYS_clock_gettime,
-    libc::SYS_gettid,
     libc::SYS_exit,
     libc::SYS_exit_group,
 ];
