@@ -315,3 +315,6 @@ impl Drop for Edge {
         child.users().remove(child, self.id);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -227,6 +227,9 @@ impl<F: Format> Driver for FormatNode<F> {
     fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_> {
         let range = ByteRange::new(offset, buffer.len() as u64);
         let target = (buffer, Memory::Anything);
+        if range.length == 0 {
+            return IoFuture::done();
+        }
         match self.format.lookup(range) {
             Lookup::Hit(extent) if extent.length >= range.length => {
                 self.read_extent(extent.mapping, offset, target)
@@ -236,6 +239,9 @@ impl<F: Format> Driver for FormatNode<F> {
     }
     fn write(&self, offset: u64, buffer: Buffer, flags: WriteFlags) -> IoFuture<'_> {
         let range = ByteRange::new(offset, buffer.len() as u64);
+        if range.length == 0 {
+            return IoFuture::done();
+        }
         match self.format.lookup(range) {
             Lookup::Hit(Extent {
                 length,

@@ -84,6 +84,10 @@ impl Root {
     pub fn node(&self) -> &Arc<Node> {
         self.shared.edge.child()
     }
+    /// The edge to the node, to point it at another one.
+    pub fn edge(&self) -> &Edge {
+        &self.shared.edge
+    }
     /// A handle for the current thread's executor.
     pub fn attach(&self) -> RootHandle {
         RootHandle::new(Arc::clone(&self.shared))

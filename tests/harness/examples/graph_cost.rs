@@ -15,7 +15,7 @@ const LENGTH: u64 = 64 << 20;
 
 async fn measure(name: &str, mut step: impl AsyncFnMut(u64)) {
     let limit = Duration::from_millis(300);
-    let start = Instant::now();
+    let (start, cpu) = (Instant::now(), cpu_time());
     let mut calls = 0u64;
     while start.elapsed() < limit {
         for _ in 0..64 {
@@ -25,7 +25,13 @@ async fn measure(name: &str, mut step: impl AsyncFnMut(u64)) {
         }
     }
     let each = start.elapsed().as_nanos() as f64 / calls as f64;
-    println!("{name:<44} {each:>9.1} ns");
+    let cpu = (cpu_time() - cpu).as_nanos() as f64 / calls as f64;
+    println!("{name:<32} {each:>9.1} ns {cpu:>9.1} ns CPU");
+}
+
+fn cpu_time() -> Duration {
+    let clock = nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID;
+    nix::time::clock_gettime(clock).unwrap().into()
 }
 
 async fn open(definition: Value) -> (Graph, RootHandle) {
@@ -62,6 +68,15 @@ async fn read_and_write(name: &str, definition: Value) {
 fn main() {
     let directory = std::env::args().nth(1);
     Executor::new(&Config::default()).unwrap().block_on(async {
+        measure("nothing", async |offset| {
+            black_box(offset);
+        })
+        .await;
+        let buffer = Buffer::zeroed(BLOCK);
+        measure("a buffer's clone", async |_| {
+            drop(black_box(buffer.clone()))
+        })
+        .await;
         read_and_write("null-co", json!({"driver": "null-co", "node-name": "n"})).await;
         let raw = json!({"driver": "raw", "node-name": "r", "file": {"driver": "null-co"}});
         read_and_write("raw on null-co", raw).await;

@@ -254,3 +254,29 @@ fn permissions_conflict_across_a_transparent_node() {
         assert_eq!(error.message, "Block node is read-only");
     });
 }
+
+#[test]
+fn definitions_nest_to_a_limit_and_no_further() {
+    let nested = |depth: usize| {
+        (0..depth).fold(
+            json!({"driver": "null-co"}),
+            |below, _| json!({"driver": "raw", "file": below}),
+        )
+    };
+    run(async {
+        let graph = graph();
+        let mut definition = nested(block::open::MAX_CHAIN);
+        definition["node-name"] = json!("deep");
+        let node = graph.add(options(definition)).await.unwrap();
+        let root = open_root(&node);
+        crate::rig::read(&root.attach(), 0, 512).await.unwrap();
+        drop((root, node));
+        graph.remove("deep").await.unwrap();
+        assert!(graph.nodes().is_empty());
+        let mut definition = nested(block::open::MAX_CHAIN + 1);
+        definition["node-name"] = json!("deeper");
+        let message = refusal(&graph, definition).await;
+        assert_eq!(message, "more than 200 nodes below each other");
+        assert!(graph.nodes().is_empty());
+    });
+}
