@@ -297,3 +297,6 @@ impl<F: Format> Driver for FormatNode<F> {
         None
     }
 }
+
+#[cfg(test)]
+mod tests;

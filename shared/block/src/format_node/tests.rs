@@ -1,0 +1,359 @@
+//! A format in memory whose answers come from a table of 4 KiB clusters: every mapping, cached or
+//! not, against a model.
+
+use super::*;
+use crate::edge::{EdgeSpec, Permissions};
+use crate::format::WritePlan;
+use crate::memory::{Call, Memory as Disk};
+use crate::node::{Discard, NodeOptions};
+use crate::open::ChildRole;
+use crate::root::Root;
+use executor::Executor;
+use executor::sim::{Config, World};
+use executor::sync::{RangeGuard, RangeLock};
+use rand::rngs::SmallRng;
+use rand::{Rng, RngCore, SeedableRng};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+const CLUSTER: u64 = 4096;
+const CLUSTERS: u64 = 32;
+const SIZE: u64 = CLUSTER * CLUSTERS - 512;
+
+/// What an encoded cluster reads as.
+fn decoded(descriptor: u64, offset: u64) -> u8 {
+    (descriptor + offset % 251) as u8
+}
+
+struct Toy {
+    file: Edge,
+    backing: Option<Edge>,
+    table: Mutex<Vec<Mapping>>,
+    next_host: AtomicUsize,
+    clusters: RangeLock,
+    aborts: AtomicUsize,
+    /// Lookups miss.
+    cold: AtomicBool,
+}
+
+struct Token<'a> {
+    host: u64,
+    changes: bool,
+    _cluster: RangeGuard<'a>,
+}
+
+impl Toy {
+    fn map(&self, range: ByteRange) -> Extent {
+        let index = range.offset / CLUSTER;
+        let within = range.offset % CLUSTER;
+        let mapping = match self.table.lock().unwrap()[index as usize] {
+            Mapping::Data(host) => Mapping::Data(host + within),
+            other => other,
+        };
+        Extent {
+            length: range.length.min(CLUSTER - within),
+            mapping,
+            in_place: matches!(mapping, Mapping::Data(_)),
+        }
+    }
+    fn set(&self, offset: u64, mapping: Mapping) {
+        self.table.lock().unwrap()[(offset / CLUSTER) as usize] = mapping;
+    }
+}
+
+impl Format for Toy {
+    type Token<'a> = Token<'a>;
+    fn name(&self) -> &'static str {
+        "toy"
+    }
+    fn virtual_size(&self) -> u64 {
+        SIZE
+    }
+    fn limits(&self) -> Limits {
+        Limits {
+            zero_alignment: CLUSTER as u32,
+            ..Limits::default()
+        }
+    }
+    fn file(&self) -> &Edge {
+        &self.file
+    }
+    fn backing(&self) -> Option<&Edge> {
+        self.backing.as_ref()
+    }
+    fn lookup(&self, range: ByteRange) -> Lookup {
+        match self.cold.load(Ordering::Relaxed) {
+            true => Lookup::Miss,
+            false => Lookup::Hit(self.map(range)),
+        }
+    }
+    async fn resolve(&self, range: ByteRange) -> std::result::Result<Extent, Errno> {
+        executor::time::yield_now().await;
+        Ok(self.map(range))
+    }
+    async fn prepare_write(
+        &self,
+        range: ByteRange,
+    ) -> std::result::Result<WritePlan<Token<'_>>, Errno> {
+        let within = range.offset % CLUSTER;
+        let start = range.offset - within;
+        let cluster = self.clusters.lock(start..start + CLUSTER).await;
+        let length = range.length.min(CLUSTER - within);
+        let (host, changes) = match self.map(ByteRange::new(start, CLUSTER)).mapping {
+            Mapping::Data(host) => (host, false),
+            _ => {
+                let next = self.next_host.fetch_add(1, Ordering::Relaxed) as u64;
+                (next * CLUSTER, true)
+            }
+        };
+        Ok(WritePlan {
+            range: ByteRange::new(range.offset, length),
+            host_offset: host + within,
+            head: if changes { within } else { 0 },
+            tail: if changes {
+                CLUSTER - within - length
+            } else {
+                0
+            },
+            token: Token {
+                host,
+                changes,
+                _cluster: cluster,
+            },
+        })
+    }
+    async fn commit<'a>(&'a self, plan: WritePlan<Token<'a>>) -> std::result::Result<(), Errno> {
+        if plan.token.changes {
+            self.set(plan.range.offset, Mapping::Data(plan.token.host));
+        }
+        Ok(())
+    }
+    async fn abort<'a>(&'a self, _plan: WritePlan<Token<'a>>) {
+        self.aborts.fetch_add(1, Ordering::Relaxed);
+    }
+    async fn write_zeroes(
+        &self,
+        range: ByteRange,
+        _flags: ZeroFlags,
+    ) -> std::result::Result<u64, Errno> {
+        if !range.offset.is_multiple_of(CLUSTER) || range.length < CLUSTER {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        let _cluster = self
+            .clusters
+            .lock(range.offset..range.offset + CLUSTER)
+            .await;
+        self.set(range.offset, Mapping::Zero(None));
+        Ok(CLUSTER)
+    }
+    async fn discard(&self, _range: ByteRange) -> std::result::Result<(), Errno> {
+        Ok(())
+    }
+    async fn read_encoded(
+        &self,
+        offset: u64,
+        descriptor: u64,
+        buffer: Buffer,
+    ) -> std::result::Result<(), Errno> {
+        let bytes: Vec<u8> = (offset..offset + buffer.len() as u64)
+            .map(|at| decoded(descriptor, at))
+            .collect();
+        buffer.copy_from_slice(&bytes);
+        Ok(())
+    }
+    async fn flush(&self) -> std::result::Result<(), Errno> {
+        self.file.node().flush().await
+    }
+    fn metadata_dirty(&self) -> bool {
+        false
+    }
+    async fn resize(&self, _resize: Resize) -> Result<()> {
+        Ok(())
+    }
+    async fn close(&self) -> std::result::Result<(), Errno> {
+        Ok(())
+    }
+    fn describe(&self) -> Map<String, Value> {
+        Map::new()
+    }
+}
+
+struct Rig {
+    disk: Disk,
+    toy: FormatNode<Toy>,
+    model: Vec<u8>,
+}
+
+fn edge(disk: &Disk, name: &'static str, role: ChildRole) -> Edge {
+    let options = NodeOptions {
+        node_name: name.to_owned(),
+        discard: Discard::Unmap,
+        ..NodeOptions::default()
+    };
+    let node = Node::new(options, Box::new(disk.clone()));
+    let spec = EdgeSpec {
+        parent: "toy".to_owned(),
+        name,
+        role,
+        read_only: false,
+    };
+    Edge::attach(&node, spec).unwrap()
+}
+
+/// A disk whose clusters are mapped at random, over a backing that ends before it.
+fn rig(random: &mut SmallRng) -> Rig {
+    let mut base = vec![0; (SIZE / 2 + 700) as usize];
+    random.fill_bytes(&mut base);
+    let mut disk = Disk::new(Vec::new());
+    disk.grows = true;
+    disk.delay = std::time::Duration::from_micros(random.random_range(0..2));
+    let mut model = base.clone();
+    model.resize(SIZE as usize, 0);
+    let mut table = Vec::new();
+    for index in 0..CLUSTERS {
+        let span = (index * CLUSTER) as usize..((index + 1) * CLUSTER).min(SIZE) as usize;
+        table.push(match random.random_range(0..4) {
+            0 => Mapping::Unallocated,
+            1 => {
+                model[span].fill(0);
+                Mapping::Zero(None)
+            }
+            _ => {
+                for at in span {
+                    model[at] = decoded(index, at as u64);
+                }
+                Mapping::Encoded(index)
+            }
+        });
+    }
+    let toy = FormatNode::new(Toy {
+        file: edge(&disk, "file", ChildRole::Image),
+        backing: Some(edge(&Disk::new(base), "backing", ChildRole::Backing)),
+        table: Mutex::new(table),
+        next_host: AtomicUsize::new(0),
+        clusters: RangeLock::new(),
+        aborts: AtomicUsize::new(0),
+        cold: AtomicBool::new(random.random()),
+    });
+    Rig { disk, toy, model }
+}
+
+fn run<F: Future>(future: F) -> F::Output {
+    Executor::simulated(&World::new(Config::default())).block_on(future)
+}
+
+async fn step(rig: &mut Rig, random: &mut SmallRng) {
+    let length = random.random_range(1..5 * CLUSTER).min(SIZE) as usize;
+    let offset = random.random_range(0..=SIZE - length as u64);
+    let span = offset as usize..offset as usize + length;
+    let buffer = Buffer::zeroed(length);
+    match random.random_range(0..4) {
+        0 | 1 => {
+            random.fill_bytes(&mut rig.model[span.clone()]);
+            buffer.copy_from_slice(&rig.model[span]);
+            let write = rig.toy.write(offset, buffer, WriteFlags::default());
+            write.await.unwrap();
+        }
+        2 => {
+            rig.model[span].fill(0);
+            let range = ByteRange::new(offset, length as u64);
+            let zero = rig.toy.write_zeroes(range, ZeroFlags::default());
+            zero.await.unwrap();
+        }
+        _ => {
+            buffer.fill(0xaa);
+            rig.toy.read(offset, buffer.clone()).await.unwrap();
+            assert!(buffer.to_heap()[..] == rig.model[span]);
+        }
+    }
+}
+
+#[test]
+fn every_mapping_reads_and_writes_like_the_model() {
+    for seed in 0..60 {
+        println!("seed {seed}");
+        let mut random = SmallRng::seed_from_u64(seed);
+        let mut rig = rig(&mut random);
+        run(async {
+            for _ in 0..40 {
+                step(&mut rig, &mut random).await;
+            }
+            let whole = Buffer::zeroed(SIZE as usize);
+            rig.toy.read(0, whole.clone()).await.unwrap();
+            assert!(whole.to_heap()[..] == rig.model);
+        });
+    }
+}
+
+#[test]
+fn neighbours_in_a_cluster_are_written_at_once_and_both_stay() {
+    for seed in 0..20 {
+        println!("seed {seed}");
+        let mut random = SmallRng::seed_from_u64(seed);
+        let rig = rig(&mut random);
+        let options = NodeOptions::default();
+        let node = Node::new(options, Box::new(rig.toy));
+        let root = Root::new("", &node, Permissions::READ_WRITE, Permissions::ALL).unwrap();
+        run(async {
+            let tasks: Vec<_> = (0..SIZE / 512)
+                .map(|sector| {
+                    let root = root.attach();
+                    executor::spawn(async move {
+                        let data = Buffer::zeroed(512);
+                        data.fill(sector as u8);
+                        let write = root.write(sector * 512, data, WriteFlags::default());
+                        write.await.unwrap();
+                    })
+                })
+                .collect();
+            for task in tasks {
+                task.await;
+            }
+            let whole = Buffer::zeroed(SIZE as usize);
+            root.attach().read(0, whole.clone()).await.unwrap();
+            let bytes = whole.to_heap();
+            for (sector, bytes) in bytes.chunks(512).enumerate() {
+                assert!(bytes.iter().all(|byte| *byte == sector as u8), "{sector}");
+            }
+        });
+    }
+}
+
+#[test]
+fn a_failed_write_is_aborted_and_changes_nothing() {
+    let mut random = SmallRng::seed_from_u64(7);
+    let rig = rig(&mut random);
+    run(async {
+        rig.toy.format().set(0, Mapping::Encoded(3));
+        rig.disk.arrange(Err(Errno::ENOSPC));
+        let data = Buffer::zeroed(512);
+        let write = rig.toy.write(512, data, WriteFlags::default());
+        assert_eq!(write.await, Err(Errno::ENOSPC));
+        assert_eq!(rig.toy.format().aborts.load(Ordering::Relaxed), 1);
+        let buffer = Buffer::zeroed(1);
+        rig.toy.read(512, buffer.clone()).await.unwrap();
+        assert_eq!(buffer.to_heap()[0], decoded(3, 512));
+    });
+}
+
+#[test]
+fn a_plain_extent_is_one_request_to_the_child() {
+    let mut random = SmallRng::seed_from_u64(8);
+    let rig = rig(&mut random);
+    run(async {
+        rig.toy.format().cold.store(false, Ordering::Relaxed);
+        rig.toy.format().set(CLUSTER, Mapping::Data(0));
+        let flags = WriteFlags::default();
+        let data = Buffer::zeroed(1024);
+        rig.toy.write(CLUSTER + 512, data, flags).await.unwrap();
+        let data = Buffer::zeroed(1024);
+        rig.toy.read(CLUSTER + 512, data).await.unwrap();
+        let calls = rig.disk.calls();
+        assert_eq!(calls, [Call::Write(512, 1024), Call::Read(512, 1024)]);
+        // A partial write of a new cluster is one write, too: the old content comes along.
+        rig.toy.format().set(2 * CLUSTER, Mapping::Zero(None));
+        let data = Buffer::zeroed(512);
+        rig.toy.write(2 * CLUSTER + 512, data, flags).await.unwrap();
+        assert_eq!(rig.disk.calls(), [Call::Write(0, CLUSTER)]);
+    });
+}
