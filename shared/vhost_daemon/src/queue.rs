@@ -337,10 +337,11 @@ impl<H: Handler> Poller for Worker<H> {
         }
         drop(chains);
         self.queue.flush_used();
+        // First, because truncated memory reads as zeroes, which make a broken ring.
+        self.check_memory();
         if let Some(error) = error {
             self.queue.fail(&error);
         }
-        self.check_memory();
         published || count > 0
     }
 
