@@ -7,6 +7,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use anyhow::{Context, Result};
@@ -27,31 +28,41 @@ pub(crate) enum Event {
 /// Sends events; cheap to clone.
 #[derive(Clone)]
 pub(crate) struct EventSender {
-    queue: Sender<Event>,
+    queue: Sender<(u64, Event)>,
     wake: Arc<Notifier>,
+    current: Arc<AtomicU64>,
+    generation: u64,
 }
 
 impl EventSender {
     /// Queues an event and wakes the main thread.
     pub(crate) fn send(&self, event: Event) {
         // The receiver goes away only when the process ends; then nobody needs the event.
-        if self.queue.send(event).is_ok() {
+        if self.queue.send((self.generation, event)).is_ok() {
             self.wake.raise();
         }
+    }
+
+    /// Makes all that was sent before void: it came from a machine that is no more. Other clones of the sender stay void.
+    pub(crate) fn renew(&mut self) {
+        self.generation = self.current.fetch_add(1, Ordering::SeqCst) + 1;
     }
 }
 
 /// The main thread's end of the queue.
 pub(crate) struct EventReceiver {
-    queue: Receiver<Event>,
+    queue: Receiver<(u64, Event)>,
     wake: Arc<Notifier>,
+    current: Arc<AtomicU64>,
 }
 
 impl EventReceiver {
     /// The next event, if there is one.
     pub(crate) fn next(&self) -> Option<Event> {
         self.wake.clear();
-        self.queue.try_recv().ok()
+        let current = self.current.load(Ordering::SeqCst);
+        let mut events = self.queue.try_iter();
+        events.find_map(|(generation, event)| (generation == current).then_some(event))
     }
 }
 
@@ -68,14 +79,18 @@ impl AsFd for EventReceiver {
 pub(crate) fn queue() -> Result<(EventSender, EventReceiver)> {
     let wake = Arc::new(Notifier::new()?);
     let (sender, receiver) = channel();
+    let current = Arc::new(AtomicU64::new(0));
     Ok((
         EventSender {
             queue: sender,
             wake: wake.clone(),
+            current: current.clone(),
+            generation: 0,
         },
         EventReceiver {
             queue: receiver,
             wake,
+            current,
         },
     ))
 }
@@ -144,6 +159,18 @@ mod tests {
         sender.send(Event::GuestReset);
         sender.send(Event::GuestPowerOff);
         assert_eq!(receiver.next(), Some(Event::GuestReset));
+        assert_eq!(receiver.next(), Some(Event::GuestPowerOff));
+        assert_eq!(receiver.next(), None);
+    }
+
+    #[test]
+    fn what_a_machine_sent_before_its_reset_is_void() {
+        let (mut sender, receiver) = queue().unwrap();
+        let old = sender.clone();
+        old.send(Event::GuestReset);
+        sender.renew();
+        old.send(Event::GuestReset);
+        sender.send(Event::GuestPowerOff);
         assert_eq!(receiver.next(), Some(Event::GuestPowerOff));
         assert_eq!(receiver.next(), None);
     }

@@ -150,6 +150,8 @@ impl Machine {
         tracing::info!("the machine is reset");
         let state = self.state;
         self.board = None;
+        // A guest may ask twice before it is stopped; that must not reset the new board.
+        self.events.renew();
         for disk in &self.disks {
             disk.reset_and_wait()?;
         }
