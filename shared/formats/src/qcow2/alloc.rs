@@ -38,6 +38,44 @@ pub(super) struct Allocator {
     pub(super) append: u64,
 }
 
+/// Clusters allocated and not yet referred to. Dropped with its future, what writes to them may
+/// still be under way: they stay counted until the image is closed.
+pub(super) struct Reserved<'q> {
+    image: &'q Qcow2,
+    run: ClusterRun,
+    held: bool,
+}
+
+impl<'q> Reserved<'q> {
+    pub(super) fn new(image: &'q Qcow2, run: ClusterRun) -> Self {
+        Self {
+            image,
+            run,
+            held: true,
+        }
+    }
+    pub(super) fn run(&self) -> ClusterRun {
+        self.run
+    }
+    /// Something refers to them now.
+    pub(super) fn keep(mut self) {
+        self.held = false;
+    }
+    /// Nothing will, and nothing writes to them.
+    pub(super) fn give_back(mut self) {
+        self.held = false;
+        self.image.state().give_back(self.run);
+    }
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        if self.held {
+            self.image.state().abandoned.push(self.run);
+        }
+    }
+}
+
 /// What a synchronous step under the state lock lacks.
 pub(super) enum Need {
     /// This slice of refcounts in the cache.

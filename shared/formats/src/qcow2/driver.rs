@@ -2,6 +2,7 @@
 
 use super::Qcow2;
 use super::header::{COMPATIBLE_LAZY_REFCOUNTS, incompatible};
+use super::reclaim::Requests;
 use super::write::Token;
 use block::{
     Buffer, ByteRange, Edge, Errno, Extent, Format, Limits, Lookup, Resize, WritePlan, ZeroFlags,
@@ -88,7 +89,7 @@ impl Format for Qcow2 {
             return self.file.node().flush().await;
         }
         self.flush_metadata().await?;
-        self.reclaim(RECLAIM_PER_FLUSH).await;
+        self.reclaim(Requests::MayRun, RECLAIM_PER_FLUSH).await;
         Ok(())
     }
 
@@ -111,7 +112,7 @@ impl Format for Qcow2 {
                 state.give_back(run);
             }
         }
-        self.reclaim(usize::MAX).await;
+        self.reclaim(Requests::Ended, usize::MAX).await;
         if self.is_metadata_dirty() {
             self.flush_metadata().await?;
         }

@@ -24,6 +24,14 @@ pub(super) struct Freed {
     epoch: Epoch,
 }
 
+/// Whether requests may be under way.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Requests {
+    MayRun,
+    /// The image is being closed: all have ended.
+    Ended,
+}
+
 impl State {
     /// A reference to `run` is gone from the metadata in memory.
     pub(super) fn free(&mut self, run: ClusterRun) {
@@ -41,7 +49,7 @@ impl State {
 impl Qcow2 {
     /// Decrements the refcounts of up to `most` runs that nobody can use any more. What cannot be
     /// done now stays for the next time; a failure is no failure of the caller's.
-    pub(super) async fn reclaim(&self, most: usize) {
+    pub(super) async fn reclaim(&self, requests: Requests, most: usize) {
         if self.state().reclaimable.is_empty() {
             return;
         }
@@ -50,7 +58,9 @@ impl Qcow2 {
         };
         for _ in 0..most {
             let next = self.state().reclaimable.front().copied();
-            let Some(freed) = next.filter(|freed| epoch::passed(freed.epoch)) else {
+            let is_ready =
+                |freed: &Freed| requests == Requests::Ended || epoch::passed(freed.epoch);
+            let Some(freed) = next.filter(is_ready) else {
                 return;
             };
             if let Err(errno) = self.reclaim_one(&structure).await {

@@ -3,6 +3,7 @@
 //! Every step is durable before the next, under `structure`, so the redo log has no records of
 //! its own for it.
 
+use super::alloc::Reserved;
 use super::overlap::Fixed;
 use super::tables::{ClusterRun, GuestCluster, HostCluster, MAX_HOST_OFFSET, MAX_L1_BYTES};
 use super::{Qcow2, cache, header};
@@ -86,6 +87,7 @@ impl Qcow2 {
         let structure = self.structure.lock().await;
         let clusters = (entries * 8).div_ceil(geometry.cluster_size());
         let run = self.allocate_contiguous(&structure, clusters).await?;
+        let reserved = Reserved::new(self, run);
         self.flush_metadata().await?;
         let mut bytes: Vec<u8> = self.l1.iter().flat_map(u64::to_be_bytes).collect();
         bytes.resize((clusters << geometry.cluster_bits) as usize, 0);
@@ -104,6 +106,7 @@ impl Qcow2 {
         };
         state.l1_offset = offset;
         state.metadata.move_fixed(Fixed::L1Table, run);
+        reserved.keep();
         self.l1.grow(entries);
         if old.count != 0 {
             state.free(old);

@@ -8,7 +8,9 @@
 //! The guest clusters are locked and the L2 slice is pinned from prepare to commit, so a commit
 //! does no I/O but for a full redo log.
 
+use super::alloc::Reserved;
 use super::cache::Pinned;
+use super::reclaim::Requests;
 use super::redo::{L2Run, RedoRecord};
 use super::tables::{COPIED, ClusterRun, GuestCluster, HostOffset, L2Entry, L2Kind, OFFSET_MASK};
 use super::{Qcow2, State};
@@ -20,33 +22,19 @@ use std::sync::atomic::Ordering::Relaxed;
 
 /// State of a prepared write.
 pub struct Token<'a> {
-    image: &'a Qcow2,
-    slice: Option<Pinned<'a>>,
+    slice: Pinned<'a>,
     first: GuestCluster,
-    change: Change,
+    change: Change<'a>,
     _locked: RangeGuard<'a>,
 }
 
-#[derive(Clone, Copy)]
-enum Change {
+enum Change<'a> {
     /// The mapping stays.
     None,
-    /// The host clusters become data.
-    Map { run: ClusterRun, allocated: bool },
-}
-
-/// A dropped plan's clusters may still be written to by an operation that nobody waits for: they
-/// are given back when the image is closed.
-impl Drop for Token<'_> {
-    fn drop(&mut self) {
-        if let Change::Map {
-            run,
-            allocated: true,
-        } = self.change
-        {
-            self.image.state().abandoned.push(run);
-        }
-    }
+    /// Zero clusters become data where they are.
+    Reuse(ClusterRun),
+    /// New clusters take the place of whatever was there.
+    Map(Reserved<'a>),
 }
 
 impl Qcow2 {
@@ -71,16 +59,16 @@ impl Qcow2 {
             .map(|entry| L2Entry(slice.word(entry)))
             .collect();
         let placement = self.place(first, &entries).await?;
+        let placed = (placement.host, placement.count);
         let token = Token {
-            image: self,
-            slice: Some(slice),
+            slice,
             first,
             change: placement.change,
             _locked: locked,
         };
         Ok(self.plan(
             ByteRange::new(range.offset, end - range.offset),
-            placement,
+            placed,
             token,
         ))
     }
@@ -88,16 +76,16 @@ impl Qcow2 {
     fn plan<'a>(
         &self,
         range: ByteRange,
-        placement: Placement,
+        (host, count): (HostOffset, u64),
         token: Token<'a>,
     ) -> WritePlan<Token<'a>> {
         let cluster_size = self.geometry.cluster_size();
         let start = range.offset & !(cluster_size - 1);
-        let covered_end = start + placement.count * cluster_size;
+        let covered_end = start + count * cluster_size;
         let end = (range.offset + range.length).min(covered_end);
         let head = range.offset - start;
-        let host_offset = placement.host.0 + head;
-        let filled = !matches!(placement.change, Change::None);
+        let host_offset = host.0 + head;
+        let filled = !matches!(token.change, Change::None);
         WritePlan {
             range: ByteRange::new(range.offset, end - range.offset),
             host_offset,
@@ -108,7 +96,11 @@ impl Qcow2 {
     }
 
     /// Decides where the write to the clusters of `entries` goes.
-    async fn place(&self, first: GuestCluster, entries: &[L2Entry]) -> Result<Placement, Errno> {
+    async fn place(
+        &self,
+        first: GuestCluster,
+        entries: &[L2Entry],
+    ) -> Result<Placement<'_>, Errno> {
         let cluster_size = self.geometry.cluster_size();
         let run_of = |step: u64| {
             let same = |(number, entry): &(usize, &L2Entry)| {
@@ -129,10 +121,7 @@ impl Qcow2 {
                     count: run.count,
                     change: match change {
                         Reuse::Data => Change::None,
-                        Reuse::Zero => Change::Map {
-                            run,
-                            allocated: false,
-                        },
+                        Reuse::Zero => Change::Reuse(run),
                     },
                 })
             }
@@ -147,15 +136,12 @@ impl Qcow2 {
                     }
                     want += 1;
                 }
-                self.reclaim(1).await;
+                self.reclaim(Requests::MayRun, 1).await;
                 let run = self.allocate(want).await?;
                 Ok(Placement {
                     host: self.geometry.host_offset(run.first),
                     count: run.count,
-                    change: Change::Map {
-                        run,
-                        allocated: true,
-                    },
+                    change: Change::Map(Reserved::new(self, run)),
                 })
             }
         }
@@ -192,9 +178,10 @@ impl Qcow2 {
             return Ok(());
         }
         let run = self.allocate_in(&structure, 1).await?;
+        let reserved = Reserved::new(self, run);
         let table = self.geometry.host_offset(run.first);
         if let Err(errno) = self.fill_l2_table(old & OFFSET_MASK, table).await {
-            self.state().give_back(run);
+            reserved.give_back();
             return Err(errno);
         }
         let value = Self::owned_table(table.0);
@@ -215,11 +202,12 @@ impl Qcow2 {
                 state.free(run);
             }
         });
-        if let Err(errno) = changed.await {
-            self.state().give_back(run);
-            return Err(errno);
+        let result = changed.await;
+        match result {
+            Ok(()) => reserved.keep(),
+            Err(_) => reserved.give_back(),
         }
-        Ok(())
+        result
     }
 
     /// Writes a new L2 table: a copy of the one at `source`, or empty when that is 0.
@@ -254,16 +242,21 @@ impl Qcow2 {
     }
 
     pub(super) async fn commit_write(&self, plan: WritePlan<Token<'_>>) -> Result<(), Errno> {
-        let mut token = plan.token;
-        let Change::Map { run, allocated } = token.change else {
-            return Ok(());
+        let token = plan.token;
+        let (run, reserved) = match token.change {
+            Change::None => return Ok(()),
+            Change::Reuse(run) => (run, None),
+            Change::Map(reserved) => (reserved.run(), Some(reserved)),
         };
-        let slice = token.slice.take().expect("a token keeps its slice pinned");
+        let slice = &token.slice;
         let entry = self.geometry.entry_position(token.first).entry;
         let host = self.geometry.host_offset(run.first);
         let mut records: SmallVec<[RedoRecord; 4]> = SmallVec::new();
-        if allocated {
+        let mut freed: SmallVec<[ClusterRun; 4]> = SmallVec::new();
+        if reserved.is_some() {
             records.push(RedoRecord::Refcount { run, value: 1 });
+            let old = (entry..entry + run.count as usize).map(|entry| L2Entry(slice.word(entry)));
+            freed.extend(old.filter_map(|entry| entry.references(&self.geometry)));
         }
         records.push(RedoRecord::L2(L2Run {
             first: token.first,
@@ -271,13 +264,6 @@ impl Qcow2 {
             value: L2Entry::data(host).0,
             contiguous: true,
         }));
-        let mut freed: SmallVec<[ClusterRun; 4]> = SmallVec::new();
-        if allocated {
-            for number in 0..run.count as usize {
-                let old = L2Entry(slice.word(entry + number));
-                freed.extend(old.references(&self.geometry));
-            }
-        }
         records.extend(freed.iter().map(|&run| RedoRecord::Free { run }));
         let committed = self.log_change(&records, |state| {
             for number in 0..run.count {
@@ -287,23 +273,18 @@ impl Qcow2 {
             freed.iter().for_each(|&run| state.free(run));
         });
         let result = committed.await;
-        if result.is_err() && allocated {
-            self.state().give_back(run);
+        match (reserved, &result) {
+            (Some(reserved), Ok(())) => reserved.keep(),
+            (Some(reserved), Err(_)) => reserved.give_back(),
+            (None, _) => {}
         }
-        token.change = Change::None;
         result
     }
 
     pub(super) fn abort_write(&self, plan: WritePlan<Token<'_>>) {
-        let mut token = plan.token;
-        if let Change::Map {
-            run,
-            allocated: true,
-        } = token.change
-        {
-            self.state().give_back(run);
+        if let Change::Map(reserved) = plan.token.change {
+            reserved.give_back();
         }
-        token.change = Change::None;
     }
 }
 
@@ -318,9 +299,9 @@ enum Reuse {
     Zero,
 }
 
-struct Placement {
+struct Placement<'a> {
     host: HostOffset,
     /// Clusters.
     count: u64,
-    change: Change,
+    change: Change<'a>,
 }
