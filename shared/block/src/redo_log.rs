@@ -9,12 +9,13 @@
 //!
 //! ```text
 //!   words  0 magic  1 device  2 inode  3,4 boot id  5 head  6 tail  7 alive until
-//!         16 record 0 (kind, table, index, value)  20 record 1  ...      a ring of `capacity`
+//!         8 born  16 record 0 (kind, table, index, value)  20 record 1  ...      a ring of `capacity`
 //! ```
 //!
 //! `head` and `tail` count records since the log was made. A unit of records is published by one
-//! store of `tail`, so a kill leaves all of it or nothing. The log belongs to one image (device
-//! and inode) in one boot of the host. While it holds anything it is stamped with the time about
+//! store of `tail`, so a kill leaves all of it or nothing. The log belongs to one image (device,
+//! inode and time of birth) in one boot of the host; when the inode has been born again the image of
+//! the log is gone, and the log with it. While it holds anything it is stamped with the time about
 //! once a second: an image modified clearly later was written by another program after the
 //! daemon's death, and replaying would corrupt it.
 
@@ -51,6 +52,9 @@ pub struct ImageIdentity {
     pub device: u64,
     /// Inode number.
     pub inode: u64,
+    /// Time of birth, nanoseconds since the epoch, 0 where the file system does not tell: inode
+    /// numbers of deleted images are used again.
+    pub born_ns: u64,
     /// Time of last modification, nanoseconds since the epoch.
     pub modified_ns: u64,
 }
@@ -88,6 +92,7 @@ mod word {
     pub(super) const HEAD: usize = 5;
     pub(super) const TAIL: usize = 6;
     pub(super) const ALIVE: usize = 7;
+    pub(super) const BORN: usize = 8;
 }
 
 impl RedoLog {
@@ -104,7 +109,8 @@ impl RedoLog {
     }
 
     /// Opens the log of `image` in `directory` (private to the daemon, on tmpfs), making it when
-    /// absent and emptying it when it is from an earlier boot of the host.
+    /// absent and emptying it when it is from an earlier boot of the host or of an image that is
+    /// gone.
     ///
     /// # Errors
     /// `Io` when the file cannot be made or mapped; `Corrupt` when it is not a redo log, or when
@@ -149,12 +155,14 @@ impl RedoLog {
         if magic != 0 && magic != MAGIC {
             return Err(inner.corrupt("not a redo log of this version"));
         }
-        if magic == MAGIC && same_boot {
+        let same_birth = memory[word::BORN].load(Relaxed) == image.born_ns;
+        if magic == MAGIC && same_boot && same_birth {
             return inner.check(image);
         }
         memory[word::MAGIC].store(0, Release);
         memory[word::DEVICE].store(image.device, Relaxed);
         memory[word::INODE].store(image.inode, Relaxed);
+        memory[word::BORN].store(image.born_ns, Relaxed);
         memory[word::BOOT_ID].store(boot[0], Relaxed);
         memory[word::BOOT_ID + 1].store(boot[1], Relaxed);
         memory[word::HEAD].store(0, Relaxed);
@@ -382,6 +390,7 @@ mod tests {
         ImageIdentity {
             device: 1,
             inode: 2,
+            born_ns: 4,
             modified_ns,
         }
     }
@@ -420,6 +429,20 @@ mod tests {
         again.inner.as_ref().unwrap().memory[word::BOOT_ID].store(1, Relaxed);
         let rebooted = RedoLog::open(dir.path(), &identity(0)).unwrap();
         assert!(rebooted.is_empty());
+    }
+
+    #[test]
+    fn the_log_of_a_deleted_image_is_not_replayed_into_its_inodes_next_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = RedoLog::open(dir.path(), &identity(0)).unwrap();
+        assert!(log.append(&[record(9)]));
+        drop(log);
+        let next = ImageIdentity {
+            born_ns: 5,
+            ..identity(0)
+        };
+        assert!(RedoLog::open(dir.path(), &next).unwrap().is_empty());
+        assert!(RedoLog::open(dir.path(), &next).unwrap().is_empty());
     }
 
     #[test]

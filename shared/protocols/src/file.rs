@@ -27,9 +27,10 @@ use executor::{File, OpenOptions};
 use locks::{Locking, Locks};
 use serde_json::{Map, Value};
 use std::io;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Lengths are multiples of this many bytes.
 const SECTOR: u64 = 512;
@@ -357,15 +358,17 @@ impl Driver for FileNode {
     }
 
     fn identity(&self) -> Option<ImageIdentity> {
-        let stat = nix::sys::stat::fstat(self.file.as_fd()?).ok()?;
-        let modified_ns = stat
-            .st_mtime
-            .checked_mul(1_000_000_000)?
-            .checked_add(stat.st_mtime_nsec)?;
+        let fd = self.file.as_fd()?.try_clone_to_owned().ok()?;
+        let metadata = std::fs::File::from(fd).metadata().ok()?;
+        let since_epoch = |time: SystemTime| {
+            let duration = time.duration_since(UNIX_EPOCH).ok()?;
+            u64::try_from(duration.as_nanos()).ok()
+        };
         Some(ImageIdentity {
-            device: stat.st_dev,
-            inode: stat.st_ino,
-            modified_ns: u64::try_from(modified_ns).ok()?,
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            born_ns: metadata.created().ok().and_then(since_epoch).unwrap_or(0),
+            modified_ns: since_epoch(metadata.modified().ok()?)?,
         })
     }
 }
