@@ -25,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::format::{Extent, Format, Lookup, Mapping};
 use crate::node::Node;
 use crate::redo_log::ImageIdentity;
+use executor::sync::Semaphore;
 use executor::{Buffer, Errno};
 use pieces::Pieces;
 use serde_json::{Map, Value};
@@ -32,7 +33,12 @@ use serde_json::{Map, Value};
 /// A format as a driver.
 pub struct FormatNode<F: Format> {
     format: F,
+    /// Bounds the memory that holds old content, however many requests a guest has in flight.
+    copies: Semaphore,
 }
+
+/// Memory for old content at a time, in bytes, about.
+const COPY_BYTES: usize = 32 << 20;
 
 /// What the memory that is read into holds before.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -44,7 +50,12 @@ enum Memory {
 impl<F: Format> FormatNode<F> {
     /// Wraps an opened format.
     pub fn new(format: F) -> Self {
-        Self { format }
+        let cluster = format.limits().zero_alignment.max(1) as usize;
+        let copies = (COPY_BYTES / 2 / cluster).clamp(4, 64);
+        Self {
+            format,
+            copies: Semaphore::new(copies),
+        }
     }
     /// The format.
     pub fn format(&self) -> &F {

@@ -80,6 +80,8 @@ impl<F: Format> FormatNode<F> {
         if plan.head == 0 && plan.tail == 0 {
             return node.write(plan.host_offset, data, flags).await;
         }
+        // Held for I/O that needs no permit of this node: whoever waits here gets one.
+        let _copy = self.copies.acquire().await;
         let start = plan.range.offset.checked_sub(plan.head).ok_or(Errno::EIO)?;
         let host_start = plan.host_offset.checked_sub(plan.head).ok_or(Errno::EIO)?;
         let (head, tail) = (plan.head as usize, plan.tail as usize);

@@ -9,7 +9,7 @@ use executor::{Buffer, Errno, HeapBuffer};
 use std::ops::Range;
 
 /// Largest private buffer of one request, in bytes.
-const BOUNCE_BYTES: u64 = 1 << 20;
+const BOUNCE_BYTES: u64 = 256 << 10;
 
 /// One driver call's worth of a request.
 struct Chunk {

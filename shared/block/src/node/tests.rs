@@ -143,7 +143,7 @@ fn zeroes_that_the_driver_cannot_make_are_written() {
             .await
             .unwrap();
         // In bounded pieces.
-        assert_eq!(memory.calls().len(), 3);
+        assert_eq!(memory.calls().len(), 12);
         let metadata_only = ZeroFlags {
             no_fallback: true,
             ..ZeroFlags::default()
