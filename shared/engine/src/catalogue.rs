@@ -6,3 +6,9 @@ use block::DriverEntry;
 pub fn drivers() -> [&'static [DriverEntry]; 2] {
     [protocols::DRIVERS, formats::DRIVERS]
 }
+
+/// Whether there is a driver called `name`.
+pub(crate) fn knows(name: &str) -> bool {
+    let mut entries = drivers().into_iter().flatten();
+    entries.any(|entry| entry.name == name)
+}

@@ -8,12 +8,17 @@ use block::{Preallocation, Resize};
 use qmp::{Arguments, Error, Map, Result, Value, json};
 use serde::Deserialize;
 
+use crate::catalogue;
 use crate::engine::Engine;
 use crate::error::from_block;
 
 pub(crate) async fn blockdev_add(engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {
-    if arguments.get("driver").is_none() {
-        return Err(Error::missing_parameter("driver"));
+    match arguments.get("driver") {
+        None => return Err(Error::missing_parameter("driver")),
+        Some(Value::String(name)) if !catalogue::knows(name) => {
+            return Err(Error::parameter_value("driver", name));
+        }
+        Some(_) => {}
     }
     if arguments.get("node-name").is_none() {
         let what = "'node-name' must be specified for the root node";

@@ -12,4 +12,5 @@ mod lifecycle;
 mod memory;
 mod monitor;
 mod peers;
+mod qmp_wire;
 mod verify;
