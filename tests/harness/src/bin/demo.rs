@@ -109,7 +109,7 @@ impl Narrator {
                 )
             }
             "killed" => format!(
-                "kill -9 outboard-blkd, number {} (longest pause between two fsyncs so far: {})",
+                "kill -9 outboard-blkd, number {} (before, the longest pause between two fsyncs: {})",
                 event["number"],
                 milliseconds(event, "pause_before_ms")
             ),

@@ -38,8 +38,7 @@ fn survive_kills(options: &Options, directory: &Path, story: &mut Story) -> Resu
     let mut guest = boot(options, &back_end, directory, story)?;
     story.pass_on(&guest.ask("files 2", "started")?);
     for number in 1..=options.kills {
-        wait_for_syncs(&mut guest, options)?;
-        let calm = guest.ask("mark", "mark")?;
+        let calm = wait_for_syncs(&mut guest, options)?;
         back_end.kill()?;
         story.tell(
             "killed",
