@@ -134,3 +134,38 @@ fn two_nodes_on_one_file_exclude_each_other() {
         Root::new("", &nodes[1], Permissions::READ_WRITE, alone).unwrap();
     });
 }
+
+#[test]
+fn an_open_qcow2_image_is_closed_to_the_peer() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("image.qcow2");
+    let path = path.to_str().unwrap();
+    let create = ["create", "-q", "-f", "qcow2", path, "1M"];
+    let Some(created) = tool("qemu-img", &create) else {
+        return;
+    };
+    assert!(created.status.success(), "{created:?}");
+    let refusal = |program, arguments: &[&str]| {
+        let output = tool(program, arguments).unwrap();
+        assert!(!output.status.success(), "{output:?}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    run(async {
+        let graph = graph();
+        let definition = json!({"driver": "qcow2", "node-name": "q",
+            "file": {"driver": "file", "filename": path}});
+        graph.add(options(definition)).await.unwrap();
+        let write = refusal("qemu-io", &["-c", "write 0 512", path]);
+        assert!(write.contains("Failed to get \"write\" lock"), "{write}");
+        let info = refusal("qemu-img", &["info", path]);
+        assert!(
+            info.contains("Failed to get shared \"write\" lock"),
+            "{info}"
+        );
+        let forced = tool("qemu-img", &["info", "-U", path]).unwrap();
+        assert!(forced.status.success(), "{forced:?}");
+        graph.remove("q").await.unwrap();
+        let free = tool("qemu-io", &["-c", "write 0 512", path]).unwrap();
+        assert!(free.status.success(), "{free:?}");
+    });
+}
