@@ -48,7 +48,7 @@ SERVE='case $FMT in
  *) set -- --blockdev driver=file,filename=$IMG,node-name=f,cache.direct=$DIRECT,aio=$AIO,discard=unmap,cache.no-flush=${NOFLUSH:-off} --blockdev driver=$FMT,file=f,node-name=n,discard=unmap${QCOW2_OPTS:+,$QCOW2_OPTS};;
 esac
 exec $DAEMON "$@" --object iothread,id=io0${IOTHREAD_OPTS:+,$IOTHREAD_OPTS} --export type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path=$SOCK,writable=on,iothread=io0,num-queues=$NQ'
-CMD_A="DAEMON=\$BLKD; $SERVE" CMD_B="DAEMON=\$QSD; $SERVE"
+CMD_A="export RUST_LOG=warn; DAEMON=\$BLKD; $SERVE" CMD_B="DAEMON=\$QSD; $SERVE"
 while getopts r:s:c:i:o:w:ka:b:n:m:d:h x; do case $x in
  r) RUNS=$OPTARG;; s) SECS=$OPTARG;; c) CASES=$OPTARG;; i) IMAGES=$OPTARG;; o) OUT=$OPTARG;;
  w) WAIT=$OPTARG;; k) KEEP=1;; a) CMD_A=$OPTARG;; b) CMD_B=$OPTARG;; n) NAME_A=$OPTARG;; m) NAME_B=$OPTARG;;
@@ -93,7 +93,8 @@ fillq() { for o in $(seq 0 64 $((SIZE_MB - 64))); do echo "write -P 0x55 ${o}M 6
 mkchain() { local i b=$1
   $QIMG create -q -f qcow2 "$b/c0.qcow2" $SIZE; fillq "$b/c0.qcow2"
   for i in 1 2 3; do
-    $QIMG create -q -f qcow2 -b "$b/c$((i - 1)).qcow2" -F qcow2 "$b/c$i.qcow2"
+    # A plain file name: what an image names must lie beside it.
+    $QIMG create -q -f qcow2 -b "c$((i - 1)).qcow2" -F qcow2 "$b/c$i.qcow2"
     # each layer owns every 4th 256k stripe, shifted
     for o in $(seq $((i * 256)) 1024 $((SIZE_MB * 1024 - 1024))); do echo "write -P 0x$i$i ${o}k 256k"; done | $QIO -f qcow2 "$b/c$i.qcow2" >/dev/null
   done; }
