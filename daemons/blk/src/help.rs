@@ -19,10 +19,11 @@ removed over QMP while the daemon runs.
              [,discard=ignore|unmap][,detect-zeroes=on|off|unmap]
              [,driver specific parameters...]
                          add a block node (QMP: blockdev-add)
-      file               filename=<path>[,locking=auto|on|off]
-      null-co            size=<bytes>[,read-zeroes=on|off]
+      file               filename=<path>[,locking=auto|on|off][,drop-cache=on|off]
+      null-co            size=<bytes>[,read-zeroes=on|off][,latency-ns=<n>]
       raw                file=<node or definition>[,offset=<n>][,size=<n>]
       qcow2              file=<node or definition>[,backing=<node or definition>]
+                         [,l2-cache-size=<n>][,refcount-cache-size=<n>]
                          Names inside images open only plain files beneath the
                          directory of the image or beneath an --allow-dir.
 
@@ -96,7 +97,8 @@ Environment
   RUST_LOG               default of --log-level
 
 Exit status
-  0 after an orderly end, 1 when start-up failed or an image could not be flushed.
+  0 after an orderly end, 1 when start-up failed or an image could not be flushed,
+  101 after a defect of the daemon itself: start it again with the same options.
 
 Example
   outboard-blkd --object iothread,id=io0 \\

@@ -32,6 +32,9 @@ use crate::options::{CommandLine, Invocation};
 /// The program's name in messages.
 const PROGRAM: &str = "outboard-blkd";
 
+/// Exit status after a panic.
+const PANICKED: i32 = 101;
+
 fn main() -> ExitCode {
     let invocation = match options::parse(std::env::args_os().skip(1)) {
         Ok(invocation) => invocation,
@@ -69,11 +72,22 @@ fn start(command_line: CommandLine) -> anyhow::Result<ExitCode> {
         .with_writer(std::io::stderr)
         .with_target(false)
         .init();
+    end_on_panic();
     let signals = signals::Signals::block()?;
     let executor = Executor::new(&Config::default())?;
     let daemon = Daemon::new(command_line, activation_fds)?;
     executor.block_on(daemon.run(signals, background))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// A queue thread that panics would leave its guest waiting for ever; a successor of the whole
+/// process finds the requests in flight and serves them.
+fn end_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::exit(PANICKED);
+    }));
 }
 
 /// `--log-level`, else `$RUST_LOG`, else information about rare changes of state.

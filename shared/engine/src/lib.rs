@@ -26,3 +26,6 @@ mod objects;
 
 pub use block::graph::NamePolicy;
 pub use engine::{Engine, EngineOptions, EventSink};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,164 @@
+//! The commands on a real executor.
+
+use std::cell::RefCell;
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use executor::{Config, Executor};
+use qmp::{Arguments, Error, Event, Value, Version, json, keyval};
+
+use crate::{Engine, EngineOptions, EventSink, NamePolicy};
+
+#[derive(Default)]
+struct Heard(RefCell<Vec<&'static str>>);
+
+impl EventSink for Heard {
+    fn event(&self, event: &Event) {
+        self.0.borrow_mut().push(event.name());
+    }
+}
+
+fn engine() -> Rc<Engine> {
+    Engine::new(EngineOptions {
+        name_policy: NamePolicy::default(),
+        redo_dir: None,
+        named_fds: std::collections::BTreeMap::from([("named".to_owned(), 9999)]),
+        version: Version::announced("test"),
+    })
+}
+
+fn on_executor<F: Future>(future: F) -> F::Output {
+    let executor = Executor::new(&Config::default()).unwrap();
+    executor.block_on(future)
+}
+
+async fn run(engine: &Rc<Engine>, name: &str, arguments: Value) -> Result<Value, String> {
+    let Value::Object(members) = arguments else {
+        panic!("not an object")
+    };
+    let arguments = Arguments::from_json(members);
+    let result = engine.run(name, arguments).await;
+    result.map_err(|error: Error| error.desc)
+}
+
+fn socket(name: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("outboard-{name}-{}.sock", std::process::id()))
+}
+
+#[test]
+fn an_export_holds_its_node_and_its_iothreads_until_it_is_gone() {
+    on_executor(async {
+        let engine = engine();
+        let heard = Rc::new(Heard::default());
+        let sink: Rc<dyn EventSink> = heard.clone();
+        engine.subscribe(&sink);
+        for id in ["a", "b"] {
+            let iothread = json!({"qom-type": "iothread", "id": id});
+            run(&engine, "object-add", iothread).await.unwrap();
+        }
+        let node = json!({"driver": "null-co", "node-name": "n", "size": 1 << 20});
+        run(&engine, "blockdev-add", node).await.unwrap();
+        let path = socket("export");
+        let export = json!({
+            "type": "vhost-user-blk", "id": "e", "node-name": "n", "num-queues": 2,
+            "addr": {"type": "unix", "path": path}, "iothread": ["a", "b"],
+        });
+        run(&engine, "block-export-add", export.clone())
+            .await
+            .unwrap();
+        assert_eq!(engine.socket_paths(), [path]);
+        let again = run(&engine, "block-export-add", export).await;
+        assert_eq!(again.unwrap_err(), "Block export id 'e' is already in use");
+        let in_use = run(&engine, "object-del", json!({"id": "b"})).await;
+        assert_eq!(
+            in_use.unwrap_err(),
+            "object 'b' is in use, can not be deleted"
+        );
+        let in_use = run(&engine, "blockdev-del", json!({"node-name": "n"})).await;
+        assert_eq!(in_use.unwrap_err(), "Node n is in use");
+        run(&engine, "block-export-del", json!({"id": "e"}))
+            .await
+            .unwrap();
+        engine.stop_all_exports().await;
+        assert_eq!(*heard.0.borrow(), ["BLOCK_EXPORT_DELETED"]);
+        run(&engine, "object-del", json!({"id": "b"}))
+            .await
+            .unwrap();
+        run(&engine, "blockdev-del", json!({"node-name": "n"}))
+            .await
+            .unwrap();
+        engine.shut_down().await.unwrap();
+    });
+}
+
+#[test]
+fn a_refused_export_leaves_nothing_behind() {
+    on_executor(async {
+        let engine = engine();
+        let node = json!({"driver": "null-co", "node-name": "n", "size": 1 << 20});
+        run(&engine, "blockdev-add", node).await.unwrap();
+        let mut export = json!({
+            "type": "vhost-user-blk", "id": "e", "node-name": "n",
+            "addr": {"type": "unix", "path": "/nonexistent/dir/sock"},
+        });
+        for (key, value, expected) in [
+            ("writethrough", json!(true), "do not support writethrough"),
+            ("writethrough", json!(false), "Failed to bind socket"),
+            ("iothread", json!([]), "expected: BlockExportIothreads"),
+            (
+                "iothread",
+                json!(["nobody"]),
+                "iothread \"nobody\" not found",
+            ),
+            ("iothread", json!(vec!["a"; 65]), "at most 64 iothreads"),
+        ] {
+            export[key] = value;
+            let error = run(&engine, "block-export-add", export.clone()).await;
+            let error = error.unwrap_err();
+            assert!(error.contains(expected), "{error}");
+        }
+        let exports = run(&engine, "query-block-exports", json!({})).await;
+        assert_eq!(exports.unwrap(), json!([]));
+        run(&engine, "blockdev-del", json!({"node-name": "n"}))
+            .await
+            .unwrap();
+    });
+}
+
+#[test]
+fn descriptors_are_found_by_name_and_number_and_only_when_handed_over() {
+    let engine = engine();
+    for (name, expected) in [
+        ("named", "Cannot use file descriptor 'named'"),
+        ("9998", "Cannot use file descriptor '9998'"),
+        ("0", "Cannot use file descriptor '0'"),
+        ("other", "No file descriptor named 'other' was passed"),
+    ] {
+        let error = engine.claim_fd(name).unwrap_err().desc;
+        assert!(error.starts_with(expected), "{error}");
+    }
+}
+
+#[test]
+fn options_and_json_run_the_same_command() {
+    on_executor(async {
+        let engine = engine();
+        let text = "raw,node-name=n,file.driver=null-co,file.size=64K,file.node-name=below";
+        let arguments = keyval::parse(text, Some("driver")).unwrap();
+        engine.run("blockdev-add", arguments).await.unwrap();
+        let nodes = run(&engine, "query-named-block-nodes", json!({}))
+            .await
+            .unwrap();
+        let described: Vec<_> = nodes.as_array().unwrap().iter().collect();
+        assert_eq!(described.len(), 2);
+        for node in described {
+            assert_eq!(node["image"]["virtual-size"], 65536);
+            assert_eq!(node["backing_file_depth"], 0);
+        }
+        engine.request_quit();
+        engine.quit_requested().await;
+        engine.shut_down().await.unwrap();
+        let nodes = run(&engine, "query-named-block-nodes", json!({})).await;
+        assert_eq!(nodes.unwrap(), json!([]));
+    });
+}
