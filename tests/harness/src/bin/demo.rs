@@ -37,7 +37,7 @@ fn main() -> ExitCode {
 }
 
 fn tell() -> Result<()> {
-    let stage = Stage::new("survive-kills", FrontEnd::Outboard).option("syncs", 150);
+    let stage = Stage::new("survive-kills", FrontEnd::Outboard).option("syncs", 100);
     println!("A guest writes to its disk, and the daemon that serves the disk is killed.\n");
     say_where(&stage);
     let mut narrator = Narrator::default();
