@@ -130,12 +130,12 @@ fn malformed_rings_harm_nobody(program: Program, seeds: u64) -> Result<()> {
 
 #[test]
 fn malformed_messages_end_at_most_their_own_session() -> Result<()> {
-    malformed_messages_harm_nobody(Program::OutboardBlkd, 150)
+    malformed_messages_harm_nobody(Program::OutboardBlkd, 1000)
 }
 
 #[test]
 fn malformed_rings_end_at_most_their_own_session() -> Result<()> {
-    malformed_rings_harm_nobody(Program::OutboardBlkd, 3)
+    malformed_rings_harm_nobody(Program::OutboardBlkd, 20)
 }
 
 #[test]
