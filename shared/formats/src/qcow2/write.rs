@@ -25,7 +25,8 @@ pub struct Token<'a> {
     slice: Pinned<'a>,
     first: GuestCluster,
     change: Change<'a>,
-    _locked: RangeGuard<'a>,
+    /// Released at once when nothing changes: such a write is like any other in place.
+    _locked: Option<RangeGuard<'a>>,
 }
 
 enum Change<'a> {
@@ -60,11 +61,12 @@ impl Qcow2 {
             .collect();
         let placement = self.place(first, &entries).await?;
         let placed = (placement.host, placement.count);
+        let is_in_place = matches!(placement.change, Change::None);
         let token = Token {
             slice,
             first,
             change: placement.change,
-            _locked: locked,
+            _locked: (!is_in_place).then_some(locked),
         };
         Ok(self.plan(
             ByteRange::new(range.offset, end - range.offset),

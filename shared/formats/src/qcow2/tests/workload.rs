@@ -1,8 +1,8 @@
 //! Random requests from several tasks, and what the disk may hold afterwards.
 //!
-//! Every request is noted per sector with the positions in the world's log at which it began and
-//! ended, so that for any moment it is known which contents are allowed: of a sector, what the
-//! last flushed request wrote, or what any later one did.
+//! Every request is noted per sector with when it began and ended, so that for any moment of the
+//! world's log it is known which contents are allowed: of a sector, what the last flushed request
+//! wrote, or what any later one did.
 
 use super::rig::Disk;
 use block::{ByteRange, Errno, ZeroFlags};
@@ -21,9 +21,10 @@ pub(super) const SECTOR: usize = 512;
 struct Change {
     /// What fills the sector: a byte repeated.
     fill: Fill,
+    /// The log's length when it began.
     begun: usize,
-    /// When it succeeded.
-    ended: Option<usize>,
+    /// When it succeeded, by the order of events.
+    ended: Option<u64>,
 }
 
 type Fill = u64;
@@ -31,9 +32,11 @@ type Fill = u64;
 /// What was done to the disk.
 pub(super) struct History {
     sectors: RefCell<Vec<Vec<Change>>>,
-    /// Flushes that succeeded: begun, ended.
-    flushes: RefCell<Vec<(usize, usize)>>,
+    /// Flushes that succeeded: when they began by the order of events, the log's length at their
+    /// end.
+    flushes: RefCell<Vec<(u64, usize)>>,
     clock: Box<dyn Fn() -> usize>,
+    events: Cell<u64>,
     locks: RangeLock,
     next_fill: Cell<Fill>,
     pub(super) failures: Cell<usize>,
@@ -46,6 +49,7 @@ impl History {
             sectors: RefCell::new(untouched),
             flushes: RefCell::default(),
             clock: Box::new(clock),
+            events: Cell::new(0),
             locks: RangeLock::new(),
             next_fill: Cell::new(1),
             failures: Cell::new(0),
@@ -60,6 +64,12 @@ impl History {
 
     fn sectors_of(range: ByteRange) -> std::ops::Range<usize> {
         range.offset as usize / SECTOR..(range.offset + range.length) as usize / SECTOR
+    }
+
+    /// The log grows only when operations are submitted; this tells apart what happens between.
+    fn event(&self) -> u64 {
+        self.events.set(self.events.get() + 1);
+        self.events.get()
     }
 
     fn begin(&self, range: ByteRange, fill: Fill) {
@@ -78,7 +88,7 @@ impl History {
             self.failures.set(self.failures.get() + 1);
             return;
         }
-        let ended = (self.clock)();
+        let ended = self.event();
         for sector in Self::sectors_of(range) {
             let mut sectors = self.sectors.borrow_mut();
             let change = sectors[sector].last_mut().expect("begun before");
@@ -91,9 +101,12 @@ impl History {
         let flushes = self.flushes.borrow();
         let ended = flushes.iter().filter(|(_, ended)| *ended <= moment);
         let durable = ended.map(|(begun, _)| *begun).max();
-        self.check(disk, backing, moment, |change| {
-            matches!((change.ended, durable), (Some(ended), Some(flush)) if ended <= flush)
-        })
+        self.check(
+            disk,
+            backing,
+            moment,
+            |change| matches!((change.ended, durable), (Some(ended), Some(flush)) if ended < flush),
+        )
     }
 
     /// Checks a disk as it is after a kill at `moment`: completed changes are there.
@@ -240,7 +253,7 @@ async fn request(disk: &Disk, history: &History, range: ByteRange, choice: u32) 
             history.end(range, disk.root.discard(range).await);
         }
         14..17 => {
-            let begun = (history.clock)();
+            let begun = history.event();
             if disk.root.flush().await.is_ok() {
                 let ended = (history.clock)();
                 history.flushes.borrow_mut().push((begun, ended));
