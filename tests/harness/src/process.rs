@@ -1,8 +1,9 @@
 //! Daemons under test as child processes.
 //!
-//! A [`Daemon`] is ready when [`Launch::start`] returns (told by sd_notify or by its pid file, never
-//! by waiting a while), dies with its owner, and shows what it wrote to stderr when it ends on its own or a test
-//! fails. Programs are found, not assumed: a missing one is an error that says how to get it.
+//! A [`Daemon`] is ready when [`Launch::start`] returns (told by sd_notify or by its pid file,
+//! never by waiting a while), dies with its owner, and shows what it wrote to stderr when it ended
+//! on its own or a test failed. Programs are found, not assumed: a missing one is an error that
+//! says how to get it.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
