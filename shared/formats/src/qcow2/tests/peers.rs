@@ -173,6 +173,13 @@ fn chains_read_through_and_copy_on_write_as_qemu_does() {
     if !has_qemu() {
         return;
     }
+    for compat in ["0.10", "1.1"] {
+        chain(compat);
+    }
+}
+
+/// A raw base, an image over it, and one of the given version over that, which is worked on.
+fn chain(compat: &str) {
     let files = Files::new();
     let base: Vec<u8> = (0..2 << 20).map(|at: u32| (at >> 9) as u8 | 1).collect();
     std::fs::write(files.path("base.raw"), base).unwrap();
@@ -183,11 +190,12 @@ fn chains_read_through_and_copy_on_write_as_qemu_does() {
     qemu("qemu-img", &[&create[..], &over_raw].concat());
     let write = ["-f", "qcow2", "-c", "write -P 0x77 1000k 100k", &middle];
     qemu("qemu-io", &write);
-    let small = ["-o", "cluster_size=4k"];
+    let options = format!("cluster_size=4k,compat={compat}");
+    let small = ["-o", &options];
     let over_middle = ["-b", "middle.qcow2", "-F", "qcow2", &top, &size];
     qemu("qemu-img", &[&create[..], &small, &over_middle].concat());
     for seed in 0..3 {
-        println!("seed {seed}");
+        println!("compat {compat}, seed {seed}");
         let content = on_host(async {
             let lower = Setup {
                 backing: Some(rig::leaf(&files.path("base.raw"))),

@@ -210,11 +210,14 @@ impl Default for Setup {
 pub(super) struct Disk {
     pub(super) node: Arc<Node>,
     pub(super) root: Rc<RootHandle>,
+    /// Otherwise a discard changes nothing.
+    pub(super) discard_reads_zero: bool,
 }
 
 impl Disk {
     pub(super) async fn open(path: &Path, setup: Setup) -> Result<Disk, Error> {
         let file = edge(&leaf(path), "file", ChildRole::Image);
+        let has_backing = setup.backing.is_some();
         let backing = setup
             .backing
             .map(|node| edge(&node, "backing", ChildRole::Backing));
@@ -233,7 +236,13 @@ impl Disk {
         let node = Node::new(options, Box::new(FormatNode::new(image)));
         let root = Root::new("test", &node, Permissions::ALL, Permissions::ALL)?;
         let root = Rc::new(root.attach());
-        Ok(Disk { node, root })
+        let compat = &node.driver().describe()["format-specific"]["data"]["compat"];
+        let discard_reads_zero = !has_backing || compat != "0.10";
+        Ok(Disk {
+            node,
+            root,
+            discard_reads_zero,
+        })
     }
 
     pub(super) async fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>, Errno> {

@@ -249,6 +249,10 @@ async fn request(disk: &Disk, history: &History, range: ByteRange, choice: u32) 
             let start = range.offset / grain * grain;
             let end = (range.offset + range.length).next_multiple_of(grain);
             let range = ByteRange::new(start, end.min(disk.node.length()) - start);
+            if !disk.discard_reads_zero {
+                disk.root.discard(range).await.unwrap();
+                return;
+            }
             history.begin(range, 0);
             history.end(range, disk.root.discard(range).await);
         }
