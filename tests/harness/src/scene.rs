@@ -23,16 +23,15 @@ use std::env;
 use std::path::{Path, PathBuf};
 
 /// Finds a program: beside this one, then in the folder above (where cargo puts programs while tests are one below), then by
-/// `PATH`.
+/// `PATH`, then where Debian puts administrators' programs, which an ordinary user's `PATH` leaves out.
 pub fn program(name: &str) -> PathBuf {
     let own = env::current_exe().unwrap_or_default();
-    let beside = own
-        .ancestors()
-        .skip(1)
-        .take(2)
-        .map(|directory| directory.join(name));
+    let beside = own.ancestors().skip(1).take(2).map(Path::to_owned);
     let path = env::var_os("PATH").unwrap_or_default();
-    let by_path = env::split_paths(&path).map(|directory| directory.join(name));
-    let found = beside.chain(by_path).find(|candidate| candidate.is_file());
+    let system = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    let directories = beside.chain(env::split_paths(&path)).chain(system);
+    let found = directories
+        .map(|directory| directory.join(name))
+        .find(|file| file.is_file());
     found.unwrap_or_else(|| Path::new(name).into())
 }
