@@ -90,9 +90,7 @@ pub trait Format: Send + Sync + 'static {
     /// The child that metadata lives in.
     fn file(&self) -> &Edge;
     /// The child that `Mapping::Data` refers to (mostly [`Format::file`]).
-    fn data(&self) -> &Edge {
-        self.file()
-    }
+    fn data(&self) -> &Edge;
     /// The backing child.
     fn backing(&self) -> Option<&Edge>;
     /// Maps the start of `range` from cached metadata; never blocks, never allocates.

@@ -78,6 +78,9 @@ impl Format for Toy {
     fn file(&self) -> &Edge {
         &self.file
     }
+    fn data(&self) -> &Edge {
+        &self.file
+    }
     fn backing(&self) -> Option<&Edge> {
         self.backing.as_ref()
     }

@@ -37,6 +37,10 @@ impl Format for Qcow2 {
         &self.file
     }
 
+    fn data(&self) -> &Edge {
+        &self.file
+    }
+
     fn backing(&self) -> Option<&Edge> {
         self.backing.as_ref()
     }
