@@ -13,4 +13,5 @@ mod memory;
 mod monitor;
 mod peers;
 mod qmp_wire;
+mod units;
 mod verify;
