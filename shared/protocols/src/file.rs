@@ -41,7 +41,7 @@ const FILL_BYTES: u64 = 1 << 20;
 /// The table line of `file`.
 pub const ENTRY: DriverEntry = DriverEntry {
     name: "file",
-    open: |request| Box::pin(async move { open(request) }),
+    open: |request| Box::pin(open(request)),
 };
 
 /// A regular file.
@@ -54,7 +54,7 @@ pub struct FileNode {
     locks: Locks,
 }
 
-fn open(request: &mut OpenRequest<'_>) -> block::error::Result<Box<dyn Driver>> {
+async fn open(request: &mut OpenRequest<'_>) -> block::error::Result<Box<dyn Driver>> {
     let path = match request.take_str("filename")? {
         None => return Err(request.missing("filename")),
         Some(path) if path.is_empty() => {
@@ -77,7 +77,11 @@ fn open(request: &mut OpenRequest<'_>) -> block::error::Result<Box<dyn Driver>> 
         _ => Locking::Auto,
     };
     let file = open_file(request, &path)?;
-    Ok(Box::new(FileNode::new(file, path, locking)?))
+    let node = FileNode::new(file, path, locking)?;
+    if !request.node().read_only {
+        node.locks.settle(&node.file).await;
+    }
+    Ok(Box::new(node))
 }
 
 fn open_file(request: &mut OpenRequest<'_>, path: &str) -> block::error::Result<File> {

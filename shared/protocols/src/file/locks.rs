@@ -11,17 +11,18 @@
 //! that hold the same thing get along.
 //!
 //! A killed process holds its locks until the kernel has finished what its ring had in flight, some
-//! milliseconds after the process itself is gone. Its successor waits for that: the lock is also
-//! what keeps the predecessor's last writes from landing after the successor's first.
+//! milliseconds after the process itself is gone. A writable node waits for that when it is opened:
+//! the lock is also what keeps the predecessor's last writes from landing after the successor's
+//! first.
 
 use block::edge::Permissions;
 use block::error::Result;
 use block::{Errno, Error, ErrorKind};
-use executor::File;
+use executor::{File, time};
 use nix::fcntl::{FcntlArg, fcntl};
 use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long somebody else's lock is waited for before it counts as held on purpose.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -31,6 +32,14 @@ const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(1), Duration::fr
 
 const USED: u64 = 100;
 const NOT_SHARED: u64 = 200;
+
+/// The permission that tells a writer.
+const WRITE: Permissions = Permissions {
+    consistent_read: false,
+    write: true,
+    write_unchanged: false,
+    resize: false,
+};
 
 /// `locking=`
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -94,7 +103,7 @@ impl Locks {
             not_shared: Permissions::ALL.minus(shared),
         };
         let added = wanted.minus(*held);
-        match self.take_patiently(fd, added) {
+        match take(fd, added).and_then(|()| self.check(fd, added)) {
             Ok(()) => {
                 release(fd, held.minus(wanted));
                 *held = wanted;
@@ -115,19 +124,27 @@ impl Locks {
         }
     }
 
-    /// Takes locks, and gives a predecessor time to lose its own. Nothing is held meanwhile, so that two
-    /// processes that wait for each other do not both fail in the end.
-    fn take_patiently(&self, fd: BorrowedFd<'_>, added: Held) -> Result<()> {
-        let begin = Instant::now();
+    /// Waits until nobody else writes the file or keeps others from writing it: a killed
+    /// predecessor's locks go when the kernel has finished with its ring. Gives up after
+    /// [`PATIENCE`], and leaves it to [`Locks::set`] to say what is in the way.
+    pub async fn settle(&self, file: &File) {
+        let Some(fd) = file.as_fd().filter(|_| self.locking != Locking::Off) else {
+            return;
+        };
+        let writer = Held {
+            used: WRITE,
+            not_shared: WRITE,
+        };
+        let begin = time::now();
         let (mut pause, longest) = LOOK_AGAIN;
-        loop {
-            let taken = take(fd, added).and_then(|()| self.check(fd, added));
-            let busy = matches!(&taken, Err(error) if error.kind == ErrorKind::Busy);
-            if !busy || begin.elapsed() >= PATIENCE {
-                return taken;
-            }
-            release(fd, added);
-            std::thread::sleep(pause);
+        // A file that cannot be locked is not waited for.
+        let busy = || {
+            writer
+                .bytes()
+                .any(|byte| is_held_elsewhere(fd, byte) == Ok(true))
+        };
+        while busy() && time::now().saturating_sub(begin) < PATIENCE {
+            time::sleep(pause).await;
             pause = (pause * 2).min(longest);
         }
     }
@@ -143,12 +160,12 @@ impl Locks {
 
     fn check(&self, fd: BorrowedFd<'_>, added: Held) -> Result<()> {
         for (bit, name) in added.used.named() {
-            if is_held_elsewhere(fd, NOT_SHARED + bit)? {
+            if is_held_elsewhere(fd, NOT_SHARED + bit).map_err(failed)? {
                 return Err(self.refused(format!("Failed to get \"{name}\" lock")));
             }
         }
         for (bit, name) in added.not_shared.named() {
-            if is_held_elsewhere(fd, USED + bit)? {
+            if is_held_elsewhere(fd, USED + bit).map_err(failed)? {
                 return Err(self.refused(format!("Failed to get shared \"{name}\" lock")));
             }
         }
@@ -196,8 +213,8 @@ fn release(fd: BorrowedFd<'_>, gone: Held) {
 
 /// Whether another open file description holds a lock on `byte`: a write lock would not be
 /// granted.
-fn is_held_elsewhere(fd: BorrowedFd<'_>, byte: u64) -> Result<bool> {
+fn is_held_elsewhere(fd: BorrowedFd<'_>, byte: u64) -> std::result::Result<bool, Errno> {
     let mut lock = range(libc::F_WRLCK, byte);
-    fcntl(fd, FcntlArg::F_OFD_GETLK(&mut lock)).map_err(failed)?;
+    fcntl(fd, FcntlArg::F_OFD_GETLK(&mut lock))?;
     Ok(libc::c_int::from(lock.l_type) != libc::F_UNLCK)
 }

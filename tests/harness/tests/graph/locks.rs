@@ -7,14 +7,11 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Output, Stdio};
 use tempfile::TempDir;
 
-fn tool(program: &str, arguments: &[&str]) -> Option<Output> {
-    match Command::new(program).args(arguments).output() {
-        Ok(output) => Some(output),
-        Err(error) => {
-            println!("SKIPPED: {program}: {error}");
-            None
-        }
-    }
+fn tool(program: &str, arguments: &[&str]) -> Output {
+    Command::new(program)
+        .args(arguments)
+        .output()
+        .expect("scripts/setup installs QEMU's tools")
 }
 
 fn image(dir: &TempDir) -> String {
@@ -39,9 +36,7 @@ fn the_peer_is_refused_while_a_writer_is_attached() {
             .unwrap();
         let write = ["-f", "raw", "-c", "write 0 512", &path];
         // Nobody uses the node: nothing is locked.
-        let Some(idle) = tool("qemu-io", &write) else {
-            return;
-        };
+        let idle = tool("qemu-io", &write);
         assert!(idle.status.success(), "{idle:?}");
         let shared = Permissions {
             write: false,
@@ -49,12 +44,12 @@ fn the_peer_is_refused_while_a_writer_is_attached() {
             ..Permissions::ALL
         };
         let root = Root::new("", &node, Permissions::READ_WRITE, shared).unwrap();
-        let busy = tool("qemu-io", &write).unwrap();
+        let busy = tool("qemu-io", &write);
         let text = String::from_utf8_lossy(&busy.stderr).into_owned();
         assert!(!busy.status.success());
         assert!(text.contains("Failed to get \"write\" lock"), "{text}");
         drop(root);
-        let idle = tool("qemu-io", &write).unwrap();
+        let idle = tool("qemu-io", &write);
         assert!(idle.status.success(), "{idle:?}");
     });
 }
@@ -68,10 +63,7 @@ fn an_image_that_the_peer_writes_is_refused() {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn();
-    let mut peer = match peer {
-        Ok(peer) => peer,
-        Err(error) => return println!("SKIPPED: qemu-io: {error}"),
-    };
+    let mut peer = peer.expect("scripts/setup installs QEMU's tools");
     // The answer to a command shows that the image is open.
     let mut input = peer.stdin.take().unwrap();
     writeln!(input, "length").unwrap();
@@ -141,12 +133,10 @@ fn an_open_qcow2_image_is_closed_to_the_peer() {
     let path = dir.path().join("image.qcow2");
     let path = path.to_str().unwrap();
     let create = ["create", "-q", "-f", "qcow2", path, "1M"];
-    let Some(created) = tool("qemu-img", &create) else {
-        return;
-    };
+    let created = tool("qemu-img", &create);
     assert!(created.status.success(), "{created:?}");
     let refusal = |program, arguments: &[&str]| {
-        let output = tool(program, arguments).unwrap();
+        let output = tool(program, arguments);
         assert!(!output.status.success(), "{output:?}");
         String::from_utf8_lossy(&output.stderr).into_owned()
     };
@@ -162,10 +152,10 @@ fn an_open_qcow2_image_is_closed_to_the_peer() {
             info.contains("Failed to get shared \"write\" lock"),
             "{info}"
         );
-        let forced = tool("qemu-img", &["info", "-U", path]).unwrap();
+        let forced = tool("qemu-img", &["info", "-U", path]);
         assert!(forced.status.success(), "{forced:?}");
         graph.remove("q").await.unwrap();
-        let free = tool("qemu-io", &["-c", "write 0 512", path]).unwrap();
+        let free = tool("qemu-io", &["-c", "write 0 512", path]);
         assert!(free.status.success(), "{free:?}");
     });
 }
