@@ -124,30 +124,36 @@ impl Pollers {
 }
 
 impl Inner {
-    /// Spins pollers, ring and remote queue for the window; whether work came up.
+    /// Spins for the window; whether work came up.
     pub(crate) fn spin(&self) -> bool {
-        let pollers = &self.pollers;
-        if !pollers.may_spin() {
+        if !self.pollers.may_spin() {
             return false;
         }
-        let Backend::Ring(ring) = &self.backend else {
-            return false;
-        };
         if self.exchange() {
             return true;
         }
-        let (start, length) = (Instant::now(), pollers.next_spin());
+        let length = self.pollers.next_spin();
+        let found = self.look_for(length);
+        self.pollers.spun(length, found);
+        found
+    }
+
+    /// Spins pollers, ring, remote queue and timers for `length`; whether work came up.
+    pub(crate) fn look_for(&self, length: Duration) -> bool {
+        let Backend::Ring(ring) = &self.backend else {
+            return false;
+        };
+        let start = Instant::now();
         loop {
             for _ in 0..LOOKS_PER_READING {
-                if pollers.poll() || self.shared.has_pending() || ring.borrow_mut().has_work() {
+                let pending = self.pollers.poll() || self.shared.has_pending();
+                if pending || ring.borrow_mut().has_work() {
                     self.exchange();
-                    pollers.spun(length, true);
                     return true;
                 }
                 std::hint::spin_loop();
             }
             if start.elapsed() >= length {
-                pollers.spun(length, false);
                 return false;
             }
             if self.fire_timers() {

@@ -13,6 +13,9 @@ const ROUNDS_PER_SUBMIT: u32 = 8;
 const ROUNDS_PER_CLOCK: u32 = 16;
 /// File operations in flight from which on the executor naps instead of spinning.
 const NAP_DEPTH: usize = 4;
+/// How long to look before a nap: within this time a front-end that polls answers a completion with
+/// its next request, which would else wait for the nap's end.
+const LOOK_BEFORE_NAP: Duration = Duration::from_micros(10);
 /// Longest nap.
 const NAP: Duration = Duration::from_micros(100);
 
@@ -91,6 +94,9 @@ impl Inner {
     fn nap(&self, woken: &AtomicBool) -> bool {
         if !self.pollers.may_spin() || self.ops.borrow().working() < NAP_DEPTH {
             return false;
+        }
+        if self.exchange() || self.look_for(LOOK_BEFORE_NAP) {
+            return true;
         }
         let mut more = true;
         if self.may_sleep(woken) {
