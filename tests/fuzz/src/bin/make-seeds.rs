@@ -1,0 +1,27 @@
+//! Writes the seeds of a target into a directory: `make-seeds TARGET DIRECTORY`.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [target, directory] = arguments.as_slice() else {
+        eprintln!("usage: make-seeds TARGET DIRECTORY");
+        return ExitCode::from(2);
+    };
+    let seeds = match target.as_str() {
+        "qcow2" => fuzz::seeds::qcow2(),
+        other => {
+            eprintln!("make-seeds: no target '{other}'");
+            return ExitCode::from(2);
+        }
+    };
+    for seed in seeds {
+        let path = Path::new(directory).join(&seed.name);
+        if let Err(error) = std::fs::write(&path, &seed.input) {
+            eprintln!("make-seeds: {}: {error}", path.display());
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
+}

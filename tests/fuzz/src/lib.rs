@@ -1,0 +1,16 @@
+//! What the fuzz targets run, as plain functions: a byte string is an image and a script of
+//! requests, and no byte string may make a driver panic, hang or use memory beyond its limits.
+//!
+//! ```text
+//!   input = script (header, steps) ++ image file
+//!     │ open in memory ─► steps: read, write, zero, discard, flush, resize ... ─► close ─► reopen
+//!     └─ an image that was sound stays sound, and reads back what was written
+//! ```
+//!
+//! `fuzz_targets/` holds the entry points in cargo-fuzz's layout, `seeds` makes the corpus to start
+//! from, `regressions/` keeps what fuzzing found. The tests of this crate run all of them once.
+
+pub mod memory_file;
+pub mod qcow2;
+pub mod script;
+pub mod seeds;
