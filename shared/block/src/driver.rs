@@ -92,6 +92,9 @@ impl Future for IoFuture<'_> {
 pub struct WriteFlags {
     /// Durable when it completes (forced unit access).
     pub fua: bool,
+    /// Stored compressed: whole clusters ([`Limits::optimal_transfer`]), or up to the node's end.
+    /// `EOPNOTSUPP` from a node whose driver does not compress ([`Driver::compresses`]).
+    pub compressed: bool,
 }
 
 /// Modifiers of a write of zeroes.
@@ -199,6 +202,10 @@ pub trait Driver: Send + Sync {
     fn grows(&self) -> bool;
     /// Fills `buffer` from `offset`.
     fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_>;
+    /// Whether writes may ask to be stored compressed.
+    fn compresses(&self) -> bool {
+        false
+    }
     /// Writes `buffer` at `offset`.
     fn write(&self, offset: u64, buffer: Buffer, flags: WriteFlags) -> IoFuture<'_>;
     /// Makes the range read as zeroes; `EOPNOTSUPP` lets the node write zero bytes instead.

@@ -17,6 +17,7 @@
 //!   commit (mapping changes, lock released)       or abort (allocation given back)
 //! ```
 
+use crate::cipher::SectorCipher;
 use crate::driver::{ByteRange, Limits, Resize, ZeroFlags};
 use crate::edge::Edge;
 use executor::{Buffer, Errno};
@@ -72,6 +73,15 @@ pub struct WritePlan<T> {
     pub token: T,
 }
 
+/// What became of a cluster that was to be stored encoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encoded {
+    /// It is stored and mapped.
+    Stored,
+    /// It does not get smaller: nothing changed, the caller writes it plainly.
+    Incompressible,
+}
+
 /// An image format. Any thread may call at any time; futures stay on the calling thread.
 #[expect(async_fn_in_trait, reason = "futures are not Send by design")]
 pub trait Format: Send + Sync + 'static {
@@ -114,6 +124,21 @@ pub trait Format: Send + Sync + 'static {
     /// Reads an [`Mapping::Encoded`] extent starting at `offset` into `buffer`.
     async fn read_encoded(&self, offset: u64, descriptor: u64, buffer: Buffer)
     -> Result<(), Errno>;
+    /// Whether [`Format::write_encoded`] works on this image.
+    fn can_encode(&self) -> bool {
+        false
+    }
+    /// Stores one whole cluster (or the disk's last, shorter one) compressed, in place of whatever
+    /// it held. `buffer` is private memory of the request, of the range's length.
+    async fn write_encoded(&self, range: ByteRange, buffer: Buffer) -> Result<Encoded, Errno> {
+        let _ = (range, buffer);
+        Err(Errno::EOPNOTSUPP)
+    }
+    /// What plain data (`Mapping::Data`) is encrypted with. A format that has one gives a
+    /// `request_alignment` of at least 512.
+    fn cipher(&self) -> Option<&dyn SectorCipher> {
+        None
+    }
     /// Everything completed before the call is durable: data and metadata, in order.
     async fn flush(&self) -> Result<(), Errno>;
     /// Whether `flush` has metadata to write; when false, flushing the data child is enough.

@@ -9,10 +9,13 @@
 //!
 //! Promises: a request on one plain, cached extent costs no allocation; a request never holds more
 //! than [`pieces::MAX_PIECES`] pieces in flight; a guest's buffer that is written as it is, is read
-//! once, and merged data is private; old content known to be zero is not read. A piece that
+//! once, and merged data is private, as is all data of encrypted images; old content known to be
+//! zero is not read. A piece that
 //! failed is aborted and the request fails with the first error, after the other pieces have
 //! ended. Must not know: how any format finds its data.
 
+mod cipher;
+mod encode;
 mod pieces;
 mod write;
 
@@ -25,6 +28,7 @@ use crate::error::{Error, Result};
 use crate::format::{Extent, Format, Lookup, Mapping};
 use crate::node::Node;
 use crate::redo_log::ImageIdentity;
+use cipher::Place;
 use executor::sync::Semaphore;
 use executor::{Buffer, Errno};
 use pieces::Pieces;
@@ -88,7 +92,13 @@ impl<F: Format> FormatNode<F> {
         (buffer, memory): (Buffer, Memory),
     ) -> IoFuture<'_> {
         match mapping {
-            Mapping::Data(host_offset) => self.data().read(host_offset, buffer),
+            Mapping::Data(host_offset) => {
+                let place = Place {
+                    guest_offset: offset,
+                    host_offset,
+                };
+                self.read_data(place, buffer)
+            }
             Mapping::Unallocated if self.backing_has(offset) => match self.format.backing() {
                 Some(backing) => backing.node().read(offset, buffer),
                 None => IoFuture::done(),
@@ -248,17 +258,29 @@ impl<F: Format> Driver for FormatNode<F> {
             _ => IoFuture::boxed(self.read_pieces(offset, target)),
         }
     }
+    fn compresses(&self) -> bool {
+        self.format.can_encode()
+    }
     fn write(&self, offset: u64, buffer: Buffer, flags: WriteFlags) -> IoFuture<'_> {
         let range = ByteRange::new(offset, buffer.len() as u64);
         if range.length == 0 {
             return IoFuture::done();
+        }
+        if flags.compressed {
+            return IoFuture::boxed(self.write_compressed(offset, buffer));
         }
         match self.format.lookup(range) {
             Lookup::Hit(Extent {
                 length,
                 mapping: Mapping::Data(host_offset),
                 in_place: true,
-            }) if length >= range.length => self.data().write(host_offset, buffer, flags),
+            }) if length >= range.length => {
+                let place = Place {
+                    guest_offset: offset,
+                    host_offset,
+                };
+                self.write_data(place, buffer)
+            }
             _ => IoFuture::boxed(self.write_pieces(offset, buffer)),
         }
     }

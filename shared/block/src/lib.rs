@@ -15,6 +15,7 @@
 //! thread at the same time; edges change only while drained. Must not know: a concrete format or
 //! protocol, guests, QMP.
 
+pub mod cipher;
 pub mod driver;
 pub mod edge;
 pub mod epoch;
@@ -29,6 +30,7 @@ pub mod open;
 pub mod redo_log;
 pub mod root;
 
+pub use cipher::{SectorCipher, Tweak};
 pub use driver::{
     BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Preallocation, Resize,
     StatusExtent, WriteFlags, ZeroFlags,
@@ -36,7 +38,7 @@ pub use driver::{
 pub use edge::{Edge, EdgeSpec, Permissions};
 pub use error::{Error, ErrorKind};
 pub use executor::{Buffer, Errno, HeapBuffer};
-pub use format::{Extent, Format, Lookup, Mapping, WritePlan};
+pub use format::{Encoded, Extent, Format, Lookup, Mapping, WritePlan};
 pub use format_node::FormatNode;
 pub use graph::Graph;
 pub use node::{DetectZeroes, Discard, Node, NodeOptions};

@@ -164,10 +164,11 @@ impl Node {
             IoFuture::boxed(self.read_general(offset, buffer))
         }
     }
-    /// Writes. `EPERM` on a read-only node, `EINVAL` past the end of one that does not grow.
+    /// Writes. `EPERM` on a read-only node, `EINVAL` past the end of one that does not grow,
+    /// `EOPNOTSUPP` for a compressed write that its driver cannot do.
     #[inline]
     pub fn write(&self, offset: u64, buffer: Buffer, flags: WriteFlags) -> IoFuture<'_> {
-        if self.plain_writes && !flags.fua && self.fits(offset, &buffer) {
+        if self.plain_writes && flags == WriteFlags::default() && self.fits(offset, &buffer) {
             return match self.reserve(ByteRange::new(offset, buffer.len() as u64)) {
                 Ok(()) => self.driver.write(offset, buffer, WriteFlags::default()),
                 Err(errno) => IoFuture::error(errno),
@@ -180,8 +181,11 @@ impl Node {
         if let Err(errno) = self.check_write(ByteRange::new(offset, buffer.len() as u64)) {
             return IoFuture::error(errno);
         }
-        let detect = self.options.detect_zeroes != DetectZeroes::Off;
-        if let (Some(tracker), false, false) = (&self.tracker, detect, flags.fua)
+        if flags.compressed && !self.driver.compresses() {
+            return IoFuture::error(Errno::EOPNOTSUPP);
+        }
+        let general = self.options.detect_zeroes != DetectZeroes::Off || flags.compressed;
+        if let (Some(tracker), false, false) = (&self.tracker, general, flags.fua)
             && self.fits(offset, &buffer)
             && let Some(guard) = tracker.try_begin()
         {

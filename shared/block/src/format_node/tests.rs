@@ -2,8 +2,9 @@
 //! not, against a model.
 
 use super::*;
+use crate::cipher::{SECTOR, SectorCipher, Tweak};
 use crate::edge::{EdgeSpec, Permissions};
-use crate::format::WritePlan;
+use crate::format::{Encoded, WritePlan};
 use crate::memory::{Call, Memory as Disk};
 use crate::node::{Discard, NodeOptions};
 use crate::open::ChildRole;
@@ -34,6 +35,31 @@ struct Toy {
     aborts: AtomicUsize,
     /// Lookups miss.
     cold: AtomicBool,
+    cipher: Option<Mask>,
+}
+
+/// A cipher that is easily seen through: each sector is xored with a byte of its offset.
+struct Mask(Tweak);
+
+impl Mask {
+    fn apply(&self, offset: u64, sectors: &mut [u8]) {
+        assert!(offset.is_multiple_of(SECTOR as u64) && sectors.len().is_multiple_of(SECTOR));
+        for (number, sector) in (offset / SECTOR as u64..).zip(sectors.chunks_mut(SECTOR)) {
+            sector.iter_mut().for_each(|byte| *byte ^= number as u8 | 1);
+        }
+    }
+}
+
+impl SectorCipher for Mask {
+    fn tweak(&self) -> Tweak {
+        self.0
+    }
+    fn encrypt(&self, offset: u64, sectors: &mut [u8]) {
+        self.apply(offset, sectors);
+    }
+    fn decrypt(&self, offset: u64, sectors: &mut [u8]) {
+        self.apply(offset, sectors);
+    }
 }
 
 struct Token<'a> {
@@ -71,6 +97,7 @@ impl Format for Toy {
     }
     fn limits(&self) -> Limits {
         Limits {
+            optimal_transfer: CLUSTER as u32,
             zero_alignment: CLUSTER as u32,
             ..Limits::default()
         }
@@ -164,6 +191,33 @@ impl Format for Toy {
         buffer.copy_from_slice(&bytes);
         Ok(())
     }
+    fn can_encode(&self) -> bool {
+        self.cipher.is_none()
+    }
+    /// Knows how to store what [`decoded`] makes.
+    async fn write_encoded(
+        &self,
+        range: ByteRange,
+        buffer: Buffer,
+    ) -> std::result::Result<Encoded, Errno> {
+        let bytes = buffer.to_heap();
+        let fits = |descriptor: &u64| {
+            let pairs = (range.offset..).zip(bytes.iter());
+            pairs
+                .into_iter()
+                .all(|(at, byte)| decoded(*descriptor, at) == *byte)
+        };
+        let Some(descriptor) = (0..CLUSTERS).find(fits) else {
+            return Ok(Encoded::Incompressible);
+        };
+        let end = range.offset + CLUSTER;
+        let _cluster = self.clusters.lock(range.offset..end).await;
+        self.set(range.offset, Mapping::Encoded(descriptor));
+        Ok(Encoded::Stored)
+    }
+    fn cipher(&self) -> Option<&dyn SectorCipher> {
+        self.cipher.as_ref().map(|mask| mask as &dyn SectorCipher)
+    }
     async fn flush(&self) -> std::result::Result<(), Errno> {
         self.file.node().flush().await
     }
@@ -205,6 +259,10 @@ fn edge(disk: &Disk, name: &'static str, role: ChildRole) -> Edge {
 
 /// A disk whose clusters are mapped at random, over a backing that ends before it.
 fn rig(random: &mut SmallRng) -> Rig {
+    encrypted_rig(random, None)
+}
+
+fn encrypted_rig(random: &mut SmallRng, cipher: Option<Mask>) -> Rig {
     let mut base = vec![0; (SIZE / 2 + 700) as usize];
     random.fill_bytes(&mut base);
     let mut disk = Disk::new(Vec::new());
@@ -237,6 +295,7 @@ fn rig(random: &mut SmallRng) -> Rig {
         clusters: RangeLock::new(),
         aborts: AtomicUsize::new(0),
         cold: AtomicBool::new(random.random()),
+        cipher,
     });
     Rig { disk, toy, model }
 }
@@ -246,8 +305,12 @@ fn run<F: Future>(future: F) -> F::Output {
 }
 
 async fn step(rig: &mut Rig, random: &mut SmallRng) {
-    let length = random.random_range(1..5 * CLUSTER).min(SIZE) as usize;
-    let offset = random.random_range(0..=SIZE - length as u64);
+    let grain = match rig.toy.format().cipher() {
+        Some(_) => SECTOR as u64,
+        None => 1,
+    };
+    let length = (random.random_range(1..5 * CLUSTER / grain) * grain).min(SIZE) as usize;
+    let offset = random.random_range(0..=(SIZE - length as u64) / grain) * grain;
     let span = offset as usize..offset as usize + length;
     let buffer = Buffer::zeroed(length);
     match random.random_range(0..4) {
@@ -358,5 +421,113 @@ fn a_plain_extent_is_one_request_to_the_child() {
         let data = Buffer::zeroed(512);
         rig.toy.write(2 * CLUSTER + 512, data, flags).await.unwrap();
         assert_eq!(rig.disk.calls(), [Call::Write(0, CLUSTER)]);
+    });
+}
+
+#[test]
+fn an_encrypted_disk_reads_like_the_model_and_stores_cipher_text() {
+    for (seed, tweak) in (0..40).zip([Tweak::GuestOffset, Tweak::HostOffset].into_iter().cycle()) {
+        println!("seed {seed}");
+        let mut random = SmallRng::seed_from_u64(seed);
+        let mut rig = encrypted_rig(&mut random, Some(Mask(tweak)));
+        run(async {
+            for _ in 0..40 {
+                step(&mut rig, &mut random).await;
+            }
+            let whole = Buffer::zeroed(SIZE as usize);
+            rig.toy.read(0, whole.clone()).await.unwrap();
+            assert!(whole.to_heap()[..] == rig.model);
+            let table = rig.toy.format().table.lock().unwrap().clone();
+            for (guest, mapping) in (0..SIZE).step_by(CLUSTER as usize).zip(table) {
+                let Mapping::Data(host) = mapping else {
+                    continue;
+                };
+                let stored = Buffer::zeroed(SECTOR);
+                rig.disk.read(host, stored.clone()).await.unwrap();
+                let mut plain = rig.model[guest as usize..][..SECTOR].to_vec();
+                Mask(tweak).apply(
+                    match tweak {
+                        Tweak::GuestOffset => guest,
+                        Tweak::HostOffset => host,
+                    },
+                    &mut plain,
+                );
+                assert!(stored.to_heap()[..] == plain, "guest offset {guest:#x}");
+            }
+        });
+    }
+}
+
+#[test]
+fn an_encrypted_write_leaves_the_buffer_as_it_was() {
+    let mut random = SmallRng::seed_from_u64(9);
+    let rig = encrypted_rig(&mut random, Some(Mask(Tweak::HostOffset)));
+    run(async {
+        rig.toy.format().set(0, Mapping::Data(0));
+        let data = Buffer::zeroed(300 << 10);
+        let longer = data.slice(0..3 * SECTOR);
+        longer.fill(0x5a);
+        let write = rig.toy.write(512, longer.clone(), WriteFlags::default());
+        write.await.unwrap();
+        assert!(longer.to_heap().iter().all(|byte| *byte == 0x5a));
+    });
+}
+
+#[test]
+fn a_compressed_write_stores_what_gets_smaller_and_writes_the_rest() {
+    let mut random = SmallRng::seed_from_u64(10);
+    let mut rig = rig(&mut random);
+    let compressed = WriteFlags {
+        compressed: true,
+        ..WriteFlags::default()
+    };
+    run(async {
+        // Two clusters that can be encoded, one that cannot, and the disk's short last one.
+        for (index, descriptor) in [(4, Some(7)), (5, Some(8)), (6, None), (31, Some(2))] {
+            for at in index * CLUSTER..((index + 1) * CLUSTER).min(SIZE) {
+                rig.model[at as usize] = match descriptor {
+                    Some(descriptor) => decoded(descriptor, at),
+                    None => (at / 100) as u8,
+                };
+            }
+        }
+        for span in [4 * CLUSTER..7 * CLUSTER, 31 * CLUSTER..SIZE] {
+            let bytes = &rig.model[span.start as usize..span.end as usize];
+            let write = rig.toy.write(span.start, bytes.into(), compressed);
+            write.await.unwrap();
+        }
+        let table = rig.toy.format().table.lock().unwrap().clone();
+        let (four, five) = (Mapping::Encoded(7), Mapping::Encoded(8));
+        assert_eq!(
+            (table[4], table[5], table[31]),
+            (four, five, Mapping::Encoded(2))
+        );
+        assert!(matches!(table[6], Mapping::Data(_)));
+        let whole = Buffer::zeroed(SIZE as usize);
+        rig.toy.read(0, whole.clone()).await.unwrap();
+        assert!(whole.to_heap()[..] == rig.model);
+        for (offset, length) in [(512, CLUSTER), (0, 512), (CLUSTER, CLUSTER + 512)] {
+            let data = Buffer::zeroed(length as usize);
+            let write = rig.toy.write(offset, data, compressed);
+            assert_eq!(write.await, Err(Errno::EINVAL), "{offset} {length}");
+        }
+    });
+}
+
+#[test]
+fn a_node_that_does_not_compress_says_so() {
+    let mut random = SmallRng::seed_from_u64(11);
+    let rig = encrypted_rig(&mut random, Some(Mask(Tweak::GuestOffset)));
+    let node = Node::new(NodeOptions::default(), Box::new(rig.toy));
+    run(async {
+        let compressed = WriteFlags {
+            compressed: true,
+            ..WriteFlags::default()
+        };
+        let data = Buffer::zeroed(CLUSTER as usize);
+        assert_eq!(
+            node.write(0, data, compressed).await,
+            Err(Errno::EOPNOTSUPP)
+        );
     });
 }

@@ -4,9 +4,10 @@
 //! cluster which an earlier piece of the same request holds is no deadlock: the earlier ones go
 //! on while it waits.
 
+use super::cipher::Place;
 use super::pieces::Pieces;
 use super::{FormatNode, Memory};
-use crate::driver::{ByteRange, IoFuture, WriteFlags};
+use crate::driver::{ByteRange, IoFuture};
 use crate::format::{Format, Mapping, WritePlan};
 use executor::{Buffer, Errno};
 
@@ -38,7 +39,11 @@ impl<F: Format> FormatNode<F> {
         let extent = self.extent(range).await?;
         if let (Mapping::Data(host_offset), true) = (extent.mapping, extent.in_place) {
             let data = rest.slice(0..extent.length as usize);
-            let piece = self.data().write(host_offset, data, WriteFlags::default());
+            let place = Place {
+                guest_offset: at,
+                host_offset,
+            };
+            let piece = self.write_data(place, data);
             return Ok((extent.length, piece));
         }
         let plan = self.format.prepare_write(range).await?;
@@ -75,10 +80,13 @@ impl<F: Format> FormatNode<F> {
         plan: &WritePlan<F::Token<'_>>,
         data: Buffer,
     ) -> Result<(), Errno> {
-        let node = self.data();
-        let flags = WriteFlags::default();
+        let place = |guest_offset, host_offset| Place {
+            guest_offset,
+            host_offset,
+        };
         if plan.head == 0 && plan.tail == 0 {
-            return node.write(plan.host_offset, data, flags).await;
+            let place = place(plan.range.offset, plan.host_offset);
+            return self.write_data(place, data).await;
         }
         // Held for I/O that needs no permit of this node: whoever waits here gets one.
         let _copy = self.copies.acquire().await;
@@ -92,7 +100,7 @@ impl<F: Format> FormatNode<F> {
             self.read_old(start, whole.slice(0..head)).await?;
             self.read_old(end, whole.slice(after..after + tail)).await?;
             whole.slice(head..after).copy_from(&data);
-            return node.write(host_start, whole, flags).await;
+            return self.write_data(place(start, host_start), whole).await;
         }
         let (before, after) = (Buffer::zeroed(head), Buffer::zeroed(tail));
         self.read_old(start, before.clone()).await?;
@@ -100,12 +108,12 @@ impl<F: Format> FormatNode<F> {
         let mut pieces = Pieces::new();
         let host_end = plan.host_offset + plan.range.length;
         for (at, part) in [
-            (host_start, before),
-            (plan.host_offset, data),
-            (host_end, after),
+            (place(start, host_start), before),
+            (place(plan.range.offset, plan.host_offset), data),
+            (place(end, host_end), after),
         ] {
             if !part.is_empty() {
-                pieces.push(node.write(at, part, flags)).await;
+                pieces.push(self.write_data(at, part)).await;
             }
         }
         pieces.finish().await

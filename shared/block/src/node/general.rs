@@ -123,7 +123,11 @@ impl Node {
             };
             self.zero_range(range, zero_flags).await?;
         } else {
-            self.write_bytes(offset, buffer).await?;
+            let flags = WriteFlags {
+                fua: false,
+                ..flags
+            };
+            self.write_bytes(offset, buffer, flags).await?;
         }
         if flags.fua {
             self.flush().await
@@ -132,7 +136,12 @@ impl Node {
         }
     }
 
-    async fn write_bytes(&self, offset: u64, buffer: Buffer) -> Result<(), Errno> {
+    async fn write_bytes(
+        &self,
+        offset: u64,
+        buffer: Buffer,
+        flags: WriteFlags,
+    ) -> Result<(), Errno> {
         let end = offset + buffer.len() as u64;
         let mut at = offset;
         while at < end {
@@ -141,7 +150,7 @@ impl Node {
             let data = rest.slice(0..(chunk.wanted.end - at) as usize);
             at = chunk.wanted.end;
             if chunk.is_padded() {
-                self.write_padded(&chunk, &data).await?;
+                self.write_padded(&chunk, &data, flags).await?;
                 continue;
             }
             let _guard = match &self.tracker {
@@ -152,15 +161,18 @@ impl Node {
                 true => data,
                 false => data.to_heap().into_buffer(),
             };
-            self.driver
-                .write(chunk.padded.start, data, WriteFlags::default())
-                .await?;
+            self.driver.write(chunk.padded.start, data, flags).await?;
         }
         Ok(())
     }
 
     /// Reads the blocks at the ends of a chunk, merges `data` and writes the whole.
-    async fn write_padded(&self, chunk: &Chunk, data: &Buffer) -> Result<(), Errno> {
+    async fn write_padded(
+        &self,
+        chunk: &Chunk,
+        data: &Buffer,
+        flags: WriteFlags,
+    ) -> Result<(), Errno> {
         let tracker = self
             .tracker
             .as_ref()
@@ -185,9 +197,7 @@ impl Node {
                 .await?;
         }
         bounce.slice(chunk.inner()).copy_from(data);
-        self.driver
-            .write(chunk.padded.start, bounce, WriteFlags::default())
-            .await
+        self.driver.write(chunk.padded.start, bounce, flags).await
     }
 
     pub(super) async fn zero_general(
@@ -243,8 +253,8 @@ impl Node {
         let mut at = range.start;
         while at < range.end {
             let piece = (range.end - at).min(BOUNCE_BYTES);
-            self.write_bytes(at, zeroes.slice(0..piece as usize))
-                .await?;
+            let zeroes = zeroes.slice(0..piece as usize);
+            self.write_bytes(at, zeroes, WriteFlags::default()).await?;
             at += piece;
         }
         Ok(())

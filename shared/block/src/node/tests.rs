@@ -181,7 +181,10 @@ fn a_forced_write_is_flushed_after_it_is_written() {
     let memory = Memory::new(vec![0; 65536]);
     run(async {
         let node = node(writable(), &memory);
-        let fua = WriteFlags { fua: true };
+        let fua = WriteFlags {
+            fua: true,
+            ..WriteFlags::default()
+        };
         node.write(0, filled(512, 1), fua).await.unwrap();
         assert_eq!(memory.calls(), [Call::Write(0, 512), Call::Flush]);
         let flags = ZeroFlags {
@@ -203,7 +206,10 @@ fn a_failed_flush_is_final() {
         memory.arrange(Err(Errno::EIO));
         assert_eq!(node.flush().await, Err(Errno::EIO));
         assert_eq!(node.flush().await, Err(Errno::EIO));
-        let fua = WriteFlags { fua: true };
+        let fua = WriteFlags {
+            fua: true,
+            ..WriteFlags::default()
+        };
         let forced = node.write(0, filled(512, 1), fua);
         assert_eq!(forced.await, Err(Errno::EIO));
         node.write(0, filled(512, 1), WriteFlags::default())
