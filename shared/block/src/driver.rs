@@ -232,6 +232,18 @@ pub trait Driver: Send + Sync {
     }
     /// The edges to the children, with their roles ("file", "backing", "data-file").
     fn edges(&self) -> Vec<(&'static str, &crate::Edge)>;
+    /// Checks the consistency of the image and repairs what `options` say. The caller has drained
+    /// the node; on one that was not opened with [`crate::Purpose::Check`], nothing is repaired.
+    ///
+    /// # Errors
+    /// `Unsupported` when the format has no check; whatever ends a check early.
+    fn check<'a>(
+        &'a self,
+        _options: crate::CheckOptions,
+        _sink: &'a mut dyn crate::CheckSink,
+    ) -> BoxFuture<'a, Result<crate::CheckResult, crate::Error>> {
+        Box::pin(async { Err(crate::Error::check_unsupported()) })
+    }
     /// Driver-specific facts for `query-named-block-nodes` and `info` (an `ImageInfo`-like
     /// object's members: "cluster-size", "format-specific", "backing-filename", ...).
     fn describe(&self) -> serde_json::Map<String, serde_json::Value>;

@@ -59,6 +59,13 @@ impl Error {
             hint: None,
         }
     }
+    /// The answer of a format that has no check.
+    pub fn check_unsupported() -> Self {
+        Self::new(
+            ErrorKind::Unsupported,
+            "This image format does not support checks",
+        )
+    }
     /// The same error with advice for a human.
     #[must_use]
     pub fn with_hint(mut self, hint: impl Into<String>) -> Self {

@@ -147,6 +147,14 @@ pub trait Format: Send + Sync + 'static {
     async fn resize(&self, resize: Resize) -> Result<(), crate::Error>;
     /// Flushes and marks the image cleanly closed.
     async fn close(&self) -> Result<(), Errno>;
+    /// See [`crate::Driver::check`].
+    async fn check(
+        &self,
+        _options: crate::CheckOptions,
+        _sink: &mut dyn crate::CheckSink,
+    ) -> Result<crate::CheckResult, crate::Error> {
+        Err(crate::Error::check_unsupported())
+    }
     /// See [`crate::Driver::describe`].
     fn describe(&self) -> serde_json::Map<String, serde_json::Value>;
 }

@@ -19,6 +19,7 @@ mod encode;
 mod pieces;
 mod write;
 
+use crate::check::{CheckOptions, CheckResult, CheckSink};
 use crate::driver::{
     BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Resize, StatusExtent, WriteFlags,
     ZeroFlags,
@@ -319,6 +320,13 @@ impl<F: Format> Driver for FormatNode<F> {
             .flatten()
             .map(|edge| (edge.name(), edge))
             .collect()
+    }
+    fn check<'a>(
+        &'a self,
+        options: CheckOptions,
+        sink: &'a mut dyn CheckSink,
+    ) -> BoxFuture<'a, Result<CheckResult>> {
+        Box::pin(self.format.check(options, sink))
     }
     fn describe(&self) -> Map<String, Value> {
         self.format.describe()

@@ -5,6 +5,7 @@
 //! a node in use is not removed; parents close before their children. Must not know: concrete
 //! drivers.
 
+use crate::check::Purpose;
 use crate::driver::BoxFuture;
 use crate::error::{Error, ErrorKind, Result};
 use crate::node::Node;
@@ -60,11 +61,23 @@ impl Graph {
     /// Opens a node (and inline children) from `--blockdev`/`blockdev-add` options and adds it.
     /// Values may be typed JSON or strings (from `key=value`).
     pub async fn add(&self, options: Map<String, Value>) -> Result<Arc<Node>> {
+        self.add_for(Purpose::Serve, options).await
+    }
+    /// [`Graph::add`] for a purpose.
+    pub async fn add_for(
+        &self,
+        purpose: Purpose,
+        options: Map<String, Value>,
+    ) -> Result<Arc<Node>> {
+        let place = Place {
+            purpose,
+            ..Place::default()
+        };
         let opened = self
             .open(Definition {
                 options,
                 inherited: None,
-                place: Place::default(),
+                place,
                 descriptor: None,
             })
             .await;

@@ -15,6 +15,7 @@
 //! thread at the same time; edges change only while drained. Must not know: a concrete format or
 //! protocol, guests, QMP.
 
+pub mod check;
 pub mod cipher;
 pub mod driver;
 pub mod edge;
@@ -30,6 +31,7 @@ pub mod open;
 pub mod redo_log;
 pub mod root;
 
+pub use check::{CheckOptions, CheckResult, CheckSink, Purpose, Repair, Silent};
 pub use cipher::{SectorCipher, Tweak};
 pub use driver::{
     BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Preallocation, Resize,

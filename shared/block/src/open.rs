@@ -12,6 +12,7 @@
 mod names;
 mod options;
 
+use crate::check::Purpose;
 use crate::driver::{BoxFuture, Driver};
 use crate::edge::{Edge, EdgeSpec};
 use crate::error::{Error, ErrorKind, Result};
@@ -50,6 +51,8 @@ pub(crate) struct Place {
     pub(crate) path: String,
     /// Nodes above in the same definition or backing chain.
     pub(crate) depth: usize,
+    /// What the node is for; children are always served.
+    pub(crate) purpose: Purpose,
     /// The files of the images above in the backing chain.
     pub(crate) chain: Vec<FileId>,
 }
@@ -67,6 +70,10 @@ impl OpenRequest<'_> {
     /// Options common to all nodes.
     pub fn node(&self) -> &NodeOptions {
         &self.node
+    }
+    /// What the node is opened for.
+    pub fn purpose(&self) -> Purpose {
+        self.place.purpose
     }
     /// Lets the driver fall back to read-only (`auto-read-only`).
     pub fn set_read_only(&mut self) {
@@ -224,6 +231,7 @@ impl OpenRequest<'_> {
         let place = Place {
             path: format!("{}{name}.", self.place.path),
             depth: self.place.depth + 1,
+            purpose: Purpose::Serve,
             chain: self.place.chain.clone(),
         };
         if place.depth > MAX_CHAIN {
