@@ -165,7 +165,11 @@ impl Writer {
             .begin(range.clone(), Content::Tag(tag), log_len);
         let fua = self.random.random_bool(0.1);
         let offset = Self::bytes(&range).offset;
-        let result = self.root.write(offset, buffer, WriteFlags { fua }).await;
+        let flags = WriteFlags {
+            fua,
+            ..WriteFlags::default()
+        };
+        let result = self.root.write(offset, buffer, flags).await;
         self.end(range, result);
     }
 

@@ -41,6 +41,7 @@ async fn step(root: &RootHandle, model: &mut [u8], rng: &mut SmallRng) {
             model[span].copy_from_slice(&data);
             let flags = WriteFlags {
                 fua: rng.random_bool(0.2),
+                ..WriteFlags::default()
             };
             // A buffer whose memory is not aligned either.
             let shift = rng.random_range(0..3);
