@@ -198,7 +198,8 @@ pub trait Driver: Send + Sync {
     fn length(&self) -> u64;
     /// What one call can take.
     fn limits(&self) -> Limits;
-    /// Whether a write past the end grows the node (protocol files).
+    /// Whether a write past the end grows the node (protocol files). What then lies between the old
+    /// end and the write reads as zeroes.
     fn grows(&self) -> bool;
     /// Fills `buffer` from `offset`.
     fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_>;

@@ -12,7 +12,7 @@
 //!                                  ▼
 //!   prepare_write (allocates, takes the cluster lock) → WritePlan{host_offset, head, tail}
 //!                                  ▼
-//!   FormatNode fills head and tail with the old content, writes data
+//!   FormatNode fills head and tail as the plan says, writes data
 //!                                  ▼
 //!   commit (mapping changes, lock released)       or abort (allocation given back)
 //! ```
@@ -56,6 +56,29 @@ pub enum Lookup {
     Miss,
 }
 
+/// What the storage next to a planned write needs before the plan may be committed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fill {
+    /// Nothing: the write ends at a boundary of allocation, or the bytes around it keep their
+    /// mapping, or they are to read as zeroes and the storage is known to do so already (never where
+    /// data is encrypted).
+    Nothing,
+    /// This many zero bytes: that is the old content, and what the storage holds is not known.
+    Zeroes(u64),
+    /// This many bytes of old content, whatever it is.
+    Copy(u64),
+}
+
+impl Fill {
+    /// Bytes to be written.
+    pub const fn length(self) -> u64 {
+        match self {
+            Self::Nothing => 0,
+            Self::Zeroes(length) | Self::Copy(length) => length,
+        }
+    }
+}
+
 /// Where a write that changes the mapping has to go. Ends in [`Format::commit`] or
 /// [`Format::abort`]; dropping it gives the allocation back as an abort would (leaking clusters
 /// at worst, never corrupting).
@@ -64,11 +87,10 @@ pub struct WritePlan<T> {
     pub range: ByteRange,
     /// Where `range.offset` goes in the data child.
     pub host_offset: u64,
-    /// Bytes before `range` that must be filled with the old content (they go to
-    /// `host_offset - head`).
-    pub head: u64,
-    /// Bytes after `range` that must be filled with the old content.
-    pub tail: u64,
+    /// What goes before `range`, at `host_offset - head.length()`.
+    pub head: Fill,
+    /// What goes after `range`.
+    pub tail: Fill,
     /// The format's own state: locks held, clusters allocated.
     pub token: T,
 }

@@ -40,7 +40,7 @@ pub use driver::{
 pub use edge::{Edge, EdgeSpec, Permissions};
 pub use error::{Error, ErrorKind};
 pub use executor::{Buffer, Errno, HeapBuffer};
-pub use format::{Encoded, Extent, Format, Lookup, Mapping, WritePlan};
+pub use format::{Encoded, Extent, Fill, Format, Lookup, Mapping, WritePlan};
 pub use format_node::FormatNode;
 pub use graph::Graph;
 pub use node::{DetectZeroes, Discard, Node, NodeOptions};

@@ -146,6 +146,10 @@ impl Node {
     pub fn length(&self) -> u64 {
         self.length.load(Ordering::Relaxed)
     }
+    /// Whether it grows when written past its end; see [`Driver::grows`].
+    pub fn grows(&self) -> bool {
+        self.grows
+    }
     /// Reads; bytes past the end are zeroes.
     #[inline]
     pub fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_> {

@@ -28,7 +28,14 @@ pub(super) struct Place {
 }
 
 impl Place {
-    fn after(self, bytes: usize) -> Self {
+    pub(super) fn before(self, bytes: u64) -> Option<Self> {
+        Some(Self {
+            guest_offset: self.guest_offset.checked_sub(bytes)?,
+            host_offset: self.host_offset.checked_sub(bytes)?,
+        })
+    }
+
+    pub(super) fn after(self, bytes: usize) -> Self {
         Self {
             guest_offset: self.guest_offset + bytes as u64,
             host_offset: self.host_offset + bytes as u64,

@@ -4,7 +4,7 @@
 use super::*;
 use crate::cipher::{SECTOR, SectorCipher, Tweak};
 use crate::edge::{EdgeSpec, Permissions};
-use crate::format::{Encoded, WritePlan};
+use crate::format::{Encoded, Fill, WritePlan};
 use crate::memory::{Call, Memory as Disk};
 use crate::node::{Discard, NodeOptions};
 use crate::open::ChildRole;
@@ -36,6 +36,8 @@ struct Toy {
     /// Lookups miss.
     cold: AtomicBool,
     cipher: Option<Mask>,
+    /// Relies on new storage to read as zeroes.
+    leaves_fresh: AtomicBool,
 }
 
 /// A cipher that is easily seen through: each sector is xored with a byte of its offset.
@@ -129,22 +131,31 @@ impl Format for Toy {
         let start = range.offset - within;
         let cluster = self.clusters.lock(start..start + CLUSTER).await;
         let length = range.length.min(CLUSTER - within);
-        let (host, changes) = match self.map(ByteRange::new(start, CLUSTER)).mapping {
+        let old = self.map(ByteRange::new(start, CLUSTER)).mapping;
+        let (host, changes) = match old {
             Mapping::Data(host) => (host, false),
             _ => {
                 let next = self.next_host.fetch_add(1, Ordering::Relaxed) as u64;
                 (next * CLUSTER, true)
             }
         };
+        let fill = |length| match old {
+            _ if length == 0 => Fill::Nothing,
+            Mapping::Data(_) => Fill::Nothing,
+            // The toy's storage is new and reads as zeroes beyond what was written.
+            Mapping::Zero(_)
+                if self.cipher.is_none() && self.leaves_fresh.load(Ordering::Relaxed) =>
+            {
+                Fill::Nothing
+            }
+            Mapping::Zero(_) => Fill::Zeroes(length),
+            _ => Fill::Copy(length),
+        };
         Ok(WritePlan {
             range: ByteRange::new(range.offset, length),
             host_offset: host + within,
-            head: if changes { within } else { 0 },
-            tail: if changes {
-                CLUSTER - within - length
-            } else {
-                0
-            },
+            head: fill(within),
+            tail: fill(CLUSTER - within - length),
             token: Token {
                 host,
                 changes,
@@ -296,6 +307,7 @@ fn encrypted_rig(random: &mut SmallRng, cipher: Option<Mask>) -> Rig {
         aborts: AtomicUsize::new(0),
         cold: AtomicBool::new(random.random()),
         cipher,
+        leaves_fresh: AtomicBool::new(random.random()),
     });
     Rig { disk, toy, model }
 }
@@ -416,11 +428,21 @@ fn a_plain_extent_is_one_request_to_the_child() {
         rig.toy.read(CLUSTER + 512, data).await.unwrap();
         let calls = rig.disk.calls();
         assert_eq!(calls, [Call::Write(512, 1024), Call::Read(512, 1024)]);
-        // A partial write of a new cluster is one write, too: the old content comes along.
+        // A partial write of a new cluster is one write, too: the zeroes come along ...
+        rig.toy
+            .format()
+            .leaves_fresh
+            .store(false, Ordering::Relaxed);
         rig.toy.format().set(2 * CLUSTER, Mapping::Zero(None));
         let data = Buffer::zeroed(512);
         rig.toy.write(2 * CLUSTER + 512, data, flags).await.unwrap();
         assert_eq!(rig.disk.calls(), [Call::Write(0, CLUSTER)]);
+        // ... unless the storage holds them already.
+        rig.toy.format().leaves_fresh.store(true, Ordering::Relaxed);
+        rig.toy.format().set(3 * CLUSTER, Mapping::Zero(None));
+        let data = Buffer::zeroed(512);
+        rig.toy.write(3 * CLUSTER + 512, data, flags).await.unwrap();
+        assert_eq!(rig.disk.calls(), [Call::Write(CLUSTER + 512, 512)]);
     });
 }
 

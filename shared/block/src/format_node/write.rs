@@ -7,8 +7,8 @@
 use super::cipher::Place;
 use super::pieces::Pieces;
 use super::{FormatNode, Memory};
-use crate::driver::{ByteRange, IoFuture};
-use crate::format::{Format, Mapping, WritePlan};
+use crate::driver::{ByteRange, IoFuture, ZeroFlags};
+use crate::format::{Fill, Format, Mapping, WritePlan};
 use executor::{Buffer, Errno};
 
 /// Data up to this many bytes is copied together with the old content around it, to be written at
@@ -80,43 +80,88 @@ impl<F: Format> FormatNode<F> {
         plan: &WritePlan<F::Token<'_>>,
         data: Buffer,
     ) -> Result<(), Errno> {
-        let place = |guest_offset, host_offset| Place {
-            guest_offset,
-            host_offset,
+        let start = plan.range.offset;
+        let middle = Place {
+            guest_offset: start,
+            host_offset: plan.host_offset,
         };
-        if plan.head == 0 && plan.tail == 0 {
-            let place = place(plan.range.offset, plan.host_offset);
-            return self.write_data(place, data).await;
+        if (plan.head, plan.tail) == (Fill::Nothing, Fill::Nothing) {
+            return self.write_data(middle, data).await;
         }
         // Held for I/O that needs no permit of this node: whoever waits here gets one.
         let _copy = self.copies.acquire().await;
-        let start = plan.range.offset.checked_sub(plan.head).ok_or(Errno::EIO)?;
-        let host_start = plan.host_offset.checked_sub(plan.head).ok_or(Errno::EIO)?;
-        let (head, tail) = (plan.head as usize, plan.tail as usize);
-        let end = plan.range.offset + plan.range.length;
+        let (head, tail) = (self.in_memory(plan.head), self.in_memory(plan.tail));
+        let before = middle.before(head as u64).ok_or(Errno::EIO)?;
         if data.len() <= MERGE_BYTES {
-            let whole = Buffer::zeroed(head + data.len() + tail);
             let after = head + data.len();
-            self.read_old(start, whole.slice(0..head)).await?;
-            self.read_old(end, whole.slice(after..after + tail)).await?;
+            let whole = Buffer::zeroed(after + tail);
+            let margins = (whole.slice(0..head), whole.slice(after..after + tail));
+            self.read_margins(plan, margins).await?;
             whole.slice(head..after).copy_from(&data);
-            return self.write_data(place(start, host_start), whole).await;
+            return self.write_parts(plan, [(before, whole)]).await;
         }
-        let (before, after) = (Buffer::zeroed(head), Buffer::zeroed(tail));
-        self.read_old(start, before.clone()).await?;
-        self.read_old(end, after.clone()).await?;
-        let mut pieces = Pieces::new();
+        let after = middle.after(data.len());
+        let (head, tail) = (Buffer::zeroed(head), Buffer::zeroed(tail));
+        self.read_margins(plan, (head.clone(), tail.clone()))
+            .await?;
+        let parts = [(before, head), (middle, data), (after, tail)];
+        self.write_parts(plan, parts).await
+    }
+
+    /// Writes `parts` to the data child, and zeroes to the margins that are not among them.
+    async fn write_parts<const COUNT: usize>(
+        &self,
+        plan: &WritePlan<F::Token<'_>>,
+        parts: [(Place, Buffer); COUNT],
+    ) -> Result<(), Errno> {
+        let head_start = plan.host_offset.checked_sub(plan.head.length());
+        let head_start = head_start.ok_or(Errno::EIO)?;
         let host_end = plan.host_offset + plan.range.length;
-        for (at, part) in [
-            (place(start, host_start), before),
-            (place(plan.range.offset, plan.host_offset), data),
-            (place(end, host_end), after),
-        ] {
+        let mut pieces = Pieces::new();
+        for (at, fill) in [(head_start, plan.head), (host_end, plan.tail)] {
+            let length = fill.length() - self.in_memory(fill) as u64;
+            if length != 0 {
+                let range = ByteRange::new(at, length);
+                let zeroes = self.data().write_zeroes(range, ZeroFlags::default());
+                pieces.push(zeroes).await;
+            }
+        }
+        for (place, part) in parts {
             if !part.is_empty() {
-                pieces.push(self.write_data(at, part)).await;
+                pieces.push(self.write_data(place, part)).await;
             }
         }
         pieces.finish().await
+    }
+
+    /// How much of a margin is written from memory; the rest is left to the data child's zeroing,
+    /// which is of no use where zeroes have to be encrypted.
+    fn in_memory(&self, fill: Fill) -> usize {
+        match fill {
+            Fill::Zeroes(length)
+                if length > MERGE_BYTES as u64 && self.format.cipher().is_none() =>
+            {
+                0
+            }
+            fill => fill.length() as usize,
+        }
+    }
+
+    /// Fills the zeroed memory for a plan's head and tail with the old content.
+    async fn read_margins(
+        &self,
+        plan: &WritePlan<F::Token<'_>>,
+        (head, tail): (Buffer, Buffer),
+    ) -> Result<(), Errno> {
+        if let Fill::Copy(length) = plan.head {
+            let start = plan.range.offset.checked_sub(length).ok_or(Errno::EIO)?;
+            self.read_old(start, head).await?;
+        }
+        if let Fill::Copy(_) = plan.tail {
+            let end = plan.range.offset + plan.range.length;
+            self.read_old(end, tail).await?;
+        }
+        Ok(())
     }
 
     /// Reads what the virtual disk holds before the plan is committed, into zeroed memory.

@@ -34,8 +34,25 @@ const MAX_APPEND_SCAN: u64 = 1 << 24;
 pub(super) struct Allocator {
     /// No cluster below is known to be free.
     pub(super) scan: u64,
-    /// Clusters from here on are free unless their refcount says otherwise.
+    /// Clusters from here on are free unless their refcount says otherwise. They lie beyond the end
+    /// that the file had when it was opened, and this driver has not allocated them since: `append`
+    /// only goes up, past whatever is allocated, written or replayed.
     pub(super) append: u64,
+}
+
+/// What the storage of a planned write holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Storage {
+    /// The data of the clusters: they are written where they are.
+    InPlace,
+    /// Zeroes: clusters that nobody ever wrote to, in a file that a write past its end fills with
+    /// zeroes. A predecessor that was killed may have written to clusters that nothing refers to,
+    /// but not beyond the end the file had when this process opened it; an earlier write of this
+    /// process that failed or was dropped has moved `append` past its clusters.
+    Zeroes,
+    /// Anything. A cluster that was freed and discarded is no better: `discard=ignore`, failed
+    /// discards and hosts that promise nothing look alike from here.
+    Anything,
 }
 
 /// Clusters allocated and not yet referred to. Dropped with its future, what writes to them may
@@ -94,10 +111,10 @@ pub(super) type Structure<'q> = MutexGuard<'q, ()>;
 impl Qcow2 {
     /// Allocates up to `want` contiguous clusters, at least one, with refcount one. The change of
     /// the refcounts is logged together with what will refer to them.
-    pub(super) async fn allocate(&self, want: u64) -> Result<ClusterRun, Errno> {
+    pub(super) async fn allocate(&self, want: u64) -> Result<(ClusterRun, Storage), Errno> {
         let attempt = self.try_allocate(&mut self.state(), want);
-        if let Ok(run) = attempt {
-            return Ok(run);
+        if let Ok(allocated) = attempt {
+            return Ok(allocated);
         }
         let structure = self.structure.lock().await;
         self.allocate_in(&structure, want).await
@@ -108,12 +125,12 @@ impl Qcow2 {
         &self,
         structure: &Structure<'_>,
         want: u64,
-    ) -> Result<ClusterRun, Errno> {
+    ) -> Result<(ClusterRun, Storage), Errno> {
         let mut pins = Pins::default();
         loop {
             let attempt = self.try_allocate(&mut self.state(), want);
             match attempt {
-                Ok(run) => return Ok(run),
+                Ok(allocated) => return Ok(allocated),
                 Err(need) => self.provide(structure, need, &mut pins).await?,
             }
         }
@@ -150,10 +167,11 @@ impl Qcow2 {
         self.load(&self.refcounts, index, offset).await
     }
 
-    fn try_allocate(&self, state: &mut State, want: u64) -> Result<ClusterRun, Need> {
-        let run = match self.find_hole(state, want)? {
-            Some(run) => run,
-            None => self.find_at_end(state, want)?,
+    fn try_allocate(&self, state: &mut State, want: u64) -> Result<(ClusterRun, Storage), Need> {
+        let (run, storage) = match self.find_hole(state, want)? {
+            Some(run) => (run, Storage::Anything),
+            None if self.file.node().grows() => (self.find_at_end(state, want)?, Storage::Zeroes),
+            None => (self.find_at_end(state, want)?, Storage::Anything),
         };
         if let Some(what) = state.metadata.overlap(run) {
             let offset = self.geometry.host_offset(run.first).0;
@@ -168,7 +186,7 @@ impl Qcow2 {
         state.allocator.append = state.allocator.append.max(run.end());
         let end = run.end() << self.geometry.cluster_bits;
         self.host_end.fetch_max(end, AcqRel);
-        Ok(run)
+        Ok((run, storage))
     }
 
     /// Looks through one slice of refcounts below `append`.

@@ -124,7 +124,7 @@ impl Qcow2 {
         let mut held: Option<ClusterRun> = None;
         loop {
             let want = count - held.map_or(0, |run| run.count);
-            let run = self.allocate_in(structure, want).await?;
+            let (run, _) = self.allocate_in(structure, want).await?;
             if run.end() > most {
                 return Err(Errno::EFBIG);
             }

@@ -8,13 +8,13 @@
 //! The guest clusters are locked and the L2 slice is pinned from prepare to commit, so a commit
 //! does no I/O but for a full redo log.
 
-use super::alloc::Reserved;
+use super::alloc::{Reserved, Storage};
 use super::cache::Pinned;
 use super::reclaim::Requests;
 use super::redo::{L2Run, RedoRecord};
 use super::tables::{COPIED, ClusterRun, GuestCluster, HostOffset, L2Entry, L2Kind, OFFSET_MASK};
 use super::{Qcow2, State};
-use block::{ByteRange, WritePlan};
+use block::{ByteRange, Fill, WritePlan};
 use executor::sync::RangeGuard;
 use executor::{Buffer, Errno};
 use smallvec::SmallVec;
@@ -60,40 +60,59 @@ impl Qcow2 {
             .map(|entry| L2Entry(slice.word(entry)))
             .collect();
         let placement = self.place(first, &entries).await?;
-        let placed = (placement.host, placement.count);
-        let is_in_place = matches!(placement.change, Change::None);
-        let token = Token {
-            slice,
-            first,
-            change: placement.change,
-            _locked: (!is_in_place).then_some(locked),
-        };
-        Ok(self.plan(
-            ByteRange::new(range.offset, end - range.offset),
-            placed,
-            token,
-        ))
+        let range = ByteRange::new(range.offset, end - range.offset);
+        Ok(self.plan(range, placement, (slice, first), locked))
     }
 
     fn plan<'a>(
         &self,
         range: ByteRange,
-        (host, count): (HostOffset, u64),
-        token: Token<'a>,
+        placement: Placement<'a>,
+        (slice, first): (Pinned<'a>, GuestCluster),
+        locked: RangeGuard<'a>,
     ) -> WritePlan<Token<'a>> {
         let cluster_size = self.geometry.cluster_size();
         let start = range.offset & !(cluster_size - 1);
-        let covered_end = start + count * cluster_size;
+        let covered_end = start + placement.count * cluster_size;
         let end = (range.offset + range.length).min(covered_end);
         let head = range.offset - start;
-        let host_offset = host.0 + head;
-        let filled = !matches!(token.change, Change::None);
+        let entry = self.geometry.entry_position(first).entry;
+        let last = L2Entry(slice.word(entry + placement.count as usize - 1));
+        let fill = |entry, offset, length| match placement.storage {
+            _ if length == 0 => Fill::Nothing,
+            Storage::InPlace => Fill::Nothing,
+            Storage::Zeroes if self.reads_zero(entry, offset) => Fill::Nothing,
+            _ if self.reads_zero(entry, offset) => Fill::Zeroes(length),
+            _ => Fill::Copy(length),
+        };
+        let (head_fill, tail_fill) = (
+            fill(L2Entry(slice.word(entry)), start, head),
+            fill(last, end, covered_end - end),
+        );
+        let is_in_place = placement.storage == Storage::InPlace;
         WritePlan {
             range: ByteRange::new(range.offset, end - range.offset),
-            host_offset,
-            head: if filled { head } else { 0 },
-            tail: if filled { covered_end - end } else { 0 },
-            token,
+            host_offset: placement.host.0 + head,
+            head: head_fill,
+            tail: tail_fill,
+            token: Token {
+                slice,
+                first,
+                change: placement.change,
+                _locked: (!is_in_place).then_some(locked),
+            },
+        }
+    }
+
+    /// Whether the cluster of `entry` reads as zeroes from `offset` on.
+    fn reads_zero(&self, entry: L2Entry, offset: u64) -> bool {
+        match entry.kind(&self.geometry) {
+            L2Kind::ZeroPlain | L2Kind::ZeroAllocated(_) => true,
+            L2Kind::Unallocated => {
+                let backing = self.backing.as_ref();
+                backing.is_none_or(|backing| backing.node().length() <= offset)
+            }
+            _ => false,
         }
     }
 
@@ -121,6 +140,10 @@ impl Qcow2 {
                 Ok(Placement {
                     host,
                     count: run.count,
+                    storage: match change {
+                        Reuse::Data => Storage::InPlace,
+                        Reuse::Zero => Storage::Anything,
+                    },
                     change: match change {
                         Reuse::Data => Change::None,
                         Reuse::Zero => Change::Reuse(run),
@@ -139,10 +162,11 @@ impl Qcow2 {
                     want += 1;
                 }
                 self.reclaim(Requests::MayRun, 1).await;
-                let run = self.allocate(want).await?;
+                let (run, storage) = self.allocate(want).await?;
                 Ok(Placement {
                     host: self.geometry.host_offset(run.first),
                     count: run.count,
+                    storage,
                     change: Change::Map(Reserved::new(self, run)),
                 })
             }
@@ -179,7 +203,7 @@ impl Qcow2 {
         if owned(old) {
             return Ok(());
         }
-        let run = self.allocate_in(&structure, 1).await?;
+        let (run, _) = self.allocate_in(&structure, 1).await?;
         let reserved = Reserved::new(self, run);
         let table = self.geometry.host_offset(run.first);
         if let Err(errno) = self.fill_l2_table(old & OFFSET_MASK, table).await {
@@ -305,5 +329,6 @@ struct Placement<'a> {
     host: HostOffset,
     /// Clusters.
     count: u64,
+    storage: Storage,
     change: Change<'a>,
 }
