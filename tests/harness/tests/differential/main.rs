@@ -5,6 +5,8 @@
 //! `OUTBOARD_SEQUENCES` sets how many sequences each family runs, `OUTBOARD_SEED` the first seed. A
 //! failure names its seed: `OUTBOARD_SEED=N OUTBOARD_SEQUENCES=1` runs that sequence alone.
 
+#![expect(clippy::unwrap_used, reason = "tests")]
+
 mod operation;
 mod ours;
 mod peer;
