@@ -1,8 +1,10 @@
 //! The object-safe seam that every node implements, and the small future it answers with.
 
+use crate::bitmap::BitmapStore;
 use crate::edge::Permissions;
 use crate::node::WriteGuard;
 use crate::redo_log::ImageIdentity;
+use crate::snapshot::Snapshots;
 use executor::{Buffer, Errno, FileOp};
 use std::future::Future;
 use std::pin::Pin;
@@ -253,4 +255,12 @@ pub trait Driver: Send + Sync {
     /// Which host file the node's bytes are in, for drivers that store them plainly; a format's
     /// redo log belongs to that file. `None` without one file of its own.
     fn identity(&self) -> Option<ImageIdentity>;
+    /// The image's internal snapshots; `None` for drivers that keep none.
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        None
+    }
+    /// Where dirty bitmaps are stored; `None` for drivers that store none.
+    fn bitmap_store(&self) -> Option<&dyn BitmapStore> {
+        None
+    }
 }

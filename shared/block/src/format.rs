@@ -17,9 +17,11 @@
 //!   commit (mapping changes, lock released)       or abort (allocation given back)
 //! ```
 
+use crate::bitmap::BitmapStore;
 use crate::cipher::SectorCipher;
 use crate::driver::{ByteRange, Limits, Resize, ZeroFlags};
 use crate::edge::Edge;
+use crate::snapshot::Snapshots;
 use executor::{Buffer, Errno};
 
 /// Where a piece of the virtual disk is.
@@ -179,4 +181,12 @@ pub trait Format: Send + Sync + 'static {
     }
     /// See [`crate::Driver::describe`].
     fn describe(&self) -> serde_json::Map<String, serde_json::Value>;
+    /// See [`crate::Driver::snapshots`].
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        None
+    }
+    /// See [`crate::Driver::bitmap_store`].
+    fn bitmap_store(&self) -> Option<&dyn BitmapStore> {
+        None
+    }
 }

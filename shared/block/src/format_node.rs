@@ -19,6 +19,7 @@ mod encode;
 mod pieces;
 mod write;
 
+use crate::bitmap::BitmapStore;
 use crate::check::{CheckOptions, CheckResult, CheckSink};
 use crate::driver::{
     BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Resize, StatusExtent, WriteFlags,
@@ -29,6 +30,7 @@ use crate::error::{Error, Result};
 use crate::format::{Extent, Format, Lookup, Mapping};
 use crate::node::Node;
 use crate::redo_log::ImageIdentity;
+use crate::snapshot::Snapshots;
 use cipher::Place;
 use executor::sync::Semaphore;
 use executor::{Buffer, Errno};
@@ -336,6 +338,12 @@ impl<F: Format> Driver for FormatNode<F> {
     }
     fn identity(&self) -> Option<ImageIdentity> {
         None
+    }
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        self.format.snapshots()
+    }
+    fn bitmap_store(&self) -> Option<&dyn BitmapStore> {
+        self.format.bitmap_store()
     }
 }
 

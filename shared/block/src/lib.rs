@@ -15,6 +15,7 @@
 //! thread at the same time; edges change only while drained. Must not know: a concrete format or
 //! protocol, guests, QMP.
 
+pub mod bitmap;
 pub mod check;
 pub mod cipher;
 pub mod driver;
@@ -30,7 +31,9 @@ pub mod node;
 pub mod open;
 pub mod redo_log;
 pub mod root;
+pub mod snapshot;
 
+pub use bitmap::{BitmapSet, BitmapStore, DirtyBitmap};
 pub use check::{CheckOptions, CheckResult, CheckSink, Purpose, Repair, Silent};
 pub use cipher::{SectorCipher, Tweak};
 pub use driver::{
@@ -47,3 +50,4 @@ pub use node::{DetectZeroes, Discard, Node, NodeOptions};
 pub use open::{ChildRole, DriverEntry, OpenRequest};
 pub use redo_log::{ImageIdentity, RedoLog};
 pub use root::{Drained, Root, RootFuture, RootHandle};
+pub use snapshot::{NewSnapshot, SnapshotInfo, Snapshots};

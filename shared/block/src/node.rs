@@ -14,6 +14,7 @@
 //! lock; on nodes whose driver needs alignment a write also counts itself in its thread's slot.
 //! Must not know: what kind of driver it is.
 
+mod bitmaps;
 mod flush;
 mod general;
 mod tracker;
@@ -22,6 +23,7 @@ mod users;
 pub use tracker::WriteGuard;
 pub(crate) use users::{ResizeListener, User, Users};
 
+use crate::bitmap::BitmapSet;
 use crate::driver::{
     BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Resize, StatusExtent, WriteFlags,
     ZeroFlags,
@@ -95,6 +97,7 @@ pub struct Node {
     /// Present when the driver needs an alignment.
     tracker: Option<Box<WriteTracker>>,
     flush: FlushState,
+    bitmaps: Arc<BitmapSet>,
     users: Users,
     this: Weak<Node>,
 }
@@ -119,6 +122,7 @@ impl Node {
             length: AtomicU64::new(driver.length()),
             tracker: aligned.then(Box::default),
             flush: FlushState::default(),
+            bitmaps: bitmaps::of_driver(&*driver),
             users: Users::default(),
             this: this.clone(),
             options,
@@ -172,6 +176,16 @@ impl Node {
     /// `EOPNOTSUPP` for a compressed write that its driver cannot do.
     #[inline]
     pub fn write(&self, offset: u64, buffer: Buffer, flags: WriteFlags) -> IoFuture<'_> {
+        if self.bitmaps.is_empty() {
+            self.write_unrecorded(offset, buffer, flags)
+        } else {
+            let range = ByteRange::new(offset, buffer.len() as u64);
+            self.recorded(range, || self.write_unrecorded(offset, buffer, flags))
+        }
+    }
+
+    #[inline]
+    fn write_unrecorded(&self, offset: u64, buffer: Buffer, flags: WriteFlags) -> IoFuture<'_> {
         if self.plain_writes && flags == WriteFlags::default() && self.fits(offset, &buffer) {
             return match self.reserve(ByteRange::new(offset, buffer.len() as u64)) {
                 Ok(()) => self.driver.write(offset, buffer, WriteFlags::default()),
@@ -209,7 +223,7 @@ impl Node {
     pub fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> IoFuture<'_> {
         match self.check_write(range) {
             Ok(()) if range.length == 0 && !flags.fua => IoFuture::done(),
-            Ok(()) => IoFuture::boxed(self.zero_general(range, flags)),
+            Ok(()) => self.recorded(range, || IoFuture::boxed(self.zero_general(range, flags))),
             Err(errno) => IoFuture::error(errno),
         }
     }
@@ -222,7 +236,7 @@ impl Node {
         if self.options.discard == Discard::Ignore {
             return IoFuture::done();
         }
-        IoFuture::boxed(self.discard_general(range))
+        self.recorded(range, || IoFuture::boxed(self.discard_general(range)))
     }
     /// Every write completed before this call is durable when it resolves.
     ///
@@ -258,7 +272,14 @@ impl Node {
         if self.options.read_only {
             return Err(Error::new(ErrorKind::Invalid, "Image is read-only"));
         }
-        self.driver.resize(resize).await?;
+        let old = self.length();
+        if resize.length > old {
+            self.bitmaps.resize(resize.length)?;
+        }
+        if let Err(error) = self.driver.resize(resize).await {
+            self.bitmaps.resize(old)?;
+            return Err(error);
+        }
         self.child_resized();
         Ok(())
     }
@@ -315,6 +336,7 @@ impl ResizeListener for Node {
     fn child_resized(&self) {
         let length = self.driver.length();
         if self.length.swap(length, Ordering::Relaxed) != length {
+            self.follow_length(length);
             self.users.notify_resize();
         }
     }
