@@ -13,6 +13,8 @@ pub enum Purpose {
     /// [`crate::Driver::check`] and nothing else: damage that the check finds is no reason to
     /// refuse the image, and children that it does not need stay closed.
     Check,
+    /// To be described: no name in the image is followed, and no key is needed.
+    Describe,
 }
 
 /// What a check may change.

@@ -233,6 +233,14 @@ pub trait Driver: Send + Sync {
     ) -> Result<(), crate::Error> {
         Ok(())
     }
+    /// Deletes the file that the node is (protocols).
+    fn delete_file(&self) -> Result<(), crate::Error> {
+        let message = format!(
+            "Driver '{}' does not support image deletion",
+            self.driver_name()
+        );
+        Err(crate::Error::new(crate::ErrorKind::Unsupported, message))
+    }
     /// The edges to the children, with their roles ("file", "backing", "data-file").
     fn edges(&self) -> Vec<(&'static str, &crate::Edge)>;
     /// Checks the consistency of the image and repairs what `options` say. The caller has drained

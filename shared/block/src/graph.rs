@@ -9,9 +9,13 @@ use crate::check::Purpose;
 use crate::driver::BoxFuture;
 use crate::error::{Error, ErrorKind, Result};
 use crate::node::Node;
-use crate::open::{Definition, DriverEntry, OpenRequest, Options, Place};
+use crate::open::{
+    Definition, DriverEntry, FILE_PROTOCOL, Inherited, OpenRequest, Options, PROBE_BYTES, Place,
+    as_map,
+};
+use executor::Buffer;
 use serde_json::{Map, Value};
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, Ref, RefCell};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,6 +24,15 @@ use std::sync::Arc;
 pub struct NamePolicy {
     /// Directories given with `--allow-dir`, as absolute paths.
     pub allowed_dirs: Vec<PathBuf>,
+}
+
+/// How formats that nobody names are found out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Formats {
+    /// They are not: a guest could make a raw disk look like anything.
+    Named,
+    /// From the image's first bytes, as users of command-line tools expect.
+    Probed,
 }
 
 struct Entry {
@@ -31,7 +44,8 @@ struct Entry {
 /// All nodes of a process. Used by the control thread only.
 pub struct Graph {
     drivers: Vec<&'static DriverEntry>,
-    policy: NamePolicy,
+    policy: RefCell<NamePolicy>,
+    formats: Formats,
     redo_dir: Option<PathBuf>,
     /// In order of insertion.
     entries: RefCell<Vec<Entry>>,
@@ -43,7 +57,8 @@ impl Graph {
     pub fn new(tables: &[&'static [DriverEntry]], policy: NamePolicy) -> Graph {
         Graph {
             drivers: tables.iter().flat_map(|table| table.iter()).collect(),
-            policy,
+            policy: RefCell::new(policy),
+            formats: Formats::Named,
             redo_dir: None,
             entries: RefCell::default(),
             generated: Cell::new(0),
@@ -57,6 +72,59 @@ impl Graph {
             redo_dir: Some(directory),
             ..self
         }
+    }
+    /// Finds out the formats of backing files that images do not tell (tools only).
+    #[must_use]
+    pub fn with_probing(self) -> Graph {
+        Graph {
+            formats: Formats::Probed,
+            ..self
+        }
+    }
+    /// Lets names inside images open files beneath `directory`, an absolute path, too.
+    pub fn allow_dir(&self, directory: PathBuf) {
+        self.policy.borrow_mut().allowed_dirs.push(directory);
+    }
+    /// The driver `name`.
+    pub fn entry(&self, name: &str) -> Option<&'static DriverEntry> {
+        self.drivers
+            .iter()
+            .copied()
+            .find(|entry| entry.name == name)
+    }
+    /// The names of all drivers.
+    pub fn driver_names(&self) -> impl Iterator<Item = &'static str> {
+        self.drivers.iter().map(|entry| entry.name)
+    }
+    /// The format of the image in `file`, guessed from its first bytes; `raw` when nothing else
+    /// fits. Tools only: a guest can make a raw disk look like anything.
+    ///
+    /// # Errors
+    /// `Io` when the bytes cannot be read.
+    pub async fn probe(&self, file: &Node) -> Result<&'static str> {
+        let length = file.length().min(PROBE_BYTES as u64) as usize;
+        let start = Buffer::zeroed(length);
+        file.read(0, start.clone()).await.map_err(|errno| {
+            let message = format!(
+                "Could not read image for determining its format: {}",
+                errno.desc()
+            );
+            Error::new(ErrorKind::Io, message)
+        })?;
+        let start = start.to_heap();
+        let scores = self.drivers.iter().filter_map(|entry| {
+            let score = entry.probe?(&start);
+            (score > 0).then_some((score, entry.name))
+        });
+        // The first of equals, as in the table.
+        let best = scores.fold(None, |best: Option<(u8, &'static str)>, this| match best {
+            Some(best) if best.0 >= this.0 => Some(best),
+            _ => Some(this),
+        });
+        best.map(|(_, name)| name).ok_or_else(|| {
+            let message = "Could not determine image format: No compatible driver found";
+            Error::new(ErrorKind::Invalid, message)
+        })
     }
     /// Opens a node (and inline children) from `--blockdev`/`blockdev-add` options and adds it.
     /// Values may be typed JSON or strings (from `key=value`).
@@ -145,8 +213,23 @@ impl Graph {
         result
     }
 
-    pub(crate) fn policy(&self) -> &NamePolicy {
-        &self.policy
+    pub(crate) fn policy(&self) -> Ref<'_, NamePolicy> {
+        self.policy.borrow()
+    }
+
+    pub(crate) fn probes(&self) -> bool {
+        self.formats == Formats::Probed
+    }
+
+    /// Opens a file that was just made, writable and with a generated name.
+    pub(crate) async fn open_made(&self, name: String) -> Result<Arc<Node>> {
+        let definition = Definition {
+            options: as_map([("driver", FILE_PROTOCOL), ("filename", &name)]),
+            inherited: Some(Inherited::for_new()),
+            place: Place::default(),
+            descriptor: None,
+        };
+        self.open(definition).await
     }
 
     pub(crate) fn redo_dir(&self) -> Option<&Path> {
@@ -171,9 +254,7 @@ impl Graph {
         let mut options = Options::new(definition.options, definition.place.path.clone());
         let driver = options.take_driver()?;
         let entry = self
-            .drivers
-            .iter()
-            .find(|entry| entry.name == driver)
+            .entry(&driver)
             .ok_or_else(|| options.unknown_driver(&driver))?;
         let mut node = options.take_node(definition.inherited.unwrap_or_default())?;
         node.node_name = match options.take_node_name()? {
@@ -241,7 +322,7 @@ impl Graph {
     }
 
     /// Closes and forgets inline children without a parent.
-    async fn sweep(&self) {
+    pub(crate) async fn sweep(&self) {
         // A node that is being opened, or that somebody holds, has another count.
         let is_orphan = |entry: &Entry| {
             !entry.owned && !entry.node.in_use() && Arc::strong_count(&entry.node) == 1

@@ -18,6 +18,7 @@
 pub mod bitmap;
 pub mod check;
 pub mod cipher;
+pub mod create;
 pub mod driver;
 pub mod edge;
 pub mod epoch;
@@ -36,6 +37,7 @@ pub mod snapshot;
 pub use bitmap::{BitmapSet, BitmapStore, DirtyBitmap};
 pub use check::{CheckOptions, CheckResult, CheckSink, Purpose, Repair, Silent};
 pub use cipher::{SectorCipher, Tweak};
+pub use create::{CreateRequest, Creator, OptionKind, OptionSpec};
 pub use driver::{
     BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Preallocation, Resize,
     StatusExtent, WriteFlags, ZeroFlags,

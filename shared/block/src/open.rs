@@ -13,6 +13,7 @@ mod names;
 mod options;
 
 use crate::check::Purpose;
+use crate::create::{Creator, OptionSpec};
 use crate::driver::{BoxFuture, Driver};
 use crate::edge::{Edge, EdgeSpec};
 use crate::error::{Error, ErrorKind, Result};
@@ -29,7 +30,7 @@ use std::sync::Arc;
 pub const MAX_CHAIN: usize = 200;
 
 /// The protocol that plain file names are opened with.
-const FILE_PROTOCOL: &str = "file";
+pub(crate) const FILE_PROTOCOL: &str = "file";
 
 /// One line of a crate's driver table.
 pub struct DriverEntry {
@@ -37,11 +38,57 @@ pub struct DriverEntry {
     pub name: &'static str,
     /// Opens a node. Driver-specific options are taken out of the request; what remains
     /// untaken is refused by the graph ("Parameter 'x' is unexpected").
-    #[expect(
-        clippy::type_complexity,
-        reason = "an alias would hide what a driver has to write"
-    )]
-    pub open: for<'a> fn(&'a mut OpenRequest<'_>) -> BoxFuture<'a, Result<Box<dyn Driver>>>,
+    pub open: OpenFn,
+    /// How sure the driver is that an image starting with these bytes (up to
+    /// [`PROBE_BYTES`]) is its own: 0 not at all, 100 certain. Asked by tools alone.
+    pub probe: Option<fn(&[u8]) -> u8>,
+    /// Makes new images.
+    pub create: Option<Creator>,
+    /// What `amend` changes, as the tools spell it.
+    pub amend_options: &'static [OptionSpec],
+}
+
+/// Opens a node of one driver.
+pub type OpenFn = for<'a> fn(&'a mut OpenRequest<'_>) -> BoxFuture<'a, Result<Box<dyn Driver>>>;
+
+/// How much of an image is looked at to find out its format, in bytes.
+pub const PROBE_BYTES: usize = 2048;
+
+impl DriverEntry {
+    /// A driver that opens nodes and makes none.
+    pub const fn new(name: &'static str, open: OpenFn) -> Self {
+        Self {
+            name,
+            open,
+            probe: None,
+            create: None,
+            amend_options: &[],
+        }
+    }
+    /// The same driver, recognising its images.
+    #[must_use]
+    pub const fn with_probe(self, probe: fn(&[u8]) -> u8) -> Self {
+        Self {
+            probe: Some(probe),
+            ..self
+        }
+    }
+    /// The same driver, making images.
+    #[must_use]
+    pub const fn with_create(self, create: Creator) -> Self {
+        Self {
+            create: Some(create),
+            ..self
+        }
+    }
+    /// The same driver, amending images.
+    #[must_use]
+    pub const fn with_amend(self, amend_options: &'static [OptionSpec]) -> Self {
+        Self {
+            amend_options,
+            ..self
+        }
+    }
 }
 
 /// Where in a tree of definitions a node is opened.
@@ -135,8 +182,8 @@ impl OpenRequest<'_> {
         }
     }
     /// Opens the backing file that an image names, when policy allows: a plain file name that
-    /// resolves beneath the directory of `image_file` (or of an allowed directory). The format
-    /// must be given: it is never guessed from the content.
+    /// resolves beneath the directory of `image_file` (or of an allowed directory). Without a
+    /// format the graph must be one that probes (tools); daemons never guess it.
     pub async fn backing_named(
         &mut self,
         image_file: &Edge,
@@ -178,14 +225,15 @@ impl OpenRequest<'_> {
         name: &str,
         format: Option<&str>,
     ) -> Result<Arc<Node>> {
-        let Some(format) = format else {
+        if format.is_none() && !self.graph.probes() {
             let message = format!(
-                "the image gives no format for its backing file '{name}', and formats are not probed"
+                "the image does not tell the format of its backing file '{name}'; \
+                 give 'backing' explicitly or store it (qemu-img rebase -u -F)"
             );
-            return Err(Error::new(ErrorKind::Unsupported, message));
-        };
+            return Err(Error::new(ErrorKind::Invalid, message));
+        }
         let image = image_file.node().filename();
-        let found = names::resolve(&image, name, self.graph.policy())?;
+        let found = names::resolve(&image, name, &self.graph.policy())?;
         let mut place = self.below("backing")?;
         place.chain.extend(FileId::of_path(&image));
         place.enter(found.id, name)?;
@@ -202,6 +250,10 @@ impl OpenRequest<'_> {
                 descriptor: Some(found.descriptor),
             })
             .await?;
+        let format = match format {
+            Some(format) => format,
+            None => self.graph.probe(&file).await?,
+        };
         self.graph
             .open(Definition {
                 options: as_map([("driver", format), ("file", file.name())]),
@@ -242,14 +294,24 @@ impl OpenRequest<'_> {
     }
 
     fn attach(&self, child: &Arc<Node>, name: &'static str, role: ChildRole) -> Result<Edge> {
-        let spec = EdgeSpec {
-            parent: self.node.node_name.clone(),
-            name,
-            role,
-            read_only: self.node.read_only,
-        };
-        Edge::attach(child, spec)
+        attach_as(&self.node, child, name, role)
     }
+}
+
+/// Attaches to `child` as the node with the options `parent`.
+pub(crate) fn attach_as(
+    parent: &NodeOptions,
+    child: &Arc<Node>,
+    name: &'static str,
+    role: ChildRole,
+) -> Result<Edge> {
+    let spec = EdgeSpec {
+        parent: parent.node_name.clone(),
+        name,
+        role,
+        read_only: parent.read_only,
+    };
+    Edge::attach(child, spec)
 }
 
 impl Place {
@@ -264,7 +326,7 @@ impl Place {
     }
 }
 
-fn as_map<const N: usize>(options: [(&str, &str); N]) -> Map<String, Value> {
+pub(crate) fn as_map<const N: usize>(options: [(&str, &str); N]) -> Map<String, Value> {
     options
         .into_iter()
         .map(|(name, value)| (name.to_owned(), Value::from(value)))

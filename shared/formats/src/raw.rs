@@ -5,6 +5,7 @@
 //! child's own futures. Content is never looked at, so a guest cannot make a raw disk anything
 //! else.
 
+use block::create::{CreateRequest, Creator, OptionKind, OptionSpec};
 use block::error::Result;
 use block::open::{ChildRole, DriverEntry};
 use block::{
@@ -16,10 +17,27 @@ use serde_json::{Map, Value};
 const SECTOR: u64 = 512;
 
 /// The table line of `raw`.
-pub const ENTRY: DriverEntry = DriverEntry {
-    name: "raw",
-    open: |request| Box::pin(open(request)),
-};
+pub const ENTRY: DriverEntry = DriverEntry::new("raw", |request| Box::pin(open(request)))
+    // What nothing else recognises is raw.
+    .with_probe(|_| 1)
+    .with_create(Creator {
+        options: &[OptionSpec::new(
+            ("size", "size"),
+            OptionKind::Size,
+            "Virtual disk size",
+        )],
+        create: |request| Box::pin(create(request)),
+    });
+
+/// A raw image is its file.
+async fn create(request: &mut CreateRequest<'_>) -> Result<()> {
+    let names = ["size", "preallocation", "nocow", "extent-size-hint"];
+    let members = names
+        .into_iter()
+        .filter_map(|name| Some((name.to_owned(), request.take(name)?)))
+        .collect();
+    request.pass_through(members).await
+}
 
 /// A window on a child.
 pub struct Raw {

@@ -13,6 +13,7 @@
 //! Locks are QEMU's (see [`locks`]) and last as long as the node. Must not know: what is in the
 //! file.
 
+mod create;
 pub mod locks;
 
 use block::edge::Permissions;
@@ -39,10 +40,8 @@ const SECTOR: u64 = 512;
 const FILL_BYTES: u64 = 1 << 20;
 
 /// The table line of `file`.
-pub const ENTRY: DriverEntry = DriverEntry {
-    name: "file",
-    open: |request| Box::pin(open(request)),
-};
+pub const ENTRY: DriverEntry =
+    DriverEntry::new("file", |request| Box::pin(open(request))).with_create(create::CREATOR);
 
 /// A regular file.
 pub struct FileNode {
@@ -342,6 +341,14 @@ impl Driver for FileNode {
     }
     fn set_permissions(&self, permissions: Permissions, shared: Permissions) -> Result<(), Error> {
         self.locks.set(&self.file, permissions, shared)
+    }
+    fn delete_file(&self) -> Result<(), Error> {
+        std::fs::remove_file(&self.path).map_err(|error| {
+            Error::io(
+                format!("Could not delete '{}'", self.path),
+                to_errno(&error),
+            )
+        })
     }
     fn edges(&self) -> Vec<(&'static str, &Edge)> {
         Vec::new()

@@ -15,10 +15,8 @@ use std::time::Duration;
 const DEFAULT_SIZE: u64 = 1 << 30;
 
 /// The table line of `null-co`.
-pub const ENTRY: DriverEntry = DriverEntry {
-    name: "null-co",
-    open: |request| Box::pin(async move { open(request) }),
-};
+pub const ENTRY: DriverEntry =
+    DriverEntry::new("null-co", |request| Box::pin(async move { open(request) }));
 
 /// A disk that holds nothing.
 #[derive(Clone, Copy, Debug)]

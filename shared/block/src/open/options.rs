@@ -206,6 +206,14 @@ pub(crate) struct Inherited {
 }
 
 impl Inherited {
+    /// What a file that is being made has.
+    pub(crate) fn for_new() -> Self {
+        Self {
+            discard: Discard::Unmap,
+            ..Self::default()
+        }
+    }
+
     /// What an inline child in `role` gets from its parent.
     pub(crate) fn of(parent: &NodeOptions, role: ChildRole) -> Self {
         let backing = role == ChildRole::Backing;

@@ -1,17 +1,26 @@
 //! The driver's line in the table of formats: options and children of a qcow2 node.
 
+use super::Qcow2;
+use super::header::{Header, MAGIC};
 use super::open::{OpenOptions, read_header};
-use super::{Qcow2, header::Header};
 use block::open::ChildRole;
-use block::{BoxFuture, Driver, DriverEntry, Edge, Error, ErrorKind, FormatNode, OpenRequest};
+use block::{BoxFuture, Driver, DriverEntry, Edge, Error, FormatNode, OpenRequest, Purpose};
 
 /// The qcow2 driver.
-pub const ENTRY: DriverEntry = DriverEntry {
-    name: "qcow2",
-    open: |request| -> BoxFuture<'_, Result<Box<dyn Driver>, Error>> {
-        Box::pin(open_node(request))
-    },
-};
+pub const ENTRY: DriverEntry = DriverEntry::new(
+    "qcow2",
+    |request| -> BoxFuture<'_, Result<Box<dyn Driver>, Error>> { Box::pin(open_node(request)) },
+)
+.with_probe(probe)
+.with_create(super::create_entry::CREATOR);
+
+fn probe(start: &[u8]) -> u8 {
+    let known = start.starts_with(&MAGIC.to_be_bytes())
+        && start
+            .get(4..8)
+            .is_some_and(|version| version[..3] == [0; 3] && version[3] >= 2);
+    if known { 100 } else { 0 }
+}
 
 async fn open_node(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>, Error> {
     let mut options = OpenOptions {
@@ -30,6 +39,7 @@ async fn open_node(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>, Err
     let header = read_header(&file).await?;
     let backing = match request.child("backing", ChildRole::Backing).await? {
         Some(given) => given,
+        None if request.purpose() == Purpose::Describe => None,
         None => implicit_backing(request, &file, &header).await?,
     };
     if !options.read_only {
@@ -48,13 +58,6 @@ async fn implicit_backing(
     let Some(name) = &header.backing_name else {
         return Ok(None);
     };
-    let Some(format) = &header.backing_format else {
-        let message = format!(
-            "the image does not tell the format of its backing file '{name}'; \
-             give 'backing' explicitly or store it (qemu-img rebase -u -F)"
-        );
-        return Err(Error::new(ErrorKind::Invalid, message));
-    };
-    let backing = request.backing_named(file, name, Some(format)).await;
-    backing.map(Some)
+    let format = header.backing_format.as_deref();
+    request.backing_named(file, name, format).await.map(Some)
 }

@@ -27,6 +27,7 @@
 mod alloc;
 mod cache;
 mod create;
+mod create_entry;
 mod driver;
 mod entry;
 mod flush;

@@ -1,0 +1,291 @@
+//! Making images: what a driver offers to `create`, and what its code gets.
+//!
+//! ```text
+//!   qemu-img style "-o name=value" ─┐ OptionSpec: names, kinds, defaults
+//!                                   ├──► members as QMP spells them ──► Creator::create
+//!   QMP blockdev-create ────────────┘                                       │
+//!                                              file() ◄── by name: the protocol makes it
+//! ```
+//!
+//! Owns: the descriptions of options, and the request that a driver's `create` works on. Promises:
+//! a name that could not be made into an image does not stay behind as a file; nodes that were
+//! opened for the work are closed at its end. Must not know: a concrete format or protocol.
+
+use crate::driver::{BoxFuture, Preallocation};
+use crate::edge::Edge;
+use crate::error::{Error, ErrorKind, Result};
+use crate::graph::Graph;
+use crate::node::{Node, NodeOptions};
+use crate::open::{ChildRole, FILE_PROTOCOL, Options, attach_as};
+use serde_json::{Map, Value};
+use std::cell::RefCell;
+use std::sync::Arc;
+
+/// What kind of value an option takes on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OptionKind {
+    /// Any text.
+    Text,
+    /// `on` or `off`.
+    Switch,
+    /// A number.
+    Number,
+    /// Bytes, with a suffix if wanted.
+    Size,
+}
+
+/// One option of `create` or `amend` as the tools spell it (`-o name=value`).
+#[derive(Clone, Copy, Debug)]
+pub struct OptionSpec {
+    /// The name in `-o`.
+    pub name: &'static str,
+    /// Where the value belongs in QMP's object, dots for nesting ("encrypt.key-secret").
+    pub member: &'static str,
+    /// What it takes.
+    pub kind: OptionKind,
+    /// One line of help.
+    pub help: &'static str,
+    /// The value that is meant, and shown, when the option is not given.
+    pub default: Option<&'static str>,
+    /// Older spellings of values, with those of QMP.
+    pub aliases: &'static [(&'static str, &'static str)],
+}
+
+impl OptionSpec {
+    /// An option without default or aliases.
+    pub const fn new(
+        (name, member): (&'static str, &'static str),
+        kind: OptionKind,
+        help: &'static str,
+    ) -> Self {
+        Self {
+            name,
+            member,
+            kind,
+            help,
+            default: None,
+            aliases: &[],
+        }
+    }
+    /// The same option with a default.
+    #[must_use]
+    pub const fn with_default(self, value: &'static str) -> Self {
+        Self {
+            default: Some(value),
+            ..self
+        }
+    }
+    /// The same option with older spellings of its values.
+    #[must_use]
+    pub const fn with_aliases(self, aliases: &'static [(&'static str, &'static str)]) -> Self {
+        Self { aliases, ..self }
+    }
+}
+
+/// How a driver makes images.
+pub struct Creator {
+    /// Its options, in the order in which they are shown.
+    pub options: &'static [OptionSpec],
+    /// Makes the image.
+    pub create: for<'a> fn(&'a mut CreateRequest<'_>) -> BoxFuture<'a, Result<()>>,
+}
+
+/// What an image is made in.
+pub enum Target {
+    /// A file of this name, which is made (or emptied).
+    Name(String),
+    /// A node that is there already.
+    Node(Arc<Node>),
+}
+
+/// What a driver's `create` gets: the options, and a way to its children.
+pub struct CreateRequest<'g> {
+    graph: &'g Graph,
+    driver: &'static str,
+    target: Target,
+    options: Options,
+    /// Files that were made by name, to be deleted when the image fails.
+    made: RefCell<Vec<Arc<Node>>>,
+}
+
+impl CreateRequest<'_> {
+    /// Takes a string option.
+    pub fn take_str(&mut self, name: &str) -> Result<Option<String>> {
+        self.options.take_str(name)
+    }
+    /// Takes an on/off option.
+    pub fn take_bool(&mut self, name: &str) -> Result<Option<bool>> {
+        self.options.take_bool(name)
+    }
+    /// Takes a number or a size in bytes.
+    pub fn take_size(&mut self, name: &str) -> Result<Option<u64>> {
+        self.options.take_size(name)
+    }
+    /// Takes an option that is one of `values`; resolves to the value's index.
+    pub fn take_choice(&mut self, name: &str, values: &[&str]) -> Result<Option<usize>> {
+        self.options.take_choice(name, values)
+    }
+    /// Takes `preallocation`.
+    pub fn take_preallocation(&mut self) -> Result<Preallocation> {
+        let values = ["off", "metadata", "falloc", "full"];
+        Ok(match self.take_choice("preallocation", &values)? {
+            None | Some(0) => Preallocation::Off,
+            Some(1) => Preallocation::Metadata,
+            Some(2) => Preallocation::Falloc,
+            Some(_) => Preallocation::Full,
+        })
+    }
+    /// Takes a raw option.
+    pub fn take(&mut self, name: &str) -> Option<Value> {
+        self.options.take(name)
+    }
+    /// Takes `size`, which must be there.
+    pub fn take_length(&mut self) -> Result<u64> {
+        match self.take_size("size")? {
+            Some(size) => Ok(size),
+            None => Err(self.missing("size")),
+        }
+    }
+    /// An error for the first option that nobody took.
+    pub fn finish(&self) -> Result<()> {
+        self.options.finish()
+    }
+    /// The error for a mandatory option that is not there.
+    pub fn missing(&self, name: &str) -> Error {
+        self.options.missing(name)
+    }
+    /// The name of the file to make (protocols).
+    pub fn filename(&self) -> Result<&str> {
+        match &self.target {
+            Target::Name(name) => Ok(name),
+            Target::Node(_) => Err(Error::new(
+                ErrorKind::Invalid,
+                format!("Driver '{}' makes files by name only", self.driver),
+            )),
+        }
+    }
+    /// The child that the image is written to: made by the protocol of its name, or the node that
+    /// was given.
+    ///
+    /// # Errors
+    /// The protocol's; `Busy` when the file or node is in use.
+    pub async fn file(&mut self) -> Result<Edge> {
+        let node = match &self.target {
+            Target::Name(name) => self.make(name.clone(), Map::new()).await?,
+            Target::Node(node) => Arc::clone(node),
+        };
+        self.attach(&node, "file", ChildRole::Image)
+    }
+    /// The same as [`CreateRequest::file`] for drivers that add nothing: `members` go to the
+    /// protocol, and no child is needed.
+    ///
+    /// # Errors
+    /// The protocol's.
+    pub async fn pass_through(&mut self, members: Map<String, Value>) -> Result<()> {
+        let Target::Name(name) = &self.target else {
+            let message = format!("Driver '{}' makes files by name only", self.driver);
+            return Err(Error::new(ErrorKind::Invalid, message));
+        };
+        self.graph
+            .make_file(FILE_PROTOCOL, name.clone(), members)
+            .await
+    }
+    /// A second file `name`, made beside the image; empty.
+    ///
+    /// # Errors
+    /// The protocol's.
+    pub async fn data_file(&mut self, name: &str) -> Result<Edge> {
+        let node = self.make(name.to_owned(), Map::new()).await?;
+        self.attach(&node, "data-file", ChildRole::Data)
+    }
+    /// The node `name`, as the child for data.
+    ///
+    /// # Errors
+    /// `NotFound`, `Busy`.
+    pub fn data_node(&mut self, name: &str) -> Result<Edge> {
+        let node = self.graph.find(name)?;
+        self.attach(&node, "data-file", ChildRole::Data)
+    }
+
+    async fn make(&self, name: String, members: Map<String, Value>) -> Result<Arc<Node>> {
+        self.graph
+            .make_file(FILE_PROTOCOL, name.clone(), members)
+            .await?;
+        let node = self.graph.open_made(name).await?;
+        self.made.borrow_mut().push(Arc::clone(&node));
+        Ok(node)
+    }
+
+    fn attach(&self, node: &Arc<Node>, name: &'static str, role: ChildRole) -> Result<Edge> {
+        let parent = NodeOptions {
+            node_name: format!("new {}", self.driver),
+            ..NodeOptions::default()
+        };
+        attach_as(&parent, node, name, role)
+    }
+}
+
+impl Graph {
+    /// Makes an image of `driver` in `target`. `members` are those of QMP's
+    /// `BlockdevCreateOptions`, without `driver` and `file`.
+    ///
+    /// # Errors
+    /// The driver's; files that were made by name are gone again.
+    pub async fn create(
+        &self,
+        driver: &str,
+        target: Target,
+        members: Map<String, Value>,
+    ) -> Result<()> {
+        let entry = self
+            .entry(driver)
+            .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("Unknown driver '{driver}'")))?;
+        let Some(creator) = &entry.create else {
+            let message = format!("Driver '{driver}' does not support blockdev-create");
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        };
+        let mut request = CreateRequest {
+            graph: self,
+            driver: entry.name,
+            target,
+            options: Options::new(members, String::new()),
+            made: RefCell::default(),
+        };
+        let created = (creator.create)(&mut request).await;
+        let created = created.and_then(|()| request.finish());
+        let made = request.made.take();
+        if created.is_err() {
+            for node in &made {
+                if let Err(error) = node.driver().delete_file() {
+                    tracing::warn!(node = node.name(), %error, "a failed image stays behind");
+                }
+            }
+        }
+        drop((request, made));
+        self.sweep().await;
+        created
+    }
+
+    /// Has the protocol make the file `name`.
+    async fn make_file(
+        &self,
+        protocol: &str,
+        name: String,
+        members: Map<String, Value>,
+    ) -> Result<()> {
+        let creator = self.entry(protocol).and_then(|entry| entry.create.as_ref());
+        let Some(creator) = creator else {
+            let message = format!("Protocol '{protocol}' makes no files");
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        };
+        let mut request = CreateRequest {
+            graph: self,
+            driver: FILE_PROTOCOL,
+            target: Target::Name(name),
+            options: Options::new(members, String::new()),
+            made: RefCell::default(),
+        };
+        (creator.create)(&mut request).await?;
+        request.finish()
+    }
+}
