@@ -174,6 +174,8 @@ impl Daemon {
 
     /// Restricts every thread, this one last because it makes the others.
     async fn enter(&self, sandbox: Sandbox) -> Result<()> {
+        // Later ones inherit what their makers have by then.
+        executor::workers::retire();
         for thread in self.engine.thread_handles() {
             let sandbox = sandbox.clone();
             let entered = thread.call(move || async move { sandbox.enter() }).await;

@@ -11,6 +11,8 @@
 //! in the kernel. The same API runs on a simulated world ([`sim`]), in which completion order,
 //! latency, faults and power cuts come from a seed.
 //!
+//! What computes for long runs on a few other threads ([`workers`]).
+//!
 //! System calls once it runs, for allow-lists: `io_uring_enter`, `io_uring_register`, `pread64`,
 //! `pwrite64`, `preadv2`, `pwritev2`, `read`, `write` (eventfds), `fallocate`, `ftruncate`,
 //! `lseek`, `fstat`, `fstatfs`, `shutdown`, `close`, `fcntl`, `futex`, `clock_gettime`; making an
@@ -33,6 +35,7 @@ pub mod sync;
 mod task;
 pub mod time;
 mod turn;
+pub mod workers;
 
 pub use buffer::{Buffer, HeapBuffer};
 pub use file::{File, FileOp, OpenOptions};

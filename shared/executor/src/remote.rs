@@ -196,8 +196,7 @@ impl Handle {
         F: Future<Output = T> + 'static,
         T: Send + 'static,
     {
-        let answer = Arc::new(Mutex::new(Answer::Awaited(None)));
-        let caller = Caller(Arc::clone(&answer));
+        let (caller, answer) = Caller::new();
         self.spawn(move || {
             // `caller` is made part of the future here, so that it is dropped, and answers, even
             // when neither `start` nor the future is run to its end.
@@ -207,18 +206,7 @@ impl Handle {
                 caller.answer(Answer::Given(output));
             }
         });
-        poll_fn(|context| {
-            let mut answer = short_lock(&answer);
-            match std::mem::replace(&mut *answer, Answer::Never) {
-                Answer::Given(output) => Poll::Ready(Some(output)),
-                Answer::Never => Poll::Ready(None),
-                Answer::Awaited(_) => {
-                    *answer = Answer::Awaited(Some(context.waker().clone()));
-                    Poll::Pending
-                }
-            }
-        })
-        .await
+        answered(&answer).await
     }
 
     /// Ends [`crate::Executor::run`] after the current turn.
@@ -239,18 +227,39 @@ impl Handle {
     }
 }
 
+/// Waits for what another thread answers; `None` when it went away without.
+pub(crate) async fn answered<T>(answer: &Mutex<Answer<T>>) -> Option<T> {
+    poll_fn(|context| {
+        let mut answer = short_lock(answer);
+        match std::mem::replace(&mut *answer, Answer::Never) {
+            Answer::Given(output) => Poll::Ready(Some(output)),
+            Answer::Never => Poll::Ready(None),
+            Answer::Awaited(_) => {
+                *answer = Answer::Awaited(Some(context.waker().clone()));
+                Poll::Pending
+            }
+        }
+    })
+    .await
+}
+
 /// What a [`Handle::call`] waits for.
-enum Answer<T> {
+pub(crate) enum Answer<T> {
     Awaited(Option<Waker>),
     Given(T),
     Never,
 }
 
 /// Answers once, with [`Answer::Never`] when dropped.
-struct Caller<T>(Arc<Mutex<Answer<T>>>);
+pub(crate) struct Caller<T>(Arc<Mutex<Answer<T>>>);
 
 impl<T> Caller<T> {
-    fn answer(&self, given: Answer<T>) {
+    pub(crate) fn new() -> (Self, Arc<Mutex<Answer<T>>>) {
+        let answer = Arc::new(Mutex::new(Answer::Awaited(None)));
+        (Self(Arc::clone(&answer)), answer)
+    }
+
+    pub(crate) fn answer(&self, given: Answer<T>) {
         let mut answer = short_lock(&self.0);
         if let Answer::Awaited(waker) = &mut *answer {
             let waker = waker.take();
