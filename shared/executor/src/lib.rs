@@ -15,8 +15,9 @@
 //!
 //! System calls once it runs, for allow-lists: `io_uring_enter`, `io_uring_register`, `pread64`,
 //! `pwrite64`, `preadv2`, `pwritev2`, `read`, `write` (eventfds), `fallocate`, `ftruncate`,
-//! `lseek`, `fstat`, `fstatfs`, `shutdown`, `close`, `fcntl`, `futex`, `clock_gettime`; making an
-//! executor or opening files and sockets needs more.
+//! `lseek`, `fstat`, `fstatfs`, `shutdown`, `close`, `fcntl`, `futex`, `clock_gettime`, `mmap`,
+//! `munmap`, `mincore`, `utimensat` (without a path), `rt_sigaction` (SIGBUS);
+//! making an executor or opening files and sockets needs more.
 //!
 //! Must not know: images, guests, sockets' protocols.
 
@@ -30,6 +31,7 @@ mod remote;
 mod ring;
 pub mod runtime;
 pub mod shared_memory;
+pub mod sigbus;
 pub mod sim;
 pub mod sync;
 mod task;

@@ -27,7 +27,6 @@ pub mod ring;
 pub mod sandbox;
 pub mod server;
 pub mod session;
-mod sigbus;
 pub mod wire;
 
 pub use device::{Device, DeviceError};

@@ -16,7 +16,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-use crate::sigbus::Registration;
+use executor::sigbus::Registration;
+
 use crate::wire::RegionSpec;
 
 /// Most regions that one front-end may share; what GET_MAX_MEM_SLOTS answers.

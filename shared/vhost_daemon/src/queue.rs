@@ -25,12 +25,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use executor::runtime::{PollerRegistration, register_poller};
 use executor::sync::Notify;
-use executor::{Errno, Handle, JoinHandle, Poller};
+use executor::{Errno, Handle, JoinHandle, Poller, sigbus};
 
 use crate::inflight::{InflightError, InflightRegion, InflightRing};
 use crate::memory::MemoryTable;
 use crate::ring::{Chain, RingError, RingParts, SharedMemory, SplitRing, StartError};
-use crate::sigbus;
 use crate::wire::RingAddresses;
 
 /// Requests fetched at once. More would delay the publication of the first.

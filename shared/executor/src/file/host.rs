@@ -1,7 +1,8 @@
 //! Files of the host: opening, what kind of I/O serves them, and transfers without the ring.
 
+use super::mapped::{Mappings, protection};
 use super::transfer::{Direction, MAX_PIECES, Piece, transfer_once};
-use super::{Alignment, OpenOptions};
+use super::{Alignment, Allocation, Fallocate, OpenOptions};
 use crate::{Buffer, Errno};
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::stat::{FileStat, Mode as Permissions, SFlag, fstat};
@@ -18,7 +19,7 @@ const DIRECT_ALIGN: usize = 4096;
 /// How transfers reach the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
-    /// By syscalls that do not block: the file lives in memory.
+    /// By copying or by syscalls that do not block: the file lives in memory.
     Inline,
     /// Reads by syscall when the page cache has the data, the rest by the ring.
     Cached,
@@ -32,6 +33,8 @@ pub(super) struct HostFile {
     pub(super) mode: Mode,
     pub(super) alignment: Alignment,
     is_block_device: bool,
+    /// Of a file that lives in memory.
+    pub(super) mappings: Option<Mappings>,
     /// Cleared when the file system does not know reads that must not wait.
     nowait: AtomicBool,
 }
@@ -53,7 +56,8 @@ impl HostFile {
 
     pub(super) fn from_fd(fd: OwnedFd) -> io::Result<HostFile> {
         let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
-        let kind = file_type(&fstat(&fd)?);
+        let stat = fstat(&fd)?;
+        let kind = file_type(&stat);
         let is_block_device = kind == SFlag::S_IFBLK;
         if kind == SFlag::S_IFDIR {
             return Err(io::ErrorKind::IsADirectory.into());
@@ -72,8 +76,13 @@ impl HostFile {
                 offset: 1,
             },
         };
+        let mappings = match mode {
+            Mode::Inline => protection(flags).ok().and_then(|p| Mappings::new(&stat, p)),
+            Mode::Cached | Mode::Direct => None,
+        };
         Ok(HostFile {
             fd,
+            mappings,
             mode,
             alignment,
             is_block_device,
@@ -95,8 +104,11 @@ impl HostFile {
     }
 
     pub(super) fn set_len(&self, len: u64) -> Result<(), Errno> {
-        let len = i64::try_from(len).map_err(|_| Errno::EFBIG)?;
-        ftruncate(&self.fd, len)
+        let new = i64::try_from(len).map_err(|_| Errno::EFBIG)?;
+        match &self.mappings {
+            Some(mappings) => mappings.shrink(len, u64::MAX, || ftruncate(&self.fd, new)),
+            None => ftruncate(&self.fd, new),
+        }
     }
 
     /// See [`super::File::next_data`]. Where the file system cannot tell, all is data.
@@ -116,8 +128,47 @@ impl HostFile {
         Ok(Some((start as u64, end as u64)))
     }
 
+    /// Changes the allocation by a syscall.
+    pub(super) fn allocate(&self, allocation: &Allocation) -> Result<(), Errno> {
+        let now = || allocation.now(self.fd());
+        match (&self.mappings, allocation.mode) {
+            (Some(mappings), Fallocate::PunchHole | Fallocate::ZeroRange) => {
+                mappings.shrink(allocation.offset, allocation.len, now)
+            }
+            _ => now(),
+        }
+    }
+
+    /// Takes note of what was written through a mapping.
+    pub(super) fn stamp(&self) -> Result<(), Errno> {
+        match &self.mappings {
+            Some(mappings) => mappings.stamp(self.fd()),
+            None => Ok(()),
+        }
+    }
+
     /// Transfers without the ring what can be had without waiting; how many bytes that was.
+    #[inline]
     pub(super) fn transfer_inline(
+        &self,
+        buffer: &Buffer,
+        offset: u64,
+        direction: Direction,
+    ) -> Result<usize, Errno> {
+        let Some(mappings) = &self.mappings else {
+            return self.transfer_by_syscall(buffer, offset, direction);
+        };
+        if mappings.transfer(buffer, offset, direction) {
+            return Ok(buffer.len());
+        }
+        let result = self.transfer_by_syscall(buffer, offset, direction);
+        if result.is_ok() {
+            mappings.consider(self.fd(), offset, buffer.len());
+        }
+        result
+    }
+
+    fn transfer_by_syscall(
         &self,
         buffer: &Buffer,
         offset: u64,

@@ -1,12 +1,13 @@
 //! Files: every transfer is whole (short transfers are continued, reads past the end give
 //! zeroes) and positioned.
 //!
-//! How a transfer reaches the kernel depends on the file: tmpfs is read and written inline
-//! (`preadv2`), a buffered file is tried without blocking first (`RWF_NOWAIT`) and goes to the
+//! How a transfer reaches the kernel depends on the file: tmpfs is read and written inline, through
+//! a shared mapping where that is safe ([`mapped`]), else by `pread` and `pwrite`; a buffered file is tried without blocking first (`RWF_NOWAIT`) and goes to the
 //! ring when that would block, `O_DIRECT` goes to the ring. In a simulated world a file is a
 //! byte array with a write log.
 
 mod host;
+mod mapped;
 mod transfer;
 
 use crate::op::{InFlight, Op};
@@ -160,7 +161,7 @@ impl File {
     pub fn sync_data(&self) -> FileOp {
         match &*self.kind {
             // tmpfs has no stable storage.
-            Kind::Host(host) if host.mode == Mode::Inline => FileOp::ready(Ok(())),
+            Kind::Host(host) if host.mode == Mode::Inline => FileOp::ready(host.stamp()),
             _ => FileOp::begin(Op::Sync(self.clone())),
         }
     }
@@ -179,7 +180,7 @@ impl File {
         };
         match &*self.kind {
             Kind::Host(host) if host.mode == Mode::Inline => {
-                FileOp::ready(allocation.now(host.fd()))
+                FileOp::ready(host.allocate(&allocation))
             }
             _ => FileOp::begin(Op::Allocate(allocation)),
         }
@@ -215,6 +216,15 @@ impl File {
         match &*self.kind {
             Kind::Host(host) => host.fd().as_raw_fd(),
             Kind::Sim(_) => panic!("a simulated file is used on a real executor"),
+        }
+    }
+
+    /// Its mappings, if it may be mapped.
+    #[cfg(test)]
+    fn mappings(&self) -> Option<&mapped::Mappings> {
+        match &*self.kind {
+            Kind::Host(host) => host.mappings.as_ref(),
+            Kind::Sim(_) => None,
         }
     }
 

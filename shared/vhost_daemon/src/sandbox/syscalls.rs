@@ -57,6 +57,8 @@ const PLAIN: &[libc::c_long] = &[
     // Memory and threads.
     libc::SYS_munmap,
     libc::SYS_madvise,
+    // Which pages of a mapped disk image are there.
+    libc::SYS_mincore,
     libc::SYS_brk,
     libc::SYS_futex,
     libc::SYS_membarrier,
@@ -116,6 +118,9 @@ fn rules() -> Result<BTreeMap<libc::c_long, Vec<SeccompRule>>, Error> {
     // A thread, never a process.
     let thread = libc::CLONE_THREAD as u64;
     rules.insert(libc::SYS_clone, vec![masked(0, thread, thread)?]);
+    // Times of an open descriptor, without a path.
+    let pathless = SeccompCondition::new(1, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
+    rules.insert(libc::SYS_utimensat, vec![SeccompRule::new(vec![pathless])?]);
     let exec = libc::PROT_EXEC as u64;
     rules.insert(libc::SYS_mmap, vec![masked(2, exec, 0)?]);
     rules.insert(libc::SYS_mprotect, vec![masked(2, exec, 0)?]);

@@ -1,10 +1,11 @@
-//! Surviving a front-end that truncates the memory it shares.
+//! Surviving others who truncate the files that this process has mapped.
 //!
 //! Touching a page of a shared mapping that its file no longer has raises SIGBUS, which kills a
-//! process. Every mapping that came from a front-end is registered here. The handler puts a
-//! private zero page under the faulting address and marks the mapping poisoned; the thread goes
-//! on, and the ring that uses the mapping fails at its next batch ([`Registration::poisoned`]).
-//! A SIGBUS anywhere else has its default effect.
+//! process. Every mapping of a file that others may change is registered here: a front-end's
+//! memory, a disk image. The handler marks the mapping poisoned and puts a private zero page under
+//! the faulting address; the thread goes on, and whoever uses the mapping asks afterwards
+//! ([`Registration::poisoned`]) whether what it did counts. A SIGBUS anywhere else has its default
+//! effect.
 //!
 //! Transfers that the kernel does on such pages fail with `EFAULT` by themselves.
 
@@ -17,7 +18,7 @@ use std::io;
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
-/// Most mappings registered at one time, over all front-ends of the process.
+/// Most mappings registered at one time, over all uses in the process.
 const MAX_MAPPINGS: usize = 4096;
 
 /// A registered range. Written under `taken`, read by the handler without locks.
@@ -46,13 +47,13 @@ static POISONINGS: AtomicU64 = AtomicU64::new(0);
 static INSTALL: Once = Once::new();
 
 /// Number of poisonings in the process until now.
-pub(crate) fn poisonings() -> u64 {
+pub fn poisonings() -> u64 {
     POISONINGS.load(Ordering::Relaxed)
 }
 
 /// Keeps a mapping under the handler's care; dropped before the mapping is unmapped.
 #[derive(Debug)]
-pub(crate) struct Registration {
+pub struct Registration {
     slot: usize,
 }
 
@@ -61,7 +62,7 @@ impl Registration {
     ///
     /// # Errors
     /// `ENOMEM` when [`MAX_MAPPINGS`] are registered already.
-    pub(crate) fn new(start: *mut u8, len: usize, page_size: usize) -> io::Result<Registration> {
+    pub fn new(start: *mut u8, len: usize, page_size: usize) -> io::Result<Registration> {
         INSTALL.call_once(install);
         for (index, slot) in SLOTS.iter().enumerate() {
             if slot.taken.swap(true, Ordering::AcqRel) {
@@ -77,9 +78,11 @@ impl Registration {
         Err(io::Error::from_raw_os_error(libc::ENOMEM))
     }
 
-    /// Whether a page of the mapping had to be replaced.
-    pub(crate) fn poisoned(&self) -> bool {
-        SLOTS[self.slot].poisoned.load(Ordering::Relaxed)
+    /// Whether a page of the mapping had to be replaced. Asked after an access, it covers that
+    /// access, whichever thread met the missing page first.
+    #[inline]
+    pub fn poisoned(&self) -> bool {
+        SLOTS[self.slot].poisoned.load(Ordering::Acquire)
     }
 }
 
@@ -125,8 +128,11 @@ extern "C" fn on_sigbus(
         );
         let page_size = slot.page_size.load(Ordering::Relaxed);
         let page = start + ((address - start) & !(page_size - 1));
+        // Before the page is there: a thread that then reaches it without a fault must know.
+        slot.poisoned.store(true, Ordering::SeqCst);
         // SAFETY: the page lies in a live registered mapping, whose owner (the faulting thread
-        // works through it) keeps it mapped; replacing it changes only that guest's memory.
+        // works through it) keeps it mapped; replacing it changes only what this process sees of
+        // that file.
         let mapped = unsafe {
             libc::mmap(
                 page as *mut libc::c_void,
@@ -138,7 +144,6 @@ extern "C" fn on_sigbus(
             )
         };
         if mapped as usize == page {
-            slot.poisoned.store(true, Ordering::Relaxed);
             POISONINGS.fetch_add(1, Ordering::Release);
             return;
         }

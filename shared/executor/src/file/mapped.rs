@@ -1,0 +1,506 @@
+//! Files that live in memory, read and written through a shared mapping: a copy without a syscall.
+//!
+//! ```text
+//!   file      │ window 0 (1 GiB) │ window 1 │ ...      mapped when first used, at most 32 of them
+//!   window    │ granule (64 KiB) │ granule  │ ...      admitted or not
+//!
+//!   transfer ── all its granules admitted? ── yes ──> copy ──> poisoned meanwhile? ── no ──> done
+//!                       │ no                                        │ yes
+//!                       └──────────> pread, pwrite <────────────────┘
+//! ```
+//!
+//! A granule is admitted when the file has every page of it, so that touching the mapping cannot
+//! fail and allocates nothing: reading a hole through a mapping would fill it, writing one on a
+//! full file system would raise SIGBUS, and a write past the end would be lost. Granules that keep
+//! being used are looked at ([`Mappings::consider`]) by `mincore`, which tells the truth to the
+//! file's owner only; files of others are not mapped. What takes pages away (truncation, punched
+//! holes) runs in [`Mappings::shrink`], which dismisses the granules first.
+//!
+//! What another process takes away is noticed by its damage: a page that is missing is filled by
+//! the kernel (a hole) or raises SIGBUS (the file's end), which poisons the window for good; the
+//! transfer, and all later ones there, go by syscall. A page table costs a 512th of what is mapped,
+//! 64 MiB at most for one file.
+#![expect(
+    unsafe_code,
+    reason = "mapped files are reached through raw pointers, like a guest's memory"
+)]
+
+use super::Direction;
+use crate::sigbus::Registration;
+use crate::{Buffer, Errno};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::stat::fstat;
+use nix::sys::time::TimeSpec;
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::BorrowedFd;
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Mutex, OnceLock, TryLockError};
+
+/// Log2 of the bytes in a window.
+const WINDOW_SHIFT: u32 = 30;
+const WINDOW: usize = 1 << WINDOW_SHIFT;
+/// Windows of one file: number `n` goes to place `n % WINDOWS` when that is free.
+const WINDOWS: u64 = 32;
+/// Log2 of the bytes in a granule: what the kernel maps around a fault.
+const GRANULE_SHIFT: u32 = 16;
+const GRANULE: usize = 1 << GRANULE_SHIFT;
+/// Bytes of a page, the unit in which `mincore` answers.
+const PAGE: usize = 4096;
+/// Granules looked at for one transfer.
+const LOOKS: usize = 64;
+
+/// A granule that may be reached through the mapping. Smaller values count its transfers that went
+/// by syscall, so that it is looked at more and more rarely.
+const ADMITTED: u8 = u8::MAX;
+/// Where that count goes on once it is full.
+const COUNT_AGAIN: u8 = 64;
+
+/// The mappings of one file.
+pub(super) struct Mappings {
+    windows: Box<[OnceLock<Option<Window>>]>,
+    protection: ProtFlags,
+    /// Held while granules are admitted, and while pages go away.
+    changing: Mutex<()>,
+    /// Written through a mapping since the time of modification was set.
+    written: AtomicBool,
+}
+
+struct Window {
+    number: u64,
+    granules: Box<[AtomicU8]>,
+    // Dropped in this order: the handler forgets the range before it is unmapped.
+    registration: Registration,
+    map: Map,
+}
+
+/// A mapped range of the file, unmapped on drop.
+struct Map(NonNull<u8>);
+
+// SAFETY: the mapping is plain memory that belongs to no thread; it is only copied from and to.
+unsafe impl Send for Map {}
+// SAFETY: as above; concurrent copies are as harmless as concurrent reads and writes of a file.
+unsafe impl Sync for Map {}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        // SAFETY: the mapping made in `Window::new`; copies from and to it borrow its window.
+        let _ = unsafe { munmap(self.0.cast(), WINDOW) };
+    }
+}
+
+impl Window {
+    fn new(fd: BorrowedFd<'_>, number: u64, protection: ProtFlags) -> Option<Window> {
+        let offset = i64::try_from(number.checked_mul(WINDOW as u64)?).ok()?;
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE;
+        let len = NonZeroUsize::new(WINDOW)?;
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing else.
+        let base = unsafe { mmap(None, len, protection, flags, fd, offset) }.ok()?;
+        let map = Map(base.cast());
+        let registration = Registration::new(map.0.as_ptr(), WINDOW, PAGE).ok()?;
+        Some(Window {
+            number,
+            granules: (0..WINDOW / GRANULE).map(|_| AtomicU8::new(0)).collect(),
+            registration,
+            map,
+        })
+    }
+
+    /// The granules that `len` bytes at `at` touch.
+    #[inline]
+    fn granules(&self, at: usize, len: usize) -> &[AtomicU8] {
+        &self.granules[at >> GRANULE_SHIFT..=(at + len - 1) >> GRANULE_SHIFT]
+    }
+
+    #[inline]
+    fn admits(&self, at: usize, len: usize) -> bool {
+        let admitted = |granule: &AtomicU8| granule.load(Ordering::Relaxed) == ADMITTED;
+        self.granules(at, len).iter().all(admitted) && !self.registration.poisoned()
+    }
+
+    #[inline]
+    fn copy(&self, buffer: &Buffer, at: usize, direction: Direction) {
+        // SAFETY: `at` is within the window, and so is `at` plus the buffer's length.
+        let mut mapped = unsafe { self.map.0.as_ptr().add(at) };
+        buffer.for_each_piece(|memory, len| {
+            // SAFETY: both ranges are mapped, and by different mappings, so they do not overlap.
+            // Others may write either meanwhile: no reference to them is made, and whoever lets
+            // that happen gets some mixture of bytes, as from `pread`.
+            unsafe {
+                match direction {
+                    Direction::Read => ptr::copy_nonoverlapping(mapped, memory, len),
+                    Direction::Write => ptr::copy_nonoverlapping(memory, mapped, len),
+                }
+                mapped = mapped.add(len);
+            }
+        });
+    }
+
+    /// Admits those of `count` granules from `first` whose pages the file all has.
+    fn admit(&self, first: usize, count: usize, file_len: u64) {
+        let mut resident = [0_u8; LOOKS * GRANULE / PAGE];
+        // SAFETY: the range is within the mapping, and the answer has a byte for each page.
+        let result = unsafe {
+            let start = self.map.0.as_ptr().add(first * GRANULE);
+            libc::mincore(start.cast(), count * GRANULE, resident.as_mut_ptr())
+        };
+        if result != 0 {
+            return;
+        }
+        let pages = resident.chunks_exact(GRANULE / PAGE);
+        for (granule, pages) in (first..first + count).zip(pages) {
+            let end = self.number * WINDOW as u64 + ((granule + 1) * GRANULE) as u64;
+            if end <= file_len && pages.iter().all(|page| page & 1 == 1) {
+                self.granules[granule].store(ADMITTED, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+impl Mappings {
+    /// For a file of `stat`; `None` when it is somebody else's.
+    pub(super) fn new(stat: &libc::stat, protection: ProtFlags) -> Option<Mappings> {
+        let own = nix::unistd::geteuid().as_raw() == stat.st_uid;
+        own.then(|| Mappings {
+            windows: (0..WINDOWS).map(|_| OnceLock::new()).collect(),
+            protection,
+            changing: Mutex::default(),
+            written: AtomicBool::new(false),
+        })
+    }
+
+    /// The window that `len` bytes at `offset` are in, when that is one, and where in it.
+    #[inline]
+    fn place(offset: u64, len: usize) -> Option<(u64, usize)> {
+        let at = (offset & (WINDOW as u64 - 1)) as usize;
+        (len != 0 && len <= WINDOW - at).then_some((offset >> WINDOW_SHIFT, at))
+    }
+
+    #[inline]
+    fn window(&self, number: u64) -> Option<&Window> {
+        let window = self.windows[(number % WINDOWS) as usize].get()?.as_ref()?;
+        (window.number == number).then_some(window)
+    }
+
+    /// Transfers `buffer` when it can be done through the mapping; whether it was.
+    #[inline]
+    pub(super) fn transfer(&self, buffer: &Buffer, offset: u64, direction: Direction) -> bool {
+        let Some((number, at)) = Self::place(offset, buffer.len()) else {
+            return false;
+        };
+        let Some(window) = self.window(number) else {
+            return false;
+        };
+        if direction == Direction::Write && !self.protection.contains(ProtFlags::PROT_WRITE) {
+            return false;
+        }
+        if !window.admits(at, buffer.len()) {
+            return false;
+        }
+        window.copy(buffer, at, direction);
+        if direction == Direction::Write && !self.written.load(Ordering::Relaxed) {
+            self.written.store(true, Ordering::Relaxed);
+        }
+        !window.registration.poisoned()
+    }
+
+    /// Takes note of a transfer that went by syscall, and perhaps admits its granules, so that the
+    /// next one need not.
+    pub(super) fn consider(&self, fd: BorrowedFd<'_>, offset: u64, len: usize) {
+        let Some((number, at)) = Self::place(offset, len) else {
+            return;
+        };
+        let place = &self.windows[(number % WINDOWS) as usize];
+        let window = match place.get() {
+            Some(Some(window)) if window.number == number => window,
+            Some(_) => return,
+            None => match place.get_or_init(|| Window::new(fd, number, self.protection)) {
+                Some(window) if window.number == number => window,
+                _ => return,
+            },
+        };
+        let mut look = false;
+        for granule in window.granules(at, len) {
+            look |= count(granule);
+        }
+        if look && !window.registration.poisoned() {
+            self.look(fd, window, at, len);
+        }
+    }
+
+    fn look(&self, fd: BorrowedFd<'_>, window: &Window, at: usize, len: usize) {
+        let _changing = match self.changing.try_lock() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            // Next time.
+            Err(TryLockError::WouldBlock) => return,
+        };
+        let Ok(stat) = fstat(fd) else { return };
+        let count = window.granules(at, len).len().min(LOOKS);
+        window.admit(
+            at >> GRANULE_SHIFT,
+            count,
+            u64::try_from(stat.st_size).unwrap_or(0),
+        );
+    }
+
+    /// Runs `take`, which takes pages from `len` bytes at `offset` away.
+    pub(super) fn shrink<T>(&self, offset: u64, len: u64, take: impl FnOnce() -> T) -> T {
+        let _changing = crate::sync::short_lock(&self.changing);
+        let end = offset.saturating_add(len);
+        for window in self
+            .windows
+            .iter()
+            .filter_map(|place| place.get()?.as_ref())
+        {
+            let start = window.number << WINDOW_SHIFT;
+            let from = offset.clamp(start, start + WINDOW as u64) - start;
+            let to = end.clamp(start, start + WINDOW as u64) - start;
+            if from < to {
+                for granule in window.granules(from as usize, (to - from) as usize) {
+                    granule.store(0, Ordering::Relaxed);
+                }
+            }
+        }
+        take()
+    }
+
+    /// Sets the file's time of modification when it is due: the kernel does that for writes by
+    /// syscall only.
+    pub(super) fn stamp(&self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
+        if !self.written.load(Ordering::Relaxed) || !self.written.swap(false, Ordering::Relaxed) {
+            return Ok(());
+        }
+        let (accessed, modified) = (TimeSpec::UTIME_OMIT, TimeSpec::UTIME_NOW);
+        nix::sys::stat::futimens(fd, &accessed, &modified)
+    }
+}
+
+/// Counts a transfer by syscall; whether it is time to look at the granule.
+fn count(granule: &AtomicU8) -> bool {
+    let before = granule.load(Ordering::Relaxed);
+    if before == ADMITTED {
+        return false;
+    }
+    let now = if before >= ADMITTED - 1 {
+        COUNT_AGAIN
+    } else {
+        before + 1
+    };
+    // Not when it was admitted meanwhile.
+    let counted = granule.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed);
+    counted.is_ok() && now.is_power_of_two()
+}
+
+/// How a file with these open flags may be mapped.
+pub(super) fn protection(access: nix::fcntl::OFlag) -> io::Result<ProtFlags> {
+    use nix::fcntl::OFlag;
+    match access & OFlag::O_ACCMODE {
+        OFlag::O_RDWR => Ok(ProtFlags::PROT_READ | ProtFlags::PROT_WRITE),
+        OFlag::O_RDONLY => Ok(ProtFlags::PROT_READ),
+        _ => Err(io::ErrorKind::PermissionDenied.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{File, OpenOptions};
+    use super::*;
+    use crate::{Config, Executor};
+    use std::os::unix::fs::{FileExt, MetadataExt};
+    use std::path::PathBuf;
+
+    /// A file on tmpfs with `len` bytes of data, opened twice.
+    struct Rig {
+        path: PathBuf,
+        _directory: tempfile::TempDir,
+        other: std::fs::File,
+        file: File,
+        executor: Executor,
+    }
+
+    const LEN: usize = 4 * GRANULE;
+
+    fn rig() -> Rig {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = directory.path().join("file");
+        std::fs::write(&path, vec![0x11; LEN]).unwrap();
+        let options = OpenOptions {
+            write: true,
+            ..OpenOptions::default()
+        };
+        let executor = Executor::new(&Config::default()).unwrap();
+        Rig {
+            file: File::open(&path, &options).unwrap(),
+            other: std::fs::OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(&path)
+                .unwrap(),
+            path,
+            _directory: directory,
+            executor,
+        }
+    }
+
+    impl Rig {
+        fn read(&self, offset: u64, len: usize) -> Vec<u8> {
+            let buffer = Buffer::zeroed(len);
+            buffer.fill(0xee);
+            let read = self.file.read_at(buffer.clone(), offset);
+            self.executor.block_on(read).unwrap();
+            buffer.to_heap().to_vec()
+        }
+
+        fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
+            self.executor
+                .block_on(self.file.write_at(Buffer::from(bytes), offset))
+        }
+
+        /// Uses a granule until it is admitted.
+        fn warm(&self, offset: u64) {
+            self.read(offset, 1);
+            assert!(self.mapped(offset), "granule at {offset} is not admitted");
+        }
+
+        fn mapped(&self, offset: u64) -> bool {
+            let mappings = self.file.mappings().unwrap();
+            mappings.transfer(&Buffer::zeroed(1), offset, Direction::Read)
+        }
+
+        fn blocks(&self) -> u64 {
+            std::fs::metadata(&self.path).unwrap().blocks()
+        }
+    }
+
+    #[test]
+    fn mapped_transfers_and_those_of_others_see_each_other() {
+        let rig = rig();
+        for granule in 0..4 {
+            rig.warm(granule * GRANULE as u64);
+        }
+        rig.write(GRANULE as u64 - 3, b"abcdef").unwrap();
+        let mut seen = [0; 6];
+        rig.other
+            .read_exact_at(&mut seen, GRANULE as u64 - 3)
+            .unwrap();
+        assert_eq!(&seen, b"abcdef");
+        rig.other
+            .write_all_at(b"xyz", 2 * GRANULE as u64 - 1)
+            .unwrap();
+        assert_eq!(rig.read(2 * GRANULE as u64 - 2, 5), b"\x11xyz\x11");
+    }
+
+    #[test]
+    fn reading_a_hole_allocates_nothing() {
+        let rig = rig();
+        rig.other.set_len(0).unwrap();
+        rig.other.set_len(LEN as u64).unwrap();
+        rig.other.write_all_at(&[1; GRANULE], 0).unwrap();
+        let before = rig.blocks();
+        for _ in 0..300 {
+            assert_eq!(rig.read(GRANULE as u64, 8), [0; 8]);
+        }
+        assert_eq!(rig.blocks(), before);
+        assert!(!rig.mapped(GRANULE as u64));
+    }
+
+    #[test]
+    fn own_holes_are_not_filled_by_the_mapping() {
+        use super::super::Fallocate;
+        let rig = rig();
+        rig.warm(0);
+        rig.warm(GRANULE as u64);
+        let punched = rig.file.fallocate(Fallocate::PunchHole, 0, GRANULE as u64);
+        rig.executor.block_on(punched).unwrap();
+        let before = rig.blocks();
+        assert!(!rig.mapped(0) && rig.mapped(GRANULE as u64));
+        assert_eq!(rig.read(0, 4), [0; 4]);
+        assert_eq!(rig.blocks(), before);
+    }
+
+    #[test]
+    fn a_file_that_ends_within_a_granule_grows_by_writes() {
+        let rig = rig();
+        rig.other.set_len(100).unwrap();
+        for _ in 0..300 {
+            rig.read(0, 8);
+        }
+        assert!(!rig.mapped(0));
+        rig.write(200, b"end").unwrap();
+        assert_eq!(rig.file.len().unwrap(), 203);
+        assert_eq!(rig.read(198, 6), b"\0\0end\0");
+    }
+
+    #[test]
+    fn truncation_by_others_is_survived() {
+        let rig = rig();
+        rig.warm(2 * GRANULE as u64);
+        rig.other.set_len(GRANULE as u64).unwrap();
+        // Past the end there are zeroes, and a write makes the file longer: as without a mapping.
+        assert_eq!(rig.read(2 * GRANULE as u64, 5), [0; 5]);
+        rig.write(2 * GRANULE as u64, b"new").unwrap();
+        let mut seen = [0; 3];
+        rig.other
+            .read_exact_at(&mut seen, 2 * GRANULE as u64)
+            .unwrap();
+        assert_eq!(&seen, b"new");
+        assert!(!rig.mapped(0));
+    }
+
+    #[test]
+    fn own_truncation_keeps_the_mapping() {
+        let rig = rig();
+        rig.warm(0);
+        rig.warm(3 * GRANULE as u64);
+        rig.executor
+            .block_on(rig.file.set_len(2 * GRANULE as u64))
+            .unwrap();
+        assert_eq!(rig.read(3 * GRANULE as u64, 2), [0; 2]);
+        rig.executor.block_on(rig.file.set_len(LEN as u64)).unwrap();
+        rig.write(3 * GRANULE as u64, &[7; GRANULE]).unwrap();
+        rig.warm(3 * GRANULE as u64);
+        assert_eq!(rig.read(3 * GRANULE as u64, 2), [7; 2]);
+        assert!(rig.mapped(0));
+    }
+
+    #[test]
+    fn a_flush_sets_the_time_of_modification() {
+        let rig = rig();
+        rig.warm(0);
+        let old = TimeSpec::new(1000, 0);
+        nix::sys::stat::futimens(&rig.other, &old, &old).unwrap();
+        rig.write(5, b"x").unwrap();
+        rig.executor.block_on(rig.file.sync_data()).unwrap();
+        let metadata = rig.other.metadata().unwrap();
+        assert!(metadata.mtime() > 1000);
+        assert_eq!(metadata.atime(), 1000);
+    }
+
+    #[test]
+    fn a_file_that_is_open_for_reading_only_is_not_written_through_the_mapping() {
+        let rig = rig();
+        let file = File::open(&rig.path, &OpenOptions::default()).unwrap();
+        for _ in 0..3 {
+            let read = file.read_at(Buffer::zeroed(8), 0);
+            rig.executor.block_on(read).unwrap();
+        }
+        let write = file.write_at(Buffer::from(&b"x"[..]), 0);
+        assert_eq!(rig.executor.block_on(write), Err(Errno::EBADF));
+    }
+
+    #[test]
+    fn far_parts_of_a_sparse_file_have_their_own_windows() {
+        let rig = rig();
+        let far = 1_u64 << 40;
+        let collides = far + (WINDOWS << WINDOW_SHIFT);
+        for offset in [far, collides] {
+            rig.other.write_all_at(&[9; GRANULE], offset).unwrap();
+            for _ in 0..3 {
+                assert_eq!(rig.read(offset + 5, 3), [9; 3]);
+            }
+        }
+        assert!(rig.mapped(far) && !rig.mapped(collides));
+    }
+}
