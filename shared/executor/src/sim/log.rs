@@ -20,6 +20,7 @@ use super::{PowerCut, Subset};
 use crate::file::Fallocate;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// What an entry changes.
@@ -54,6 +55,10 @@ pub(super) struct Entry {
 }
 
 impl Entry {
+    fn is_durable_sync(&self) -> bool {
+        matches!(self.change, Change::Sync) && matches!(self.outcome, Some(Outcome::Done(_)))
+    }
+
     /// The bytes of a write that were written, or, while it is in flight, that may be.
     fn written<'a>(&self, data: &'a [u8], completed: bool) -> &'a [u8] {
         match self.outcome {
@@ -117,6 +122,27 @@ pub(super) struct History {
     pub(super) initial: Vec<Content>,
     /// Decides what failed syncs leave.
     pub(super) seed: u64,
+}
+
+impl History {
+    /// The prefixes, parted where a sync has succeeded.
+    pub(super) fn epochs(&self) -> Vec<Range<usize>> {
+        let (mut epochs, mut start, mut submitted) = (Vec::new(), 0, 0);
+        for event in &self.events {
+            match *event {
+                Event::Submitted => submitted += 1,
+                Event::Completed(index) if self.entries[index].is_durable_sync() => {
+                    // A cut at the prefix `submitted` sees this completion.
+                    epochs.push(start..submitted);
+                    start = submitted;
+                }
+                Event::Completed(_) | Event::Created(_) => {}
+            }
+        }
+        epochs.push(start..submitted + 1);
+        epochs.retain(|epoch| !epoch.is_empty());
+        epochs
+    }
 }
 
 /// Contents by file number; `None` before the file was created.

@@ -33,6 +33,7 @@ use log::{Cursor, History};
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -149,6 +150,12 @@ impl World {
     /// Length of the log: points at which the power can be cut.
     pub fn log_len(&self) -> usize {
         short_lock(&self.state).history.entries.len()
+    }
+
+    /// The points of the log at which the power can be cut, parted by the syncs that succeeded:
+    /// within one part the same writes are durable.
+    pub fn epochs(&self) -> Vec<Range<usize>> {
+        short_lock(&self.state).history.epochs()
     }
 
     /// The present contents (as after a clean shutdown).

@@ -1,4 +1,7 @@
 //! Crashes on the simulated world: power cuts, failing disks, kills.
+//!
+//! A failure names its seed: `OUTBOARD_SEED=N OUTBOARD_SEEDS=1` runs that seed alone, in every test.
+//! A larger `OUTBOARD_SEEDS` runs more seeds, and every point of those sweeps that otherwise sample.
 
 use super::checker::Checker;
 use super::rig::{self, Disk, Setup};
@@ -7,6 +10,7 @@ use crate::qcow2::CreateOptions;
 use block::{ByteRange, RedoLog};
 use executor::sim::{Config, Fault, PowerCut, Subset, World};
 use executor::{Errno, Executor};
+use std::ops::Range;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -54,6 +58,46 @@ const TIGHT: Case = Case {
         longest: 400 << 10,
     },
 };
+
+/// So short that every operation can be the last one.
+const BRIEF: Case = Case {
+    size: 96 << 10,
+    workload: Workload {
+        seed: 0,
+        tasks: 3,
+        requests: 12,
+        longest: 12 << 10,
+    },
+    ..ROOMY
+};
+
+/// Random parts of what was not flushed that are tried in each epoch.
+const SUBSETS: usize = 50;
+
+fn setting(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    let number = text.parse();
+    Some(number.unwrap_or_else(|_| panic!("{name}={text} is not a number")))
+}
+
+/// The seeds of a test: the usual ones, or those asked for.
+fn seeds(usual: Range<u64>) -> Range<u64> {
+    let first = setting("OUTBOARD_SEED").unwrap_or(usual.start);
+    let count = setting("OUTBOARD_SEEDS").unwrap_or(usual.end - usual.start);
+    first..first + count
+}
+
+fn is_soak() -> bool {
+    setting("OUTBOARD_SEEDS").is_some()
+}
+
+/// The step that leaves about `points` of `total`; a soak leaves nothing out.
+fn sample(total: u64, points: u64) -> usize {
+    if is_soak() {
+        return 1;
+    }
+    (total / points).max(1) as usize
+}
 
 impl Case {
     fn image(&self) -> CreateOptions {
@@ -131,8 +175,8 @@ fn run_and_close(world: &World, history: &Rc<History>, (case, seed): (&Case, u64
 
 #[test]
 fn a_clean_run_leaves_no_leak_and_the_right_content() {
-    for (case, seeds) in [(&ROOMY, 0..8), (&TIGHT, 20..22)] {
-        for seed in seeds {
+    for (case, usual) in [(&ROOMY, 0..8), (&TIGHT, 20..22)] {
+        for seed in seeds(usual) {
             println!("seed {seed}");
             let world = world(seed, case);
             let history = History::of_world(case.size, &world);
@@ -152,7 +196,7 @@ fn a_clean_run_leaves_no_leak_and_the_right_content() {
 
 #[test]
 fn flushed_data_survives_a_power_cut_at_every_moment() {
-    for seed in 0..4 {
+    for seed in seeds(0..4) {
         println!("seed {seed}");
         cut_power_everywhere(&ROOMY, seed, 1);
     }
@@ -160,57 +204,76 @@ fn flushed_data_survives_a_power_cut_at_every_moment() {
 
 #[test]
 fn flushed_data_survives_a_power_cut_with_full_caches_and_growing_tables() {
-    for seed in 30..31 {
+    for seed in seeds(30..31) {
         println!("seed {seed}");
-        cut_power_everywhere(&TIGHT, seed, 6);
+        cut_power_everywhere(&TIGHT, seed, if is_soak() { 1 } else { 6 });
     }
 }
 
-/// Cuts the power at every `step`-th entry of the log of a workload.
+/// Cuts the power at every `step`-th entry of the log of a workload, and leaves of what was not
+/// flushed nothing, everything, and random parts: at least [`SUBSETS`] in every epoch.
 fn cut_power_everywhere(case: &Case, seed: u64, step: usize) {
     let world = world(seed, case);
     let history = History::of_world(case.size, &world);
     run_and_close(&world, &history, (case, seed));
-    for prefix in (0..=world.log_len()).step_by(step) {
-        for subset in [Subset::Random(seed), Subset::None, Subset::All] {
-            let mut files = world.power_cut(&cut(prefix, subset));
-            let bytes = files.remove(Path::new(IMAGE)).unwrap();
-            let context = format!("seed {seed}, prefix {prefix}, {subset:?}");
-            assert_sound(&bytes, &context);
-            let content = Checker::new(&bytes).read_all(&[]);
-            let checked = history.check_power_cut(&content, &[], prefix);
-            checked.unwrap_or_else(|wrong| panic!("{context}: {wrong}"));
+    for epoch in world.epochs() {
+        let random = SUBSETS.div_ceil(epoch.len().div_ceil(step)) as u64;
+        for prefix in epoch.step_by(step) {
+            let extremes = [(Subset::None, 512), (Subset::All, 512)];
+            let parts = (0..random).map(|number| {
+                let tear = if number % 2 == 0 { 512 } else { 4096 };
+                (Subset::Random(seed.wrapping_add(number << 32)), tear)
+            });
+            for (subset, tear) in extremes.into_iter().chain(parts) {
+                let cut = PowerCut {
+                    prefix,
+                    subset,
+                    tear,
+                };
+                assert_survived(&world, &history, &cut, seed);
+            }
         }
     }
 }
 
+fn assert_survived(world: &World, history: &History, cut: &PowerCut, seed: u64) {
+    let mut files = world.power_cut(cut);
+    let bytes = files.remove(Path::new(IMAGE)).unwrap();
+    let context = format!("seed {seed}, {cut:?}");
+    assert_sound(&bytes, &context);
+    let content = Checker::new(&bytes).read_all(&[]);
+    let checked = history.check_power_cut(&content, &[], cut.prefix);
+    checked.unwrap_or_else(|wrong| panic!("{context}: {wrong}"));
+}
+
 #[test]
 fn a_failing_disk_never_succeeds_silently() {
-    for (case, points) in [(&ROOMY, 24), (&TIGHT, 6)] {
-        let probe = run_with_fault(case, None);
-        let step = (probe / points).max(1);
-        for op_index in (0..probe).step_by(step as usize) {
-            for sticky in [false, true] {
-                let fault = Fault {
-                    op_index,
-                    errno: Errno::EIO,
-                    sticky,
-                };
-                run_with_fault(case, Some(fault));
+    for (case, points) in [(&BRIEF, u64::MAX), (&ROOMY, 24), (&TIGHT, 6)] {
+        for seed in seeds(7..8) {
+            println!("seed {seed}");
+            let probe = run_with_fault(case, seed, None);
+            for op_index in (0..probe).step_by(sample(probe, points)) {
+                for sticky in [false, true] {
+                    let fault = Fault {
+                        op_index,
+                        errno: Errno::EIO,
+                        sticky,
+                    };
+                    run_with_fault(case, seed, Some(fault));
+                }
             }
         }
     }
 }
 
 /// Runs a workload with a fault, then cuts the power; answers with the number of operations.
-fn run_with_fault(case: &Case, fault: Option<Fault>) -> u64 {
-    let seed = 7;
+fn run_with_fault(case: &Case, seed: u64, fault: Option<Fault>) -> u64 {
     let world = world(seed, case);
     let history = History::of_world(case.size, &world);
     if let Some(fault) = fault {
         world.inject(fault);
     }
-    let context = format!("fault {fault:?}");
+    let context = format!("seed {seed}, fault {fault:?}");
     Executor::simulated(&world).block_on(async {
         let opened = Disk::open(Path::new(IMAGE), case.setup()).await;
         let Ok(disk) = opened else { return };
@@ -235,12 +298,18 @@ fn run_with_fault(case: &Case, fault: Option<Fault>) -> u64 {
 
 #[test]
 fn completed_writes_survive_a_kill_at_every_moment() {
-    for (case, seed, points) in [(&ROOMY, 11, 80), (&TIGHT, 12, 14)] {
-        let total = kill_at(case, seed, u64::MAX);
-        println!("seed {seed}, {total} operations");
-        let step = (total / points).max(1);
-        for operations in (0..total).step_by(step as usize) {
-            kill_at(case, seed, operations);
+    let cases = [
+        (&BRIEF, 11..12, u64::MAX),
+        (&ROOMY, 11..12, 80),
+        (&TIGHT, 12..13, 14),
+    ];
+    for (case, usual, points) in cases {
+        for seed in seeds(usual) {
+            let total = kill_at(case, seed, u64::MAX);
+            println!("seed {seed}, {total} operations");
+            for operations in (0..total).step_by(sample(total, points)) {
+                kill_at(case, seed, operations);
+            }
         }
     }
 }
