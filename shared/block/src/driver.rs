@@ -183,6 +183,9 @@ pub struct BlockStatus {
     pub offset: Option<u64>,
     /// Stored compressed.
     pub compressed: bool,
+    /// The storage may be a hole of the data child that reads as zeroes (preallocated metadata):
+    /// whoever wants to know has to ask the child.
+    pub sparse: bool,
 }
 
 /// What a node does. `Send + Sync`: any thread may call at any time; the futures stay on the

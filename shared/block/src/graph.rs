@@ -5,6 +5,7 @@
 //! a node in use is not removed; parents close before their children. Must not know: concrete
 //! drivers.
 
+use crate::amend::{self, AmendRequest};
 use crate::check::Purpose;
 use crate::driver::BoxFuture;
 use crate::error::{Error, ErrorKind, Result};
@@ -249,7 +250,8 @@ impl Graph {
         Box::pin(self.open_one(definition))
     }
 
-    async fn open_one(&self, definition: Definition) -> Result<Arc<Node>> {
+    /// The request that the driver of a definition gets.
+    fn request(&self, definition: Definition) -> Result<(OpenRequest<'_>, &'static DriverEntry)> {
         let owned = definition.inherited.is_none();
         let mut options = Options::new(definition.options, definition.place.path.clone());
         let driver = options.take_driver()?;
@@ -266,13 +268,19 @@ impl Graph {
             None => self.generate_name(),
         };
         self.check_free(&node.node_name)?;
-        let mut request = OpenRequest {
+        let request = OpenRequest {
             graph: self,
             node,
             options,
             place: definition.place,
             descriptor: definition.descriptor,
         };
+        Ok((request, entry))
+    }
+
+    async fn open_one(&self, definition: Definition) -> Result<Arc<Node>> {
+        let owned = definition.inherited.is_none();
+        let (mut request, entry) = self.request(definition)?;
         let driver = (entry.open)(&mut request).await?;
         let free = request
             .options
@@ -288,6 +296,40 @@ impl Graph {
             owned,
         });
         Ok(node)
+    }
+
+    /// Changes what the image that `options` would open was created with. The image must not be
+    /// open; its children are, meanwhile.
+    ///
+    /// # Errors
+    /// The driver's; `Unsupported` when it amends nothing.
+    pub async fn amend(
+        &self,
+        options: Map<String, Value>,
+        changes: &mut AmendRequest<'_>,
+    ) -> Result<()> {
+        let definition = Definition {
+            options,
+            inherited: None,
+            place: Place::default(),
+            descriptor: None,
+        };
+        let amended = self.amend_one(definition, changes).await;
+        self.sweep().await;
+        amended
+    }
+
+    async fn amend_one(
+        &self,
+        definition: Definition,
+        changes: &mut AmendRequest<'_>,
+    ) -> Result<()> {
+        let (mut request, entry) = self.request(definition)?;
+        let Some(amender) = &entry.amend else {
+            return Err(amend::unsupported(entry.name));
+        };
+        (amender.amend)(&mut request, changes).await?;
+        changes.finish()
     }
 
     fn check_free(&self, node_name: &str) -> Result<()> {

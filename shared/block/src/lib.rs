@@ -15,6 +15,7 @@
 //! thread at the same time; edges change only while drained. Must not know: a concrete format or
 //! protocol, guests, QMP.
 
+pub mod amend;
 pub mod bitmap;
 pub mod check;
 pub mod cipher;
@@ -34,6 +35,7 @@ pub mod redo_log;
 pub mod root;
 pub mod snapshot;
 
+pub use amend::{AmendRequest, Amender};
 pub use bitmap::{BitmapSet, BitmapStore, DirtyBitmap};
 pub use check::{CheckOptions, CheckResult, CheckSink, Purpose, Repair, Silent};
 pub use cipher::{SectorCipher, Tweak};

@@ -12,8 +12,9 @@
 mod names;
 mod options;
 
+use crate::amend::Amender;
 use crate::check::Purpose;
-use crate::create::{Creator, OptionSpec};
+use crate::create::Creator;
 use crate::driver::{BoxFuture, Driver};
 use crate::edge::{Edge, EdgeSpec};
 use crate::error::{Error, ErrorKind, Result};
@@ -44,8 +45,8 @@ pub struct DriverEntry {
     pub probe: Option<fn(&[u8]) -> u8>,
     /// Makes new images.
     pub create: Option<Creator>,
-    /// What `amend` changes, as the tools spell it.
-    pub amend_options: &'static [OptionSpec],
+    /// Changes what images were created with.
+    pub amend: Option<Amender>,
 }
 
 /// Opens a node of one driver.
@@ -62,7 +63,7 @@ impl DriverEntry {
             open,
             probe: None,
             create: None,
-            amend_options: &[],
+            amend: None,
         }
     }
     /// The same driver, recognising its images.
@@ -83,9 +84,9 @@ impl DriverEntry {
     }
     /// The same driver, amending images.
     #[must_use]
-    pub const fn with_amend(self, amend_options: &'static [OptionSpec]) -> Self {
+    pub const fn with_amend(self, amend: Amender) -> Self {
         Self {
-            amend_options,
+            amend: Some(amend),
             ..self
         }
     }
@@ -225,43 +226,15 @@ impl OpenRequest<'_> {
         name: &str,
         format: Option<&str>,
     ) -> Result<Arc<Node>> {
-        if format.is_none() && !self.graph.probes() {
-            let message = format!(
-                "the image does not tell the format of its backing file '{name}'; \
-                 give 'backing' explicitly or store it (qemu-img rebase -u -F)"
-            );
-            return Err(Error::new(ErrorKind::Invalid, message));
-        }
         let image = image_file.node().filename();
-        let found = names::resolve(&image, name, &self.graph.policy())?;
-        let mut place = self.below("backing")?;
-        place.chain.extend(FileId::of_path(&image));
-        place.enter(found.id, name)?;
-        let inherited = Inherited::of(&self.node, ChildRole::Backing);
-        let file_options = as_map([("driver", FILE_PROTOCOL), ("filename", &found.path)]);
-        let mut file_place = place.clone();
-        file_place.path.push_str("file.");
-        let file = self
-            .graph
-            .open(Definition {
-                options: file_options,
-                inherited: Some(inherited),
-                place: file_place,
-                descriptor: Some(found.descriptor),
-            })
-            .await?;
-        let format = match format {
-            Some(format) => format,
-            None => self.graph.probe(&file).await?,
+        let named = Named {
+            image: &image,
+            name,
+            format,
         };
-        self.graph
-            .open(Definition {
-                options: as_map([("driver", format), ("file", file.name())]),
-                inherited: Some(inherited),
-                place,
-                descriptor: None,
-            })
-            .await
+        let inherited = Inherited::of(&self.node, ChildRole::Backing);
+        let place = self.below("backing")?;
+        self.graph.open_named(named, inherited, place).await
     }
 
     async fn open_inline(
@@ -295,6 +268,86 @@ impl OpenRequest<'_> {
 
     fn attach(&self, child: &Arc<Node>, name: &'static str, role: ChildRole) -> Result<Edge> {
         attach_as(&self.node, child, name, role)
+    }
+}
+
+/// A backing file as an image names it.
+struct Named<'n> {
+    /// The file name of the image.
+    image: &'n str,
+    name: &'n str,
+    format: Option<&'n str>,
+}
+
+impl Graph {
+    /// Opens the backing image of the image in `of`, to be described: under the same policy as
+    /// for use, and without its own backing.
+    ///
+    /// # Errors
+    /// As for opening a node; `Forbidden` by policy.
+    pub async fn describe_backing(
+        &self,
+        of: &Node,
+        name: &str,
+        format: Option<&str>,
+    ) -> Result<Arc<Node>> {
+        let image = of.filename();
+        let named = Named {
+            image: &image,
+            name,
+            format,
+        };
+        let place = Place {
+            purpose: Purpose::Describe,
+            ..Place::default()
+        };
+        let inherited = Inherited::of(of.options(), ChildRole::Backing);
+        self.open_named(named, inherited, place).await
+    }
+
+    /// Opens what an image names, when policy allows.
+    async fn open_named(
+        &self,
+        Named {
+            image,
+            name,
+            format,
+        }: Named<'_>,
+        inherited: Inherited,
+        mut place: Place,
+    ) -> Result<Arc<Node>> {
+        if format.is_none() && !self.probes() {
+            let message = format!(
+                "the image does not tell the format of its backing file '{name}'; \
+                 give 'backing' explicitly or store it (qemu-img rebase -u -F)"
+            );
+            return Err(Error::new(ErrorKind::Invalid, message));
+        }
+        let found = names::resolve(image, name, &self.policy())?;
+        place.chain.extend(FileId::of_path(image));
+        place.enter(found.id, name)?;
+        let mut file_place = place.clone();
+        file_place.path.push_str("file.");
+        file_place.purpose = Purpose::Serve;
+        let file = self
+            .open(Definition {
+                options: as_map([("driver", FILE_PROTOCOL), ("filename", &found.path)]),
+                inherited: Some(inherited),
+                place: file_place,
+                descriptor: Some(found.descriptor),
+            })
+            .await?;
+        let format = match format {
+            Some(format) => format,
+            None => self.probe(&file).await?,
+        };
+        self.open(Definition {
+            options: as_map([("driver", format), ("file", file.name())]),
+            inherited: Some(inherited),
+            place,
+            descriptor: None,
+        })
+        .await
     }
 }
 

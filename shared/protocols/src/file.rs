@@ -219,6 +219,7 @@ impl FileNode {
                 allocated: true,
                 offset: Some(range.offset),
                 compressed: false,
+                sparse: false,
             },
         })
     }

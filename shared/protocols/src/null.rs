@@ -107,6 +107,7 @@ impl Driver for Null {
             allocated: true,
             offset: Some(range.offset),
             compressed: false,
+            sparse: false,
         };
         let extent = StatusExtent {
             length: range.length,

@@ -58,7 +58,11 @@ pub(crate) fn resolve(image: &str, name: &str, policy: &NamePolicy) -> Result<Fo
     if !name.starts_with('/') {
         match open_beneath(&directory, Path::new(name)) {
             Err(Errno::EXDEV) => refusal = Some("it leads out of the directory of the image"),
-            result => return finish(result, &directory.join(name), name),
+            result => {
+                // The path as users know it: no "./" before what is beside the image.
+                let parent = Path::new(image).parent().unwrap_or(Path::new(""));
+                return finish(result, &parent.join(name), name);
+            }
         }
     }
     for allowed in &policy.allowed_dirs {

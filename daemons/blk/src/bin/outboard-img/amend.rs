@@ -1,0 +1,120 @@
+//! `amend`: changes what an image was created with.
+
+use crate::failure::{Failure, Outcome};
+use crate::getopt::{self, Opt};
+use crate::image::{Access, Cache, Common, Opening, Tool};
+use crate::options::{Given, asks_for_help, help};
+use crate::progress::{Progress, Show};
+use crate::{Command, Running};
+use block::AmendRequest;
+use block::amend::{Force, unsupported};
+use block::create::OptionSpec;
+
+/// The subcommand.
+pub(crate) const COMMAND: Command = Command {
+    name: "amend",
+    usage: "[--object objectdef] [--image-opts] [-p] [-q] [-f fmt] [-t cache] [--force] \
+            -o options filename",
+    run: |tool, arguments| -> Running<'_> { Box::pin(run(tool, arguments)) },
+};
+
+const OPTIONS: &[Opt] = &[
+    Opt::flag(&["h", "help"]),
+    Opt::value(&["o", "options"]),
+    Opt::value(&["f", "format"]),
+    Opt::value(&["t", "cache"]),
+    Opt::flag(&["p", "progress"]),
+    Opt::flag(&["q", "quiet"]),
+    Opt::value(&["object"]),
+    Opt::flag(&["image-opts"]),
+    Opt::flag(&["force"]),
+    Opt::value(&["allow-dir"]),
+];
+
+async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
+    let parsed = getopt::parse(arguments, OPTIONS)?;
+    let (mut common, mut cache) = (Common::default(), Cache::default());
+    let (mut texts, mut show, mut force) = (Vec::new(), Show::OnSignal, Force::Refuse);
+    for (name, value) in parsed.options {
+        match name {
+            "h" => return Ok(crate::help::show()),
+            "o" => texts.push(value),
+            "t" => cache = Cache::parse(&value)?,
+            "p" => show = Show::Always,
+            "force" => force = Force::Allow,
+            _ => {
+                common.take(tool, (name, &value))?;
+            }
+        }
+    }
+    if texts.is_empty() {
+        return Err(Failure::usage("Must specify options (-o)"));
+    }
+    if let (Some(format), true) = (&common.format, texts.iter().any(|text| asks_for_help(text))) {
+        return show_options(tool, format);
+    }
+    let Ok([name]) = <[String; 1]>::try_from(parsed.operands) else {
+        return Err(Failure::usage("Expecting one image file name"));
+    };
+    let opening = Opening {
+        cache,
+        ..Opening::new(Access::Write)
+    };
+    let spec = common.image(name)?;
+    let options = tool.prepare(&spec, opening).await?;
+    let format = options
+        .get("driver")
+        .and_then(|driver| driver.as_str())
+        .unwrap_or_default()
+        .to_owned();
+    if texts.iter().any(|text| asks_for_help(text)) {
+        return show_options(tool, &format);
+    }
+    let (known, created) = known(tool, &format)?;
+    let mut given = Given::default();
+    for text in &texts {
+        given.parse(text, &known).map_err(|message| {
+            let is_create_option = created
+                .iter()
+                .any(|spec| message == format!("Invalid parameter '{}'", spec.name));
+            Failure::message(match is_create_option {
+                true => format!("{message}\nThis option is only supported for image creation"),
+                false => message,
+            })
+        })?;
+    }
+    let amended = {
+        let progress = (!common.quiet || show == Show::OnSignal).then(|| Progress::begin(show));
+        let mut tell = |done, total| {
+            if let Some(progress) = &progress {
+                progress.at(done, total);
+            }
+        };
+        let mut request = AmendRequest::new(given.members(&known), force, &mut tell);
+        tool.graph().amend(options, &mut request).await
+    };
+    amended.map_err(|error| Failure::block("", &error))?;
+    Ok(0)
+}
+
+/// The options that `amend` knows, and those that only `create` does.
+type Known = (Vec<&'static OptionSpec>, &'static [OptionSpec]);
+
+fn known(tool: &Tool, format: &str) -> Result<Known, Failure> {
+    let entry = tool.graph().entry(format);
+    let amender = entry.and_then(|entry| entry.amend.as_ref());
+    let amender = amender.ok_or_else(|| Failure::block("", &unsupported(format)))?;
+    let create = entry.and_then(|entry| entry.create.as_ref());
+    let created = create.map_or(&[][..], |creator| creator.options);
+    Ok((amender.options.iter().collect(), created))
+}
+
+fn show_options(tool: &Tool, format: &str) -> Outcome {
+    if tool.graph().entry(format).is_none() {
+        let message = format!("Unknown file format '{format}'");
+        return Err(Failure::message(message));
+    }
+    let (known, _) = known(tool, format)?;
+    print!("Amend options for '{format}':\n{}", help(&known));
+    Ok(0)
+}

@@ -1,0 +1,385 @@
+//! Opening images: by name, by format, by `--image-opts`, or by looking at the content.
+
+use crate::failure::{Failure, described, report};
+use block::edge::Permissions;
+use block::graph::NamePolicy;
+use block::{Graph, Node, Purpose, Root};
+use qmp::keyval;
+use serde_json::{Map, Value, json};
+use std::cell::Cell;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Directories, separated by `:`, that names inside images may open files in.
+const ALLOWED_DIRS: &str = "OUTBOARD_ALLOW_DIRS";
+
+/// What all images of one run share.
+pub(crate) struct Tool {
+    graph: Graph,
+    opened: Cell<u32>,
+}
+
+/// An image as the command line names it.
+#[derive(Clone, Debug)]
+pub(crate) struct ImageSpec {
+    /// A file name, or options when `notation` says so.
+    pub(crate) name: String,
+    /// `-f`
+    pub(crate) format: Option<String>,
+    /// How `name` is to be read.
+    pub(crate) notation: Notation,
+}
+
+/// `--image-opts` or not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Notation {
+    /// A file name, or `json:{...}`.
+    #[default]
+    Filename,
+    /// `key=value,...`
+    Options,
+}
+
+/// What an image is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// Its metadata is shown; no name in it is followed.
+    Describe,
+    /// Its content is read.
+    Read,
+    /// It is changed.
+    Write,
+}
+
+/// Whether other processes may write to the image meanwhile.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Sharing {
+    /// They are kept out by locks.
+    #[default]
+    Locked,
+    /// They may: `-U`.
+    Forced,
+}
+
+/// `-t` and `-T`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Cache {
+    direct: bool,
+    no_flush: bool,
+    /// Each write is durable before the command goes on.
+    pub(crate) write_through: bool,
+}
+
+impl Cache {
+    /// The mode called `name`.
+    pub(crate) fn parse(name: &str) -> Result<Self, Failure> {
+        let (direct, no_flush, write_through) = match name {
+            "none" | "off" => (true, false, false),
+            "writeback" => (false, false, false),
+            "writethrough" => (false, false, true),
+            "directsync" => (true, false, true),
+            "unsafe" => (false, true, false),
+            _ => return Err(Failure::message(format!("Invalid cache option: {name}"))),
+        };
+        Ok(Self {
+            direct,
+            no_flush,
+            write_through,
+        })
+    }
+}
+
+/// How an image is opened.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Opening {
+    /// What for.
+    pub(crate) access: Access,
+    /// Whether others may write.
+    pub(crate) sharing: Sharing,
+    /// How the host's page cache is used.
+    pub(crate) cache: Cache,
+}
+
+impl Opening {
+    /// With locks and the page cache.
+    pub(crate) fn new(access: Access) -> Self {
+        Self {
+            access,
+            sharing: Sharing::Locked,
+            cache: Cache::default(),
+        }
+    }
+}
+
+/// An open image.
+pub(crate) struct Image {
+    /// Its node.
+    pub(crate) node: Arc<Node>,
+    /// The tool's own use of the node.
+    pub(crate) root: Root,
+}
+
+impl Tool {
+    /// Without any image. The daemon's redo logs are used when there are some: an image whose
+    /// daemon was killed is brought up to date before it is changed.
+    pub(crate) fn new() -> Self {
+        let graph = Graph::new(&engine::catalogue::drivers(), NamePolicy::default()).with_probing();
+        let redo_dir = PathBuf::from(format!("/dev/shm/outboard-{}", nix::unistd::geteuid()));
+        let graph = match std::fs::symlink_metadata(&redo_dir) {
+            Ok(metadata) if metadata.is_dir() && is_own(&metadata) => graph.with_redo_dir(redo_dir),
+            _ => graph,
+        };
+        let tool = Self {
+            graph,
+            opened: Cell::new(0),
+        };
+        for directory in std::env::split_paths(&std::env::var_os(ALLOWED_DIRS).unwrap_or_default())
+        {
+            tool.allow_dir(&directory);
+        }
+        tool
+    }
+
+    /// The graph that the images are nodes of.
+    pub(crate) fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// Lets names inside images open files below `directory`.
+    pub(crate) fn allow_dir(&self, directory: &Path) {
+        if let Ok(absolute) = std::path::absolute(directory) {
+            self.graph.allow_dir(absolute);
+        }
+    }
+
+    /// Takes the definition of an object, `--object`.
+    pub(crate) fn add_object(&self, definition: &str) -> Result<(), Failure> {
+        let failed = |error: qmp::Error| Failure::message(error.desc);
+        let arguments = keyval::parse(definition, Some("qom-type")).map_err(failed)?;
+        let kind = arguments.get("qom-type").and_then(Value::as_str);
+        let message = match kind {
+            None => "Parameter 'qom-type' is missing".to_owned(),
+            Some(kind) => format!("Parameter 'qom-type' does not accept value '{kind}'"),
+        };
+        Err(Failure::message(message))
+    }
+
+    /// The options of the node for an image, its format and a name included.
+    pub(crate) async fn prepare(
+        &self,
+        spec: &ImageSpec,
+        how: Opening,
+    ) -> Result<Map<String, Value>, Failure> {
+        let mut options = self.definition(spec)?;
+        if spec.notation == Notation::Filename || !options.contains_key("read-only") {
+            options.insert("read-only".into(), json!(how.access != Access::Write));
+        }
+        if how.sharing == Sharing::Forced {
+            options.insert("force-share".into(), json!(true));
+        }
+        if how.cache.direct || how.cache.no_flush {
+            let cache = json!({"direct": how.cache.direct, "no-flush": how.cache.no_flush});
+            options.entry("cache").or_insert(cache);
+        }
+        self.allow_own_directory(&options);
+        if !options.contains_key("driver") {
+            let probed = self.probe(&options).await;
+            let format = probed.map_err(|error| could_not_open(spec, &error))?;
+            options.insert("driver".into(), json!(format));
+            if format == "raw" && how.access == Access::Write {
+                warn_of_guessed_raw(&spec.name);
+            }
+        }
+        let number = self.opened.replace(self.opened.get() + 1);
+        let name = json!(format!("image{number}"));
+        options.entry("node-name").or_insert(name);
+        Ok(options)
+    }
+
+    /// Opens an image.
+    pub(crate) async fn open(&self, spec: &ImageSpec, how: Opening) -> Result<Image, Failure> {
+        let failed = |error: block::Error| could_not_open(spec, &error);
+        let options = self.prepare(spec, how).await?;
+        let purpose = match how.access {
+            Access::Describe => Purpose::Describe,
+            Access::Read | Access::Write => Purpose::Serve,
+        };
+        let node = self.graph.add_for(purpose, options).await.map_err(failed)?;
+        let permissions = match how.access {
+            Access::Write => Permissions {
+                resize: true,
+                ..Permissions::READ_WRITE
+            },
+            Access::Describe | Access::Read => Permissions::READ,
+        };
+        let root = Root::new("", &node, permissions, Permissions::ALL).map_err(failed)?;
+        Ok(Image { node, root })
+    }
+
+    /// The options of the node that a specification stands for; without `driver` when the format
+    /// has to be found out.
+    fn definition(&self, spec: &ImageSpec) -> Result<Map<String, Value>, Failure> {
+        let failed = |message: String| {
+            Failure::message(format!("Could not open '{}': {message}", spec.name))
+        };
+        let mut options = match spec.notation {
+            Notation::Options => keyval::parse(&spec.name, None)
+                .map_err(|error| Failure::message(error.desc))?
+                .into_members(),
+            Notation::Filename => match spec.name.strip_prefix("json:") {
+                Some(text) => match qmp::json::parse(text) {
+                    Ok(Value::Object(members)) => members,
+                    Ok(_) => return Err(failed("Invalid JSON object given".to_owned())),
+                    Err(error) => {
+                        return Err(failed(format!(
+                            "Could not parse the JSON options: {}",
+                            error.desc
+                        )));
+                    }
+                },
+                None => file_of(&spec.name).map_err(failed)?,
+            },
+        };
+        if let Some(Value::Object(file)) = options.get_mut("file")
+            && !file.contains_key("driver")
+            && file.contains_key("filename")
+        {
+            file.insert("driver".into(), json!("file"));
+        }
+        if let Some(format) = &spec.format {
+            if self.graph.entry(format).is_none() {
+                return Err(failed(format!("Unknown driver '{format}'")));
+            }
+            options.insert("driver".into(), json!(format));
+        }
+        Ok(options)
+    }
+
+    /// Names in an image may open what lies beside it, however they are spelled.
+    fn allow_own_directory(&self, options: &Map<String, Value>) {
+        let file = options.get("file").and_then(|file| file.get("filename"));
+        let Some(name) = file.or(options.get("filename")).and_then(Value::as_str) else {
+            return;
+        };
+        match Path::new(name).parent() {
+            Some(parent) if parent != Path::new("") => self.allow_dir(parent),
+            _ => self.allow_dir(Path::new(".")),
+        }
+    }
+
+    /// Finds out the format of the child `file`.
+    async fn probe(&self, options: &Map<String, Value>) -> Result<&'static str, block::Error> {
+        let Some(Value::Object(file)) = options.get("file") else {
+            let message = "A block device must be specified for \"file\"";
+            return Err(block::Error::new(block::ErrorKind::Invalid, message));
+        };
+        let mut file = file.clone();
+        file.insert("node-name".into(), json!("probed"));
+        file.insert("read-only".into(), json!(true));
+        file.insert("force-share".into(), json!(true));
+        let node = self.graph.add(file).await?;
+        let format = self.graph.probe(&node).await;
+        drop(node);
+        self.graph.remove("probed").await?;
+        format
+    }
+
+    /// Closes an image before the end of the run.
+    pub(crate) async fn close_image(&self, image: Image) -> Result<(), Failure> {
+        let Image { node, root } = image;
+        drop(root);
+        let name = node.name().to_owned();
+        drop(node);
+        let closed = self.graph.remove(&name).await;
+        closed.map_err(|error| Failure::block("", &error))
+    }
+
+    /// Flushes and closes everything.
+    pub(crate) async fn close(&self) -> Result<(), Failure> {
+        let closed = self.graph.close_all().await;
+        closed.map_err(|error| Failure::block("", &error))
+    }
+}
+
+fn could_not_open(spec: &ImageSpec, error: &block::Error) -> Failure {
+    Failure::message(described(&format!("Could not open '{}'", spec.name), error))
+}
+
+fn is_own(metadata: &std::fs::Metadata) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    metadata.uid() == nix::unistd::geteuid().as_raw() && metadata.mode() & 0o022 == 0
+}
+
+/// The options for a plain file name.
+fn file_of(name: &str) -> Result<Map<String, Value>, String> {
+    let path = name.strip_prefix("file:").unwrap_or(name);
+    let first = path.split('/').next().unwrap_or(path);
+    if let (Some((protocol, _)), true) = (first.split_once(':'), path == name) {
+        return Err(format!("Unknown protocol '{protocol}'"));
+    }
+    let file = json!({"driver": "file", "filename": path});
+    Ok([("file".to_owned(), file)].into_iter().collect())
+}
+
+fn warn_of_guessed_raw(name: &str) {
+    eprintln!(
+        "WARNING: Image format was not specified for '{name}' and probing guessed raw.\n         \
+         Automatically detecting the format is dangerous for raw images, write operations on \
+         block 0 will be restricted.\n         \
+         Specify the 'raw' format explicitly to remove the restrictions."
+    );
+}
+
+/// The options of every command that opens one image.
+#[derive(Debug, Default)]
+pub(crate) struct Common {
+    /// `-f`
+    pub(crate) format: Option<String>,
+    /// `--image-opts`
+    pub(crate) notation: Notation,
+    /// `-U`
+    pub(crate) sharing: Sharing,
+    /// `-q`
+    pub(crate) quiet: bool,
+}
+
+impl Common {
+    /// Takes an option that is one of these, and says whether it was.
+    pub(crate) fn take(
+        &mut self,
+        tool: &Tool,
+        (name, value): (&str, &str),
+    ) -> Result<bool, Failure> {
+        match name {
+            "f" => self.format = Some(value.to_owned()),
+            "image-opts" => self.notation = Notation::Options,
+            "U" => self.sharing = Sharing::Forced,
+            "q" => self.quiet = true,
+            "object" => tool.add_object(value)?,
+            "allow-dir" => tool.allow_dir(Path::new(value)),
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// The image called `name`.
+    pub(crate) fn image(&self, name: String) -> Result<ImageSpec, Failure> {
+        if self.notation == Notation::Options && self.format.is_some() {
+            let message = "--image-opts and --format are mutually exclusive";
+            report(message);
+            return Err(Failure::Silent(1));
+        }
+        Ok(ImageSpec {
+            name,
+            format: self.format.clone(),
+            notation: self.notation,
+        })
+    }
+
+    /// Prints a line unless `-q` was given.
+    pub(crate) fn say(&self, line: &str) {
+        if !self.quiet {
+            println!("{line}");
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! `info`: what an image says about itself.
+
+use crate::create::beside;
+use crate::failure::{Failure, Outcome};
+use crate::getopt::{self, Opt};
+use crate::image::{Access, Common, Opening, Tool};
+use crate::{Command, Running, json, text};
+use block::Node;
+use block::open::MAX_CHAIN;
+use serde_json::{Map, Value, json as value};
+use std::sync::Arc;
+
+/// The subcommand.
+pub(crate) const COMMAND: Command = Command {
+    name: "info",
+    usage: "[--object objectdef] [--image-opts] [-f fmt] [--output=ofmt] [--backing-chain] [-U] \
+            filename",
+    run: |tool, arguments| -> Running<'_> { Box::pin(run(tool, arguments)) },
+};
+
+const OPTIONS: &[Opt] = &[
+    Opt::flag(&["h", "help"]),
+    Opt::value(&["f", "format"]),
+    Opt::value(&["output"]),
+    Opt::flag(&["backing-chain"]),
+    Opt::value(&["object"]),
+    Opt::flag(&["image-opts"]),
+    Opt::flag(&["U", "force-share"]),
+    Opt::value(&["allow-dir"]),
+];
+
+/// `--output`
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Output {
+    /// For people.
+    #[default]
+    Human,
+    /// For programs.
+    Json,
+}
+
+impl Output {
+    /// The value of `--output`.
+    pub(crate) fn parse(text: &str) -> Result<Self, Failure> {
+        match text {
+            "human" => Ok(Self::Human),
+            "json" => Ok(Self::Json),
+            _ => Err(Failure::usage(
+                "--output must be used with human or json as argument.",
+            )),
+        }
+    }
+}
+
+/// How much of the chain is shown.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Depth {
+    One,
+    Chain,
+}
+
+async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
+    let parsed = getopt::parse(arguments, OPTIONS)?;
+    let (mut common, mut output, mut depth) = (Common::default(), Output::Human, Depth::One);
+    for (name, value) in parsed.options {
+        match name {
+            "h" => return Ok(crate::help::show()),
+            "output" => output = Output::parse(&value)?,
+            "backing-chain" => depth = Depth::Chain,
+            _ => {
+                common.take(tool, (name, &value))?;
+            }
+        }
+    }
+    let Ok([name]) = <[String; 1]>::try_from(parsed.operands) else {
+        return Err(Failure::usage("Expecting one image file name"));
+    };
+    let opening = Opening {
+        sharing: common.sharing,
+        ..Opening::new(Access::Describe)
+    };
+    let image = tool.open(&common.image(name)?, opening).await?;
+    let mut infos = vec![describe(&image.node)];
+    if depth == Depth::Chain {
+        follow(tool, &image.node, &mut infos).await?;
+    }
+    match (output, depth) {
+        (Output::Human, _) => {
+            let texts: Vec<String> = infos
+                .iter()
+                .map(|info| text::image(&ordered(info)))
+                .collect();
+            print!("{}", texts.join("\n"));
+        }
+        (Output::Json, Depth::Chain) => print!("{}", json::text(&infos.into())),
+        (Output::Json, Depth::One) => print!("{}", json::text(&infos.remove(0))),
+    }
+    Ok(0)
+}
+
+fn ordered(info: &Value) -> Map<String, Value> {
+    match json::ordered(info) {
+        Value::Object(members) => members,
+        _ => Map::new(),
+    }
+}
+
+/// Adds the backing images, as far as the names in the images may be followed.
+async fn follow(tool: &Tool, top: &Arc<Node>, infos: &mut Vec<Value>) -> Result<(), Failure> {
+    let mut current = Arc::clone(top);
+    let mut seen = vec![current.filename()];
+    loop {
+        let info = infos.last().expect("the top image is there");
+        let Some(name) = info.get("backing-filename").and_then(Value::as_str) else {
+            return Ok(());
+        };
+        let format = info.get("backing-filename-format").and_then(Value::as_str);
+        let full = info
+            .get("full-backing-filename")
+            .and_then(Value::as_str)
+            .unwrap_or(name)
+            .to_owned();
+        if seen.contains(&full) || seen.len() > MAX_CHAIN {
+            let message = format!("Backing file '{full}' creates an infinite loop.");
+            return Err(Failure::message(message));
+        }
+        let opened = tool.graph().describe_backing(&current, name, format).await;
+        current =
+            opened.map_err(|error| Failure::block(&format!("Could not open '{full}'"), &error))?;
+        seen.push(full);
+        infos.push(describe(&current));
+    }
+}
+
+/// QMP's `ImageInfo` of a node, without its backing image.
+fn describe(node: &Node) -> Value {
+    let driver = node.driver();
+    let filename = driver.filename();
+    let mut info = value!({
+        "virtual-size": node.length(),
+        "filename": filename,
+        "format": driver.driver_name(),
+        "dirty-flag": false,
+    });
+    let mut disk_size = None;
+    for (role, edge) in driver.edges() {
+        let described = edge.node().driver().describe();
+        if let (Some(size), true) = (
+            described.get("actual-size").and_then(Value::as_u64),
+            role != "backing",
+        ) {
+            disk_size = Some(disk_size.unwrap_or(0_u64).saturating_add(size));
+        }
+    }
+    if let Some(size) = disk_size {
+        info["actual-size"] = value!(size);
+    }
+    for (key, member) in driver.describe() {
+        info[key] = member;
+    }
+    if let Some(name) = info.get("backing-filename").and_then(Value::as_str) {
+        info["full-backing-filename"] = value!(beside(&filename, name));
+    }
+    info
+}

@@ -1,0 +1,236 @@
+//! `map`: where each part of an image's content comes from.
+
+use crate::failure::{Failure, Outcome};
+use crate::getopt::{self, Opt};
+use crate::image::{Access, Common, Opening, Tool};
+use crate::info::Output;
+use crate::{Command, Running, size};
+use block::{BlockStatus, ByteRange, Node};
+
+/// The subcommand.
+pub(crate) const COMMAND: Command = Command {
+    name: "map",
+    usage: "[--object objectdef] [--image-opts] [-f fmt] [--start-offset=offset] \
+            [--max-length=len] [--output=ofmt] [-U] filename",
+    run: |tool, arguments| -> Running<'_> { Box::pin(run(tool, arguments)) },
+};
+
+const OPTIONS: &[Opt] = &[
+    Opt::flag(&["h", "help"]),
+    Opt::value(&["f", "format"]),
+    Opt::value(&["output"]),
+    Opt::value(&["object"]),
+    Opt::flag(&["image-opts"]),
+    Opt::flag(&["U", "force-share"]),
+    Opt::value(&["s", "start-offset"]),
+    Opt::value(&["l", "max-length"]),
+    Opt::value(&["allow-dir"]),
+];
+
+/// A run of bytes of one kind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Entry {
+    start: u64,
+    length: u64,
+    depth: u32,
+    status: BlockStatus,
+    /// The file that `status.offset` is in.
+    file: String,
+}
+
+impl Entry {
+    fn end(&self) -> u64 {
+        self.start + self.length
+    }
+
+    /// Whether `next` continues this run.
+    fn joins(&self, next: &Entry) -> bool {
+        let flags = |entry: &Entry| {
+            let status = entry.status;
+            (status.zero, status.data, status.allocated, entry.depth)
+        };
+        let continues = match (self.status.offset, next.status.offset) {
+            (None, None) => true,
+            (Some(here), Some(there)) => here.checked_add(self.length) == Some(there),
+            _ => false,
+        };
+        flags(self) == flags(next) && continues && self.file == next.file
+    }
+}
+
+async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
+    let parsed = getopt::parse(arguments, OPTIONS)?;
+    let (mut common, mut output) = (Common::default(), Output::Human);
+    let (mut start, mut length) = (0, None);
+    for (name, value) in parsed.options {
+        match name {
+            "h" => return Ok(crate::help::show()),
+            "output" => output = Output::parse(&value)?,
+            "s" => start = size::argument("start offset", &value)?,
+            "l" => length = Some(size::argument("max length", &value)?),
+            _ => {
+                common.take(tool, (name, &value))?;
+            }
+        }
+    }
+    let Ok([name]) = <[String; 1]>::try_from(parsed.operands) else {
+        return Err(Failure::usage("Expecting one image file name"));
+    };
+    let opening = Opening {
+        sharing: common.sharing,
+        ..Opening::new(Access::Read)
+    };
+    let image = tool.open(&common.image(name)?, opening).await?;
+    let whole = image.node.length();
+    let end = length.map_or(whole, |length| start.saturating_add(length).min(whole));
+    let mut printer = Printer::begin(output);
+    let mut at = start;
+    let mut pending: Option<Entry> = None;
+    while at < end {
+        let range = ByteRange::new(at, end - at);
+        let entry = status_above(&image.node, range).await.map_err(|errno| {
+            Failure::message(format!("Failed to read image metadata: {}", errno.desc()))
+        })?;
+        at = entry.end();
+        match &mut pending {
+            Some(run) if run.joins(&entry) => run.length += entry.length,
+            _ => {
+                if let Some(run) = pending.replace(entry) {
+                    printer.print(&run, More::Follow)?;
+                }
+            }
+        }
+    }
+    if let Some(run) = pending {
+        printer.print(&run, More::None)?;
+    }
+    printer.end();
+    Ok(0)
+}
+
+/// The status of the start of `range`, from the first image of the chain that decides it.
+async fn status_above(node: &Node, range: ByteRange) -> Result<Entry, block::Errno> {
+    let mut entry = Entry {
+        start: range.offset,
+        length: range.length,
+        depth: 0,
+        status: BlockStatus::default(),
+        file: String::new(),
+    };
+    let mut current = node;
+    loop {
+        let asked = ByteRange::new(range.offset, entry.length);
+        let extent = status_with_storage(current, asked).await?;
+        entry.length = extent.0.length;
+        entry.status = extent.0.status;
+        if entry.status.offset.is_some() {
+            entry.file = extent.1;
+        }
+        if entry.status.zero || entry.status.data {
+            return Ok(entry);
+        }
+        let edges = current.driver().edges();
+        let Some((_, backing)) = edges.into_iter().find(|(role, _)| *role == "backing") else {
+            return Ok(entry);
+        };
+        current = backing.node();
+        entry.depth += 1;
+    }
+}
+
+/// The status in a node, and the file that its offset is in. Storage that is a hole in the file
+/// below reads as zeroes.
+async fn status_with_storage(
+    node: &Node,
+    range: ByteRange,
+) -> Result<(block::StatusExtent, String), block::Errno> {
+    let mut extent = node.block_status(range).await?;
+    let edges = node.driver().edges();
+    let find = |name: &str| edges.iter().find(|(role, _)| *role == name);
+    let Some((_, storage)) = find("data-file").or_else(|| find("file")) else {
+        return Ok((extent, node.filename()));
+    };
+    let storage = storage.node();
+    let Some(offset) = extent.status.offset else {
+        return Ok((extent, storage.filename()));
+    };
+    if extent.status.data && extent.status.sparse {
+        let below = storage
+            .block_status(ByteRange::new(offset, extent.length))
+            .await?;
+        extent.length = extent.length.min(below.length);
+        extent.status.zero |= below.status.zero;
+    }
+    Ok((extent, storage.filename()))
+}
+
+/// Whether another entry follows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum More {
+    Follow,
+    None,
+}
+
+/// Writes entries.
+struct Printer {
+    output: Output,
+}
+
+impl Printer {
+    fn begin(output: Output) -> Self {
+        match output {
+            Output::Human => println!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to"),
+            Output::Json => print!("["),
+        }
+        Self { output }
+    }
+
+    fn print(&mut self, entry: &Entry, more: More) -> Result<(), Failure> {
+        let status = entry.status;
+        match self.output {
+            Output::Human => {
+                if status.data && status.offset.is_none() {
+                    let message = "File contains external, encrypted or compressed clusters.";
+                    return Err(Failure::message(message));
+                }
+                if status.data && !status.zero {
+                    let columns = [entry.start, entry.length, status.offset.unwrap_or(0)];
+                    let columns: String = columns.map(column).concat();
+                    println!("{columns}{}", entry.file);
+                }
+            }
+            Output::Json => {
+                print!(
+                    "{{ \"start\": {}, \"length\": {}, \"depth\": {}, \"present\": {}, \
+                     \"zero\": {}, \"data\": {}",
+                    entry.start,
+                    entry.length,
+                    entry.depth,
+                    status.allocated,
+                    status.zero,
+                    status.data
+                );
+                if let Some(offset) = status.offset {
+                    print!(", \"offset\": {offset}");
+                }
+                print!("}}{}", if more == More::Follow { ",\n" } else { "" });
+            }
+        }
+        Ok(())
+    }
+
+    fn end(self) {
+        if self.output == Output::Json {
+            println!("]");
+        }
+    }
+}
+
+/// A hexadecimal number in 16 columns; zero has no prefix.
+fn column(value: u64) -> String {
+    let text = match value {
+        0 => "0".to_owned(),
+        value => format!("{value:#x}"),
+    };
+    format!("{text:<16}")
+}

@@ -1,0 +1,85 @@
+//! `info` for people.
+
+use crate::size::human;
+use serde_json::{Map, Value};
+
+/// The description of one image, from the members of QMP's `ImageInfo` in their order of display.
+pub(crate) fn image(info: &Map<String, Value>) -> String {
+    let text = |key: &str| info.get(key).and_then(Value::as_str).unwrap_or_default();
+    let number = |key: &str| info.get(key).and_then(Value::as_u64);
+    let is_set = |key: &str| info.get(key).and_then(Value::as_bool) == Some(true);
+    let mut out = format!(
+        "image: {}\nfile format: {}\n",
+        text("filename"),
+        text("format")
+    );
+    let virtual_size = number("virtual-size").unwrap_or_default();
+    out.push_str(&format!(
+        "virtual size: {} ({virtual_size} bytes)\n",
+        human(virtual_size)
+    ));
+    let disk = number("actual-size").map_or("unavailable".to_owned(), human);
+    out.push_str(&format!("disk size: {disk}\n"));
+    if is_set("encrypted") {
+        out.push_str("encrypted: yes\n");
+    }
+    if let Some(size) = number("cluster-size") {
+        out.push_str(&format!("cluster_size: {size}\n"));
+    }
+    if is_set("dirty-flag") {
+        out.push_str("cleanly shut down: no\n");
+    }
+    if info.contains_key("backing-filename") {
+        let (name, full) = (text("backing-filename"), info.get("full-backing-filename"));
+        out.push_str(&format!("backing file: {name}"));
+        match full.and_then(Value::as_str) {
+            None => out.push_str(" (cannot determine actual path)"),
+            Some(full) if full != name => out.push_str(&format!(" (actual path: {full})")),
+            Some(_) => {}
+        }
+        out.push('\n');
+        if info.contains_key("backing-filename-format") {
+            let format = text("backing-filename-format");
+            out.push_str(&format!("backing file format: {format}\n"));
+        }
+    }
+    if let Some(specific) = info.get("format-specific").and_then(|it| it.get("data")) {
+        let mut lines = String::new();
+        nested(&mut lines, specific, 1);
+        if !lines.is_empty() {
+            out.push_str("Format specific information:\n");
+            out.push_str(&lines);
+        }
+    }
+    out
+}
+
+/// The members of an object or array, one a line.
+fn nested(out: &mut String, value: &Value, depth: usize) {
+    match value {
+        Value::Object(members) => {
+            for (key, value) in members {
+                entry(out, (&key.replace('-', " "), value), depth);
+            }
+        }
+        Value::Array(items) => {
+            for (index, value) in items.iter().enumerate() {
+                entry(out, (&format!("[{index}]"), value), depth);
+            }
+        }
+        _ => {}
+    }
+}
+
+fn entry(out: &mut String, (name, value): (&str, &Value), depth: usize) {
+    let indent = " ".repeat(4 * depth);
+    let shown = match value {
+        Value::String(text) => text.clone(),
+        Value::Object(_) | Value::Array(_) => {
+            out.push_str(&format!("{indent}{name}:\n"));
+            return nested(out, value, depth + 1);
+        }
+        other => other.to_string(),
+    };
+    out.push_str(&format!("{indent}{name}: {shown}\n"));
+}
