@@ -25,10 +25,11 @@
     reason = "membarrier has no safe wrapper; it takes no pointers"
 )]
 
+use executor::sync::Notify;
 use std::cell::Cell;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
 
 /// A point in time that [`passed`] can be asked about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -58,6 +59,39 @@ pub fn current() -> Epoch {
 pub fn passed(epoch: Epoch) -> bool {
     let clock = CLOCK.load(Ordering::SeqCst);
     clock >= epoch.0.saturating_add(3) || advance(clock) >= epoch.0.saturating_add(3)
+}
+
+/// Waits until [`passed`].
+pub async fn wait(epoch: Epoch) {
+    let _waiting = Waiting::new();
+    loop {
+        let ended = ENDED.notified();
+        if passed(epoch) {
+            return;
+        }
+        ended.await;
+    }
+}
+
+/// Tasks in [`wait`]: while there are any, the last request of a parity to end on a thread says so.
+static WAITING: AtomicUsize = AtomicUsize::new(0);
+static ENDED: LazyLock<Notify> = LazyLock::new(Notify::new);
+
+struct Waiting;
+
+impl Waiting {
+    fn new() -> Self {
+        // Seen by every thread after the barrier that `passed` begins with; a request that ended
+        // before is seen by the look at the counters that follows it.
+        WAITING.fetch_add(1, Ordering::SeqCst);
+        Self
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        WAITING.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 /// Moves the clock on as far as it goes now (three steps at most).
@@ -138,20 +172,33 @@ impl ThreadEpoch {
         let parity = parity(CLOCK.load(Ordering::Relaxed));
         let pins = &self.record.pins[parity];
         pins.store(pins.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        self.barrier();
+        parity
+    }
+
+    /// Orders a store to the counters before later loads.
+    #[inline]
+    fn barrier(&self) {
         if self.fenced {
             fence(Ordering::SeqCst);
         } else {
             // The barrier of the clock's side stands in for the processor's; the compiler must
-            // not move the request's loads before the store either.
+            // not move later loads before the store either.
             std::sync::atomic::compiler_fence(Ordering::SeqCst);
         }
-        parity
     }
 
     #[inline]
     pub(crate) fn unpin(&self, parity: usize) {
         let pins = &self.record.pins[parity];
-        pins.store(pins.load(Ordering::Relaxed) - 1, Ordering::Release);
+        let left = pins.load(Ordering::Relaxed) - 1;
+        pins.store(left, Ordering::Release);
+        if left == 0 {
+            self.barrier();
+            if WAITING.load(Ordering::Relaxed) != 0 {
+                ENDED.notify_all();
+            }
+        }
     }
 }
 
@@ -183,6 +230,7 @@ impl Drop for Registration {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .retain(|record| !Arc::ptr_eq(record, &self.record));
+        ENDED.notify_all();
     }
 }
 

@@ -44,6 +44,8 @@ pub struct NewSnapshot {
     pub date_ns: u32,
     /// The guest's clock in nanoseconds.
     pub vm_clock_ns: u64,
+    /// Instructions executed by the guest, where they are counted.
+    pub icount: Option<u64>,
 }
 
 impl NewSnapshot {
@@ -56,7 +58,7 @@ impl NewSnapshot {
             name: name.into(),
             date_seconds: since.as_secs() as u32,
             date_ns: since.subsec_nanos(),
-            vm_clock_ns: 0,
+            ..Self::default()
         }
     }
 }

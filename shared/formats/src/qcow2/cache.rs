@@ -183,6 +183,23 @@ impl TableCache {
                 .any(|slot| slot.is_replaceable() || slot.is_only_dirty())
     }
 
+    /// Forgets every slice. None is dirty, and nobody pins or loads one for longer than a moment.
+    pub(super) async fn forget_all(&self) {
+        self.wait_unless(Self::try_forget_all).await;
+        while !self.try_forget_all() {
+            self.wait_unless(Self::try_forget_all).await;
+        }
+    }
+
+    fn try_forget_all(&self) -> bool {
+        let inner = self.lock();
+        if !inner.loading.is_empty() || self.slots.iter().any(|slot| !slot.is_replaceable()) {
+            return false;
+        }
+        (0..self.slots.len()).for_each(|number| self.empty_slot(number));
+        true
+    }
+
     /// Slices changed and not yet handed to a flush.
     pub(super) fn dirty_count(&self) -> usize {
         self.dirty_count.load(Acquire)

@@ -124,6 +124,10 @@ impl Format for Qcow2 {
         Ok(())
     }
 
+    fn snapshots(&self) -> Option<&dyn block::Snapshots> {
+        Some(self)
+    }
+
     fn describe(&self) -> Map<String, Value> {
         let header = &self.header;
         let corrupt =
@@ -142,6 +146,9 @@ impl Format for Qcow2 {
         data.insert("compression-type".into(), json!("zlib"));
         let mut members = Map::new();
         members.insert("cluster-size".into(), json!(self.geometry.cluster_size()));
+        if let Some(snapshots) = self.state().snapshots.describe(self.disk_size()) {
+            members.insert("snapshots".into(), snapshots);
+        }
         if let Some(name) = &header.backing_name {
             members.insert("backing-filename".into(), json!(name));
         }

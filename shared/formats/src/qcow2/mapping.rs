@@ -5,7 +5,7 @@ use super::cache::Pinned;
 use super::tables::{GuestCluster, HostOffset, L2Entry, L2Kind, OFFSET_MASK};
 use block::{ByteRange, Extent, Lookup, Mapping};
 use executor::Errno;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Acquire, Relaxed};
 
 impl Qcow2 {
     /// Maps the start of `range` without blocking, locking or allocating.
@@ -32,6 +32,7 @@ impl Qcow2 {
             return Ok(extent);
         }
         let cluster = self.geometry.guest_cluster(range.offset);
+        let _loading = self.table_loads.lock_shared(0..1).await;
         let Some(slice) = self.load_l2(cluster).await? else {
             return Ok(self.unmapped_by_l1(range));
         };
@@ -115,7 +116,7 @@ impl Qcow2 {
         let in_place = match first.kind(geometry) {
             L2Kind::Data(host) => {
                 first.is_copied()
-                    && !self.health.corrupt.load(Relaxed)
+                    && self.health.not_in_place.load(Acquire) == 0
                     && host.0 + count * cluster_size <= self.host_end.load(Relaxed)
             }
             _ => false,

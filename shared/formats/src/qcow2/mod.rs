@@ -62,11 +62,12 @@ use header::Header;
 use l1::L1Table;
 use overlap::MetadataMap;
 use reclaim::Freed;
+use snapshots::SnapshotTable;
 use std::collections::{BTreeSet, VecDeque};
 use std::fmt::Display;
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
-use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tables::{ClusterRun, Geometry, HostOffset};
 
 /// An open qcow2 image.
@@ -89,8 +90,14 @@ pub struct Qcow2 {
     flushing: AsyncMutex<FlushHistory>,
     /// Guest bytes whose mapping is about to change.
     guest_locks: RangeLock,
+    /// Held shared while L2 slices are read for a request that holds no guest lock.
+    table_loads: RangeLock,
+    /// One operation on snapshots at a time.
+    snapshotting: AsyncMutex<()>,
     health: Health,
     log: RedoLog,
+    /// The snapshot that this image shows, when it is a view of one.
+    shows: Option<Arc<()>>,
 }
 
 /// Everything that changes with the metadata.
@@ -107,6 +114,7 @@ struct State {
     /// Clusters of prepared writes that were dropped.
     abandoned: Vec<ClusterRun>,
     metadata: MetadataMap,
+    snapshots: SnapshotTable,
     /// Flushes begun.
     flushes: u64,
     flush_under_way: bool,
@@ -123,10 +131,17 @@ struct RefcountTable {
 /// Bytes of a table that are written as one: no write tears them.
 const SECTOR: u64 = 512;
 
+/// The image is corrupt.
+const CORRUPT: u8 = 1;
+/// A snapshot operation is under way: every write locks its clusters.
+const STILL: u8 = 2;
+
 #[derive(Default)]
 struct Health {
     /// Metadata is inconsistent: nothing is written any more.
     corrupt: AtomicBool,
+    /// Why no write goes in place: [`CORRUPT`], [`STILL`].
+    not_in_place: AtomicU8,
     /// Writing metadata failed: flushes fail until the image is opened again.
     failed: AtomicBool,
     /// Redo records are being applied and must stay in the log.
@@ -184,6 +199,7 @@ impl Qcow2 {
         let node = self.file.node().name();
         tracing::error!(file = node, "qcow2 image is corrupt: {what}");
         let known = self.health.corrupt.swap(true, Relaxed);
+        self.health.not_in_place.fetch_or(CORRUPT, Relaxed);
         if self.writable && !known && self.header.version >= 3 {
             let features = self.header.incompatible | header::incompatible::CORRUPT;
             let field = header::field::INCOMPATIBLE as u64;

@@ -86,6 +86,7 @@ impl Qcow2 {
         }
         let geometry = with_slices(&header);
         let l1 = read_l1(&file, &header).await?;
+        let snapshots = SnapshotTable::read(&file, &header).await?;
         let cluster_size = geometry.cluster_size();
         let host_end = file
             .node()
@@ -121,6 +122,7 @@ impl Qcow2 {
                 reclaimable: Default::default(),
                 abandoned: Vec::new(),
                 metadata: MetadataMap::default(),
+                snapshots,
                 flushes: 0,
                 flush_under_way: false,
             }),
@@ -128,8 +130,11 @@ impl Qcow2 {
             structure: AsyncMutex::new(()),
             flushing: AsyncMutex::new(Default::default()),
             guest_locks: RangeLock::new(),
+            table_loads: RangeLock::new(),
+            snapshotting: AsyncMutex::new(()),
             health: Default::default(),
             log: options.log,
+            shows: None,
         };
         if image.writable {
             image.prepare_for_writing().await?;
@@ -152,8 +157,7 @@ impl Qcow2 {
         .await
         .map_err(|error| error.context("Could not read refcount table"))?;
         self.state().refcount_table.entries = entries;
-        let snapshots = SnapshotTable::read(&self.file, header).await?;
-        self.map_metadata(&snapshots)?;
+        self.map_metadata(&mut self.state())?;
         if header.autoclear != 0 {
             let cleared = 0_u64.to_be_bytes();
             self.write_bytes(field::AUTOCLEAR as u64, &cleared)
@@ -164,24 +168,16 @@ impl Qcow2 {
     }
 
     /// Finds all metadata; refuses an image in which two structures share a place.
-    fn map_metadata(&self, snapshots: &SnapshotTable) -> Result<(), Error> {
+    pub(super) fn map_metadata(&self, state: &mut State) -> Result<(), Error> {
         let header = &self.header;
-        let mut state = self.state();
-        let state = &mut *state;
+        self.map_snapshots(state);
         let map = &mut state.metadata;
         let run = |offset: HostOffset, bytes: u64| self.clusters_of(offset, bytes);
         map.add_fixed(Fixed::Header, run(HostOffset(0), 1));
-        map.add_fixed(Fixed::L1Table, run(header.l1_offset, header.l1_entries * 8));
-        let refcount_table_bytes = header.refcount_table_clusters << header.cluster_bits;
-        let refcount_table = run(header.refcount_table_offset, refcount_table_bytes);
+        map.add_fixed(Fixed::L1Table, run(state.l1_offset, self.l1.len() * 8));
+        let refcount_table_bytes = state.refcount_table.entries.len() as u64 * 8;
+        let refcount_table = run(state.refcount_table.offset, refcount_table_bytes);
         map.add_fixed(Fixed::RefcountTable, refcount_table);
-        if header.snapshots != 0 {
-            let table = run(header.snapshots_offset, snapshots.length);
-            map.add_fixed(Fixed::SnapshotTable, table);
-        }
-        for &(offset, bytes) in &snapshots.l1_tables {
-            map.add_fixed(Fixed::SnapshotL1Table, run(offset, bytes));
-        }
         if let Some(what) = map.fixed_conflict() {
             return Err(corrupt(format!("qcow2: {what} overlap")));
         }

@@ -53,7 +53,6 @@ pub(super) fn set_in_bytes(block: &mut [u8], order: u32, position: u64, value: u
 }
 
 /// A refcount in the bytes of a whole refcount block.
-#[cfg(test)]
 pub(super) fn get_in_bytes(block: &[u8], order: u32, position: u64) -> u64 {
     let place = place(order, position);
     let at = place.word * 8;

@@ -29,11 +29,12 @@ impl Qcow2 {
             let message = "qcow2: resizing with preallocation is not supported";
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
-        if self.header.snapshots != 0 && self.header.version < 3 {
+        let has_snapshots = !self.state().snapshots.entries.is_empty();
+        if has_snapshots && self.header.version < 3 {
             let message = "Can't resize a v2 image which has snapshots";
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
-        if self.header.snapshots != 0 && resize.length < old {
+        if has_snapshots && resize.length < old {
             let message = "Can't shrink an image which has snapshots";
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
@@ -115,7 +116,7 @@ impl Qcow2 {
     }
 
     /// Exactly `count` contiguous clusters, all or nothing.
-    async fn allocate_contiguous(
+    pub(super) async fn allocate_contiguous(
         &self,
         structure: &super::alloc::Structure<'_>,
         count: u64,

@@ -11,7 +11,7 @@
 //! that is cached as one). Knows no I/O.
 
 /// A byte offset in the image file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct HostOffset(pub(super) u64);
 
 /// A cluster of the image file, counted from its start.

@@ -99,7 +99,7 @@ impl Qcow2 {
                 slice,
                 first,
                 change: placement.change,
-                _locked: (!is_in_place).then_some(locked),
+                _locked: (!is_in_place || self.is_still()).then_some(locked),
             },
         }
     }

@@ -12,6 +12,14 @@ pub(super) struct Checker<'b> {
     size: u64,
 }
 
+/// An entry of the snapshot table.
+pub(super) struct Snapshot {
+    pub(super) name: String,
+    /// Offset and entries of its L1 table.
+    l1: (u64, u64),
+    size: u64,
+}
+
 /// What a check found.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Findings {
@@ -52,6 +60,41 @@ impl<'b> Checker<'b> {
             *slot = *byte;
         }
         u64::from_be_bytes(word)
+    }
+
+    /// The snapshot table.
+    pub(super) fn snapshots(&self) -> Vec<Snapshot> {
+        let mut at = self.u64(64);
+        let snapshots = (0..self.u32(60)).map(|_| {
+            let (id, name) = (self.u32(at + 12) >> 16, self.u32(at + 12) & 0xffff);
+            let extra = u64::from(self.u32(at + 36));
+            let name_at = (at + 40 + extra + u64::from(id)) as usize;
+            let bytes = &self.bytes[name_at..name_at + name as usize];
+            let snapshot = Snapshot {
+                name: String::from_utf8(bytes.to_vec()).unwrap(),
+                l1: (self.u64(at), u64::from(self.u32(at + 8))),
+                size: if extra >= 16 {
+                    self.u64(at + 48)
+                } else {
+                    self.size
+                },
+            };
+            at += (40 + extra + u64::from(id) + u64::from(name)).next_multiple_of(8);
+            snapshot
+        });
+        snapshots.collect()
+    }
+
+    /// Bytes of the snapshot table.
+    fn snapshot_table(&self) -> (u64, u64) {
+        let start = self.u64(64);
+        let mut at = start;
+        for _ in 0..self.u32(60) {
+            let lengths = self.u32(at + 12);
+            let length = 40 + u64::from(self.u32(at + 36)) + u64::from(lengths >> 16);
+            at += (length + u64::from(lengths & 0xffff)).next_multiple_of(8);
+        }
+        (start, at - start)
     }
 
     fn l1(&self) -> (u64, u64) {
@@ -105,16 +148,25 @@ impl<'b> Checker<'b> {
                 count(block, self.cluster_size, "refcount block");
             }
         }
-        for index in 0..entries {
-            let l2 = self.u64(l1 + index * 8) & OFFSET;
-            if l2 == 0 {
-                continue;
-            }
-            count(l2, self.cluster_size, "L2 table");
-            for number in 0..self.cluster_size / 8 {
-                let data = self.u64(l2 + number * 8) & OFFSET;
-                if data != 0 {
-                    count(data, self.cluster_size, "data");
+        let (snapshots, bytes) = self.snapshot_table();
+        count(snapshots, bytes, "snapshot table");
+        let mut l1_tables = vec![(l1, entries)];
+        for snapshot in self.snapshots() {
+            count(snapshot.l1.0, snapshot.l1.1 * 8, "snapshot's L1 table");
+            l1_tables.push(snapshot.l1);
+        }
+        for (l1, entries) in l1_tables {
+            for index in 0..entries {
+                let l2 = self.u64(l1 + index * 8) & OFFSET;
+                if l2 == 0 {
+                    continue;
+                }
+                count(l2, self.cluster_size, "L2 table");
+                for number in 0..self.cluster_size / 8 {
+                    let data = self.u64(l2 + number * 8) & OFFSET;
+                    if data != 0 {
+                        count(data, self.cluster_size, "data");
+                    }
                 }
             }
         }
@@ -168,10 +220,10 @@ impl<'b> Checker<'b> {
 
     /// Where the guest's bytes at `offset` are: an offset of the file, or zeroes; `None` when the
     /// backing has them.
-    fn place(&self, offset: u64) -> Option<Option<u64>> {
+    fn place(&self, l1: u64, offset: u64) -> Option<Option<u64>> {
         let entries = self.cluster_size / 8;
         let cluster = offset / self.cluster_size;
-        let l2 = self.u64(self.l1().0 + cluster / entries * 8) & OFFSET;
+        let l2 = self.u64(l1 + cluster / entries * 8) & OFFSET;
         if l2 == 0 {
             return None;
         }
@@ -185,10 +237,19 @@ impl<'b> Checker<'b> {
 
     /// The whole disk over a backing's content.
     pub(super) fn read_all(&self, backing: &[u8]) -> Vec<u8> {
-        let mut disk = vec![0; self.size as usize];
+        self.read_from(self.l1().0, self.size, backing)
+    }
+
+    /// The whole disk as it was when a snapshot was taken.
+    pub(super) fn read_snapshot(&self, snapshot: &Snapshot) -> Vec<u8> {
+        self.read_from(snapshot.l1.0, snapshot.size, &[])
+    }
+
+    fn read_from(&self, l1: u64, size: u64, backing: &[u8]) -> Vec<u8> {
+        let mut disk = vec![0; size as usize];
         for (number, sector) in disk.chunks_mut(512).enumerate() {
             let offset = number as u64 * 512;
-            let (source, at) = match self.place(offset) {
+            let (source, at) = match self.place(l1, offset) {
                 None => (backing, offset),
                 Some(None) => continue,
                 Some(Some(host)) => (self.bytes, host),

@@ -5,11 +5,14 @@
 
 use super::checker::Checker;
 use super::rig::{self, Disk, Setup};
+use super::snapshots;
 use super::workload::{History, Workload};
 use crate::qcow2::CreateOptions;
 use block::{ByteRange, RedoLog};
 use executor::sim::{Config, Fault, PowerCut, Subset, World};
-use executor::{Errno, Executor};
+use executor::{Errno, Executor, spawn};
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
 use std::ops::Range;
 use std::path::Path;
 use std::rc::Rc;
@@ -27,6 +30,8 @@ struct Case {
     /// Records in the redo log.
     log: usize,
     workload: Workload,
+    /// Operations on snapshots beside the workload.
+    snapshots: usize,
 }
 
 /// Few tables that all fit the caches.
@@ -42,6 +47,7 @@ const ROOMY: Case = Case {
         requests: 40,
         longest: 24 << 10,
     },
+    snapshots: 0,
 };
 
 /// Caches that hold a fraction of the tables, a refcount table that must grow, a log that fills.
@@ -57,6 +63,35 @@ const TIGHT: Case = Case {
         requests: 40,
         longest: 400 << 10,
     },
+    snapshots: 0,
+};
+
+/// Snapshots come and go meanwhile.
+const SNAPSHOTS: Case = Case {
+    snapshots: 12,
+    workload: Workload {
+        requests: 20,
+        ..ROOMY.workload
+    },
+    ..ROOMY
+};
+
+/// As brief as [`BRIEF`], with snapshots.
+const BRIEF_SNAPSHOTS: Case = Case {
+    snapshots: 4,
+    ..BRIEF
+};
+
+/// Snapshots, with narrow clusters and more tables than the caches hold.
+const TIGHT_SNAPSHOTS: Case = Case {
+    size: 1 << 20,
+    snapshots: 6,
+    workload: Workload {
+        requests: 16,
+        longest: 100 << 10,
+        ..TIGHT.workload
+    },
+    ..TIGHT
 };
 
 /// So short that every operation can be the last one.
@@ -113,6 +148,14 @@ impl Case {
             ..self.workload
         }
     }
+    /// Runs the workload, and the operations on snapshots beside it.
+    async fn run(&self, disk: &Disk, history: &Rc<History>, seed: u64) {
+        let random = SmallRng::seed_from_u64(seed ^ 0x5eed);
+        let (other, operations) = (Rc::clone(history), self.snapshots);
+        let snapshots = spawn(snapshots::operate(disk.clone(), other, random, operations));
+        self.workload(seed).run(disk, history).await;
+        snapshots.await;
+    }
     fn setup(&self) -> Setup {
         self.setup_with(RedoLog::in_memory(self.log))
     }
@@ -165,7 +208,7 @@ fn assert_sound(bytes: &[u8], context: &str) {
 fn run_and_close(world: &World, history: &Rc<History>, (case, seed): (&Case, u64)) {
     Executor::simulated(world).block_on(async {
         let disk = Disk::open(Path::new(IMAGE), case.setup()).await.unwrap();
-        case.workload(seed).run(&disk, history).await;
+        case.run(&disk, history, seed).await;
         let content = disk.read_all().await.unwrap();
         history.check_kill(&content, &[], usize::MAX).unwrap();
         disk.close().await.unwrap();
@@ -175,7 +218,12 @@ fn run_and_close(world: &World, history: &Rc<History>, (case, seed): (&Case, u64
 
 #[test]
 fn a_clean_run_leaves_no_leak_and_the_right_content() {
-    for (case, usual) in [(&ROOMY, 0..8), (&TIGHT, 20..22)] {
+    for (case, usual) in [
+        (&ROOMY, 0..8),
+        (&TIGHT, 20..22),
+        (&SNAPSHOTS, 40..48),
+        (&TIGHT_SNAPSHOTS, 50..52),
+    ] {
         for seed in seeds(usual) {
             println!("seed {seed}");
             let world = world(seed, case);
@@ -184,12 +232,13 @@ fn a_clean_run_leaves_no_leak_and_the_right_content() {
             let bytes = image_of(&world);
             let checker = Checker::new(&bytes);
             assert_eq!(checker.check(), Default::default(), "seed {seed}");
-            if case.refcount_bits == TIGHT.refcount_bits {
+            if case.size == TIGHT.size {
                 let clusters = checker.refcount_table_clusters();
                 assert!(clusters > 1, "seed {seed}: the table did not grow");
             }
             let content = checker.read_all(&[]);
             history.check_kill(&content, &[], usize::MAX).unwrap();
+            snapshots::check(&history, &checker, usize::MAX).unwrap();
         }
     }
 }
@@ -207,6 +256,15 @@ fn flushed_data_survives_a_power_cut_with_full_caches_and_growing_tables() {
     for seed in seeds(30..31) {
         println!("seed {seed}");
         cut_power_everywhere(&TIGHT, seed, if is_soak() { 1 } else { 6 });
+    }
+}
+
+#[test]
+fn snapshots_survive_a_power_cut_at_every_moment() {
+    for seed in seeds(60..61) {
+        println!("seed {seed}");
+        cut_power_everywhere(&SNAPSHOTS, seed, if is_soak() { 1 } else { 4 });
+        cut_power_everywhere(&BRIEF_SNAPSHOTS, seed, 1);
     }
 }
 
@@ -241,14 +299,22 @@ fn assert_survived(world: &World, history: &History, cut: &PowerCut, seed: u64) 
     let bytes = files.remove(Path::new(IMAGE)).unwrap();
     let context = format!("seed {seed}, {cut:?}");
     assert_sound(&bytes, &context);
-    let content = Checker::new(&bytes).read_all(&[]);
-    let checked = history.check_power_cut(&content, &[], cut.prefix);
+    let checker = Checker::new(&bytes);
+    let checked = history
+        .check_power_cut(&checker.read_all(&[]), &[], cut.prefix)
+        .and_then(|()| snapshots::check(history, &checker, cut.prefix));
     checked.unwrap_or_else(|wrong| panic!("{context}: {wrong}"));
 }
 
 #[test]
 fn a_failing_disk_never_succeeds_silently() {
-    for (case, points) in [(&BRIEF, u64::MAX), (&ROOMY, 24), (&TIGHT, 6)] {
+    for (case, points) in [
+        (&BRIEF, u64::MAX),
+        (&BRIEF_SNAPSHOTS, u64::MAX),
+        (&ROOMY, 24),
+        (&TIGHT, 6),
+        (&TIGHT_SNAPSHOTS, 12),
+    ] {
         for seed in seeds(7..8) {
             println!("seed {seed}");
             let probe = run_with_fault(case, seed, None);
@@ -277,7 +343,7 @@ fn run_with_fault(case: &Case, seed: u64, fault: Option<Fault>) -> u64 {
     Executor::simulated(&world).block_on(async {
         let opened = Disk::open(Path::new(IMAGE), case.setup()).await;
         let Ok(disk) = opened else { return };
-        case.workload(seed).run(&disk, &history).await;
+        case.run(&disk, &history, seed).await;
         if let Ok(content) = disk.read_all().await {
             let checked = history.check_kill(&content, &[], usize::MAX);
             checked.unwrap_or_else(|wrong| panic!("{context}: {wrong}"));
@@ -289,8 +355,10 @@ fn run_with_fault(case: &Case, seed: u64, fault: Option<Fault>) -> u64 {
         let mut files = world.power_cut(&cut(moment, subset));
         let bytes = files.remove(Path::new(IMAGE)).unwrap();
         assert_sound(&bytes, &context);
-        let content = Checker::new(&bytes).read_all(&[]);
-        let checked = history.check_power_cut(&content, &[], moment);
+        let checker = Checker::new(&bytes);
+        let checked = history
+            .check_power_cut(&checker.read_all(&[]), &[], moment)
+            .and_then(|()| snapshots::check(&history, &checker, moment));
         checked.unwrap_or_else(|wrong| panic!("{context}, {subset:?}: {wrong}"));
     }
     world.op_count()
@@ -300,6 +368,8 @@ fn run_with_fault(case: &Case, seed: u64, fault: Option<Fault>) -> u64 {
 fn completed_writes_survive_a_kill_at_every_moment() {
     let cases = [
         (&BRIEF, 11..12, u64::MAX),
+        (&BRIEF_SNAPSHOTS, 13..14, u64::MAX),
+        (&SNAPSHOTS, 13..14, 60),
         (&ROOMY, 11..12, 80),
         (&TIGHT, 12..13, 14),
     ];
@@ -317,7 +387,14 @@ fn completed_writes_survive_a_kill_at_every_moment() {
 /// Kills the process after so many file operations, opens the image again with the redo log,
 /// checks, flushes, cuts the power and checks again. Answers with the operations that a whole run
 /// takes.
-fn kill_at(case: &Case, seed: u64, operations: u64) -> u64 {
+fn kill_at(case: &'static Case, seed: u64, operations: u64) -> u64 {
+    // What the killed process had in flight holds the request epochs of its thread.
+    let life = std::thread::spawn(move || kill_here(case, seed, operations));
+    life.join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+fn kill_here(case: &Case, seed: u64, operations: u64) -> u64 {
     let context = format!("seed {seed}, kill at {operations}");
     let world = world(seed, case);
     let history = History::of_world(case.size, &world);
@@ -351,8 +428,10 @@ fn kill_at(case: &Case, seed: u64, operations: u64) -> u64 {
     let mut files = world.power_cut(&cut(world.log_len(), Subset::None));
     let bytes = files.remove(Path::new(IMAGE)).unwrap();
     assert_sound(&bytes, &context);
-    let content = Checker::new(&bytes).read_all(&[]);
-    let checked = history.check_kill(&content, &[], killed);
+    let checker = Checker::new(&bytes);
+    let checked = history
+        .check_kill(&checker.read_all(&[]), &[], killed)
+        .and_then(|()| snapshots::check(&history, &checker, killed));
     checked.unwrap_or_else(|wrong| panic!("{context}, power cut: {wrong}"));
     executor.block_on(disk.close()).unwrap();
     total
@@ -369,7 +448,7 @@ fn run_until_killed(
     executor.block_on(async {
         let whole = async {
             let disk = Disk::open(Path::new(IMAGE), setup).await.unwrap();
-            case.workload(seed).run(&disk, history).await;
+            case.run(&disk, history, seed).await;
         };
         rig::until_death(whole).await;
     });

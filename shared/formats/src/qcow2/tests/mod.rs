@@ -6,5 +6,6 @@ mod crash;
 mod hostile;
 mod peers;
 mod rig;
+mod snapshots;
 mod threads;
 mod workload;

@@ -269,6 +269,10 @@ impl Disk {
         Ok(disk)
     }
 
+    pub(super) fn snapshots(&self) -> &dyn block::Snapshots {
+        self.node.driver().snapshots().unwrap()
+    }
+
     pub(super) async fn close(self) -> Result<(), Errno> {
         self.node.driver().close().await
     }

@@ -5,6 +5,7 @@
 //! wrote, or what any later one did.
 
 use super::rig::Disk;
+use super::snapshots::Taken;
 use block::{ByteRange, Errno, ZeroFlags};
 use executor::sim::World;
 use executor::sync::RangeLock;
@@ -18,16 +19,16 @@ pub(super) const SECTOR: usize = 512;
 
 /// A change of one sector.
 #[derive(Clone, Copy, Debug)]
-struct Change {
+pub(super) struct Change {
     /// What fills the sector: a byte repeated.
     fill: Fill,
     /// The log's length when it began.
     begun: usize,
     /// When it succeeded, by the order of events.
-    ended: Option<u64>,
+    pub(super) ended: Option<u64>,
 }
 
-type Fill = u64;
+pub(super) type Fill = u64;
 
 /// What was done to the disk.
 pub(super) struct History {
@@ -37,9 +38,10 @@ pub(super) struct History {
     flushes: RefCell<Vec<(u64, usize)>>,
     clock: Box<dyn Fn() -> usize>,
     events: Cell<u64>,
-    locks: RangeLock,
+    pub(super) locks: RangeLock,
     next_fill: Cell<Fill>,
     pub(super) failures: Cell<usize>,
+    pub(super) snapshots: RefCell<Vec<Taken>>,
 }
 
 impl History {
@@ -53,6 +55,7 @@ impl History {
             locks: RangeLock::new(),
             next_fill: Cell::new(1),
             failures: Cell::new(0),
+            snapshots: RefCell::default(),
         })
     }
 
@@ -67,12 +70,17 @@ impl History {
     }
 
     /// The log grows only when operations are submitted; this tells apart what happens between.
-    fn event(&self) -> u64 {
+    pub(super) fn event(&self) -> u64 {
         self.events.set(self.events.get() + 1);
         self.events.get()
     }
 
-    fn begin(&self, range: ByteRange, fill: Fill) {
+    /// The log's length.
+    pub(super) fn now(&self) -> usize {
+        (self.clock)()
+    }
+
+    pub(super) fn begin(&self, range: ByteRange, fill: Fill) {
         let begun = (self.clock)();
         for sector in Self::sectors_of(range) {
             self.sectors.borrow_mut()[sector].push(Change {
@@ -83,7 +91,7 @@ impl History {
         }
     }
 
-    fn end(&self, range: ByteRange, result: Result<(), Errno>) {
+    pub(super) fn end(&self, range: ByteRange, result: Result<(), Errno>) {
         if result.is_err() {
             self.failures.set(self.failures.get() + 1);
             return;
@@ -114,7 +122,7 @@ impl History {
         self.check(disk, backing, moment, |change| change.ended.is_some())
     }
 
-    fn check(
+    pub(super) fn check(
         &self,
         disk: &[u8],
         backing: &[u8],
