@@ -49,9 +49,9 @@ pub trait Device: 'static {
     fn start_queue(&self, setup: QueueSetup) -> impl Future<Output = Result<(), QueueError>>;
     /// Changes something of a running queue at a point where no descriptor is half parsed.
     fn change_queue(&self, index: u16, change: QueueChange) -> impl Future<Output = ()>;
-    /// Stops a running queue once every request in flight is completed and published. Gives the
-    /// next index of the available ring.
-    fn stop_queue(&self, index: u16) -> impl Future<Output = u16>;
+    /// Stops a running queue once every request in flight is completed and published. Gives
+    /// where a successor goes on, as GET_VRING_BASE tells it.
+    fn stop_queue(&self, index: u16) -> impl Future<Output = u32>;
     /// Back to the state before any front-end was there. No queue runs.
     fn reset(&self);
 }

@@ -19,6 +19,7 @@
 //! Must not know: what a device does with its requests, block nodes, QMP.
 
 pub mod device;
+pub mod dirty_log;
 pub mod inflight;
 pub mod memory;
 pub mod notify;
@@ -27,6 +28,7 @@ pub mod ring;
 pub mod sandbox;
 pub mod server;
 pub mod session;
+mod store;
 pub mod wire;
 
 pub use device::{Device, DeviceError};

@@ -243,6 +243,14 @@ pub struct Mapped {
     pub(crate) region: Arc<Region>,
 }
 
+impl Mapped {
+    /// Guest address of the first byte.
+    pub(crate) fn guest_address(&self) -> u64 {
+        let offset = self.base.addr() - self.region.base.addr();
+        self.region.spec.guest_addr + offset as u64
+    }
+}
+
 /// All memory a front-end shares, sorted by guest address.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryTable {
@@ -354,6 +362,20 @@ impl MemoryTable {
             .checked_sub(1)?;
         hint.set(index);
         self.regions[index].locate(guest_addr)
+    }
+
+    /// The guest address of a byte that [`MemoryTable::locate`] gave a pointer to.
+    pub(crate) fn guest_address(&self, pointer: *const u8) -> Option<u64> {
+        self.regions.iter().find_map(|region| {
+            let offset = (pointer.addr() as u64).checked_sub(region.base.addr() as u64)?;
+            (offset < region.spec.size).then(|| region.spec.guest_addr + offset)
+        })
+    }
+
+    /// The last byte of guest memory; `None` without any.
+    pub(crate) fn last_address(&self) -> Option<u64> {
+        let last = &self.regions.last()?.spec;
+        Some(last.guest_addr + (last.size - 1))
     }
 
     /// `len` bytes at an address of the front-end's, within one region.

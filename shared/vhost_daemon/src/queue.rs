@@ -27,9 +27,10 @@ use executor::runtime::{PollerRegistration, register_poller};
 use executor::sync::Notify;
 use executor::{Errno, Handle, JoinHandle, Poller, sigbus};
 
-use crate::inflight::{InflightError, InflightRegion, InflightRing};
+use crate::dirty_log::RingLog;
+use crate::inflight::{InflightError, InflightRegion};
 use crate::memory::MemoryTable;
-use crate::ring::{Chain, RingError, RingParts, SharedMemory, SplitRing, StartError};
+use crate::ring::{Chain, Ring, RingError, RingFeatures, RingParts, SharedMemory, StartError};
 use crate::wire::RingAddresses;
 
 /// Requests fetched at once. More would delay the publication of the first.
@@ -88,6 +89,7 @@ impl Failure {
 }
 
 /// Everything needed to serve a ring.
+#[derive(Clone)]
 pub struct QueueSetup {
     /// The device's name and the queue's index, for log lines.
     pub device: Arc<str>,
@@ -95,8 +97,8 @@ pub struct QueueSetup {
     pub index: u16,
     /// Ring size in descriptors.
     pub size: u16,
-    /// Next index of the available ring.
-    pub base: u16,
+    /// Where to go on, as SET_VRING_BASE tells it.
+    pub base: u32,
     /// Where the ring is.
     pub addresses: RingAddresses,
     /// Acknowledged virtio features.
@@ -111,6 +113,8 @@ pub struct QueueSetup {
     pub err: Option<Arc<OwnedFd>>,
     /// Where requests in flight are recorded.
     pub inflight: Option<Arc<InflightRegion>>,
+    /// Where writes to guest memory are logged, while they are.
+    pub log: Option<RingLog>,
     /// Where a broken ring is reported.
     pub failure: Arc<Failure>,
 }
@@ -126,6 +130,22 @@ pub enum QueueChange {
     Call(Option<Arc<OwnedFd>>),
     /// The error descriptor.
     Err(Option<Arc<OwnedFd>>),
+    /// Where writes to guest memory are logged. Beginning to log waits for what is in flight,
+    /// because nobody noted where that writes.
+    Log(Option<RingLog>),
+}
+
+impl QueueSetup {
+    /// The setup of a queue that started with this one and was changed since.
+    pub fn apply(&mut self, change: QueueChange) {
+        match change {
+            QueueChange::Memory(memory) => self.memory = memory,
+            QueueChange::Kick(kick) => self.kick = kick,
+            QueueChange::Call(call) => self.call = call,
+            QueueChange::Err(err) => self.err = err,
+            QueueChange::Log(log) => self.log = log,
+        }
+    }
 }
 
 /// What a device does with requests.
@@ -139,12 +159,13 @@ pub trait Handler: 'static {
 pub struct Queue {
     device: Arc<str>,
     index: u16,
-    ring: RefCell<SplitRing>,
+    ring: RefCell<Ring>,
     call: RefCell<Option<Arc<OwnedFd>>>,
     err: RefCell<Option<Arc<OwnedFd>>>,
     failure: Arc<Failure>,
     unpublished: Cell<u32>,
-    stopping: Cell<bool>,
+    /// No new requests: the queue stops, or a change waits for those in flight.
+    draining: Cell<bool>,
     broken: Cell<bool>,
     drained: Notify,
 }
@@ -162,10 +183,10 @@ impl Queue {
         ring.push_used(head, written);
         let unpublished = self.unpublished.get() + 1;
         self.unpublished.set(unpublished);
-        if unpublished >= PUBLISH_EVERY || self.stopping.get() {
+        if unpublished >= PUBLISH_EVERY || self.draining.get() {
             self.publish(&mut ring);
         }
-        if ring.in_flight() == 0 && self.stopping.get() {
+        if ring.in_flight() == 0 && self.draining.get() {
             self.drained.notify_all();
         }
     }
@@ -187,7 +208,7 @@ impl Queue {
     }
 
     #[inline]
-    fn publish(&self, ring: &mut SplitRing) {
+    fn publish(&self, ring: &mut Ring) {
         self.unpublished.set(0);
         if ring.publish() && ring.needs_call() {
             self.signal_call();
@@ -200,16 +221,29 @@ impl Queue {
         }
     }
 
+    /// Fetches nothing more and waits for what is in flight.
+    async fn drain(&self) {
+        self.draining.set(true);
+        loop {
+            let drained = self.drained.notified();
+            if self.ring.borrow().in_flight() == 0 {
+                return;
+            }
+            drained.await;
+        }
+    }
+
     /// The ring is unusable from now on.
     fn fail(&self, error: &RingError) {
         if self.broken.replace(true) {
             return;
         }
         tracing::error!(device = %self.device, queue = self.index, "ring broken: {error}");
+        // Whoever is told looks at the status next.
+        self.failure.report();
         if let Some(err) = &*self.err.borrow() {
             signal(err);
         }
-        self.failure.report();
     }
 }
 
@@ -232,21 +266,18 @@ struct Worker<H> {
 
 impl<H: Handler> Worker<H> {
     fn new(handler: H, setup: &QueueSetup) -> Result<(Rc<Self>, Vec<u16>), QueueError> {
-        let inflight = setup
-            .inflight
-            .clone()
-            .map(|region| InflightRing::new(region, setup.index, setup.size))
-            .transpose()?;
         let memory: SharedMemory = Rc::new(setup.memory.clone());
         let parts = RingParts {
+            index: setup.index,
             size: setup.size,
             base: setup.base,
-            features: setup.features,
+            features: RingFeatures::of(setup.features),
             addresses: setup.addresses,
-            inflight,
+            inflight: setup.inflight.clone(),
         };
         let poisonings = sigbus::poisonings();
-        let (ring, resubmit) = SplitRing::new(parts, memory.clone())?;
+        let (mut ring, resubmit) = Ring::new(parts, memory.clone())?;
+        ring.set_log(setup.log.clone());
         let queue = Queue {
             device: setup.device.clone(),
             index: setup.index,
@@ -255,7 +286,7 @@ impl<H: Handler> Worker<H> {
             err: RefCell::new(setup.err.clone()),
             failure: setup.failure.clone(),
             unpublished: Cell::new(0),
-            stopping: Cell::new(false),
+            draining: Cell::new(false),
             broken: Cell::new(false),
             drained: Notify::new(),
         };
@@ -287,7 +318,7 @@ impl<H: Handler> Worker<H> {
     }
 
     fn idle(&self) -> bool {
-        self.queue.stopping.get() || self.queue.broken.get()
+        self.queue.draining.get() || self.queue.broken.get()
     }
 
     /// Fails the queue when its memory was truncated since the last look.
@@ -298,8 +329,15 @@ impl<H: Handler> Worker<H> {
         }
     }
 
-    fn change(&self, change: QueueChange) {
+    async fn change(&self, change: QueueChange) {
         match change {
+            QueueChange::Log(log) => {
+                if log.is_some() && !self.queue.ring.borrow().is_logging() {
+                    self.queue.drain().await;
+                    self.queue.draining.set(false);
+                }
+                self.queue.ring.borrow_mut().set_log(log);
+            }
             QueueChange::Memory(memory) => {
                 let memory: SharedMemory = Rc::new(memory);
                 for chain in self.chains.borrow_mut().iter_mut() {
@@ -381,8 +419,8 @@ type LocalFuture<T> = Pin<Box<dyn Future<Output = T>>>;
 
 /// A running queue as its thread's table holds it, whatever its handler.
 trait Running {
-    fn change(&self, change: QueueChange);
-    fn stop(self: Rc<Self>) -> LocalFuture<u16>;
+    fn change(self: Rc<Self>, change: QueueChange) -> LocalFuture<()>;
+    fn stop(self: Rc<Self>) -> LocalFuture<u32>;
 }
 
 struct RunningQueue<H: Handler> {
@@ -418,30 +456,25 @@ impl<H: Handler> RunningQueue<H> {
 }
 
 impl<H: Handler> Running for RunningQueue<H> {
-    fn change(&self, change: QueueChange) {
-        if let QueueChange::Kick(kick) = &change {
-            self.watch(kick.clone());
-        }
-        self.worker.change(change);
+    fn change(self: Rc<Self>, change: QueueChange) -> LocalFuture<()> {
+        Box::pin(async move {
+            if let QueueChange::Kick(kick) = &change {
+                self.watch(kick.clone());
+            }
+            self.worker.change(change).await;
+        })
     }
 
-    fn stop(self: Rc<Self>) -> LocalFuture<u16> {
+    fn stop(self: Rc<Self>) -> LocalFuture<u32> {
         Box::pin(async move {
             let queue = &self.worker.queue;
-            queue.stopping.set(true);
-            loop {
-                let drained = queue.drained.notified();
-                if queue.ring.borrow().in_flight() == 0 {
-                    break;
-                }
-                drained.await;
-            }
+            queue.drain().await;
             queue.flush_used();
             self.poller.set(None);
             if let Some(kick) = self.kick.take() {
                 kick.cancel();
             }
-            queue.ring.borrow().next_avail()
+            queue.ring.borrow().base()
         })
     }
 }
@@ -491,16 +524,16 @@ impl QueueRemote {
         let id = self.id;
         let apply = move || async move {
             if let Some(queue) = local(id) {
-                queue.change(change);
+                queue.change(change).await;
             }
         };
         // A thread that ended serves no ring that could change.
         let _: Option<()> = self.thread.call(apply).await;
     }
 
-    /// Stops fetching, waits for every request in flight, publishes them. Gives the next index of
-    /// the available ring, or `None` when the thread has ended.
-    pub async fn stop(self) -> Option<u16> {
+    /// Stops fetching, waits for every request in flight, publishes them. Gives where a successor
+    /// goes on, as GET_VRING_BASE tells it, or `None` when the thread has ended.
+    pub async fn stop(self) -> Option<u32> {
         let id = self.id;
         let stop = move || async move {
             let base = match local(id) {

@@ -10,8 +10,8 @@ use std::os::fd::OwnedFd;
 
 use vhost::vhost_user::message::{
     FrontendReq, MAX_MSG_SIZE, VhostUserConfig, VhostUserHeaderFlag, VhostUserInflight,
-    VhostUserMemory, VhostUserMemoryRegion, VhostUserMsgValidator, VhostUserVringAddr,
-    VhostUserVringState,
+    VhostUserLog, VhostUserMemory, VhostUserMemoryRegion, VhostUserMsgValidator,
+    VhostUserVringAddr, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vm_memory::ByteValued;
 
@@ -129,12 +129,21 @@ pub struct RegionSpec {
 /// Where a ring's three parts are, in the front-end's address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingAddresses {
-    /// Descriptor table, aligned to 16.
+    /// Descriptor table, or the ring of a packed one, aligned to 16.
     pub descriptors: u64,
-    /// Available ring, aligned to 2.
+    /// Available ring, aligned to 2; of a packed ring the driver's event structure.
     pub available: u64,
-    /// Used ring, aligned to 4.
+    /// Used ring, aligned to 4; of a packed ring the device's event structure.
     pub used: u64,
+}
+
+/// Where a dirty log is in its descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogSpec {
+    /// Length in bytes.
+    pub mmap_size: u64,
+    /// Offset in the descriptor, in bytes.
+    pub mmap_offset: u64,
 }
 
 /// What an inflight region looks like.
@@ -177,7 +186,10 @@ pub enum Message {
     SetVringAddr {
         index: u16,
         addresses: RingAddresses,
+        /// The guest address to log writes of the used ring at, when they are to be.
+        log: Option<u64>,
     },
+    SetLogBase(LogSpec, OwnedFd),
     SetVringBase {
         index: u16,
         base: u32,
@@ -347,11 +359,9 @@ impl Parts<'_> {
     fn vring_addr(self) -> Result<Message, WireError> {
         self.expect_fds(0)?;
         let addr: VhostUserVringAddr = self.plain()?;
-        // Dirty logging is never offered, so its flag has no meaning here.
-        if addr.flags != 0 {
-            return Err(WireError::Payload(self.request));
-        }
+        let logged = addr.flags & VhostUserVringAddrFlags::VHOST_VRING_F_LOG.bits() != 0;
         Ok(Message::SetVringAddr {
+            log: logged.then_some(addr.log),
             index: u16::try_from(addr.index).map_err(|_| WireError::Payload(self.request))?,
             addresses: RingAddresses {
                 descriptors: addr.descriptor,
@@ -359,6 +369,15 @@ impl Parts<'_> {
                 used: addr.used,
             },
         })
+    }
+
+    fn log_base(self) -> Result<Message, WireError> {
+        let log: VhostUserLog = self.plain()?;
+        let spec = LogSpec {
+            mmap_size: log.mmap_size,
+            mmap_offset: log.mmap_offset,
+        };
+        self.one_fd().map(|fd| Message::SetLogBase(spec, fd))
     }
 
     fn config_range(&self) -> Result<ConfigRange, WireError> {
@@ -426,6 +445,7 @@ impl Message {
             Req::GET_STATUS => parts.empty(Message::GetStatus),
             Req::SET_STATUS => parts.number().map(Message::SetStatus),
             Req::SET_BACKEND_REQ_FD => parts.one_fd().map(Message::SetBackendReqFd),
+            Req::SET_LOG_BASE => parts.log_base(),
             Req::SET_MEM_TABLE | Req::ADD_MEM_REG | Req::REM_MEM_REG => Self::memory(parts),
             Req::GET_CONFIG => parts.config_range().map(Message::GetConfig),
             Req::SET_CONFIG => parts.config_range().map(|range| {

@@ -10,7 +10,7 @@ use vhost_daemon::queue::QueueChange;
 use vhost_daemon::session::PROTOCOL_FEATURES;
 use vhost_daemon::{Device, DeviceError, QueueError, QueueRemote, QueueSetup};
 use virtio_bindings::virtio_blk as blk;
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_config::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::config::{Geometry, WRITEBACK_OFFSET};
@@ -80,6 +80,7 @@ impl Device for Disk {
 
     fn features(&self) -> u64 {
         let mut features = bit(VIRTIO_F_VERSION_1)
+            | bit(VIRTIO_F_RING_PACKED)
             | bit(VIRTIO_RING_F_INDIRECT_DESC)
             | bit(VIRTIO_RING_F_EVENT_IDX)
             | bit(blk::VIRTIO_BLK_F_SIZE_MAX)
@@ -167,7 +168,7 @@ impl Device for Disk {
         }
     }
 
-    async fn stop_queue(&self, index: u16) -> u16 {
+    async fn stop_queue(&self, index: u16) -> u32 {
         let queue = self.queues.borrow_mut()[usize::from(index)].take();
         match queue {
             Some(queue) => queue.stop().await.unwrap_or(0),

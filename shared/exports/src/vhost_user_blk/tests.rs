@@ -206,6 +206,7 @@ impl Fixture {
             call: Some(self.call.clone()),
             err: None,
             inflight: None,
+            log: None,
             failure: Arc::default(),
         };
         let started = self.executor.block_on(self.disk.start_queue(setup));
@@ -291,7 +292,7 @@ impl Fixture {
         self.ram.flushes.load(Ordering::Relaxed)
     }
 
-    fn stop(self) -> u16 {
+    fn stop(self) -> u32 {
         self.executor.block_on(self.disk.stop_queue(0))
     }
 }

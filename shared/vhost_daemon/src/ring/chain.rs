@@ -52,7 +52,8 @@ impl Chain {
         }
     }
 
-    /// The head descriptor's index, which names the request to [`crate::Queue::complete`].
+    /// What names the request to [`crate::Queue::complete`]: the head descriptor's index in a split
+    /// ring, a number below the ring size in a packed one.
     #[inline]
     pub fn head(&self) -> u16 {
         self.head
@@ -143,6 +144,15 @@ impl Chain {
             len,
             _memory: self.memory.clone(),
         })
+    }
+
+    /// Calls `piece` with guest address and length of each writable piece.
+    pub(crate) fn for_each_writable(&self, mut piece: impl FnMut(u64, u64)) {
+        for segment in &self.segments[self.readable..] {
+            if let Some(address) = self.memory.guest_address(segment.base) {
+                piece(address, segment.len as u64);
+            }
+        }
     }
 
     /// Makes it an empty chain of `head` in `memory`.

@@ -1,20 +1,258 @@
 //! Virtqueues seen from the device: fetching chains, returning used elements, notifications.
 //!
-//! [`SplitRing`] is the split layout of virtio 1.2 section 2.7. What [`crate::queue`] needs of a
-//! ring is `fetch`, `refetch`, `push_used`, `publish`, `needs_call`, `arm`, `disarm` and
-//! `relocate`; another layout is another type with these.
+//! ```text
+//!                 ┌─ SplitRing   three parts: descriptors, available, used   (virtio 1.2, 2.7)
+//!   queue ── Ring ┤                                             both parse into Chain
+//!                 └─ PackedRing  one ring of descriptors, two event structures         (2.8)
+//! ```
+//!
+//! What [`crate::queue`] needs of a ring are the methods of [`Ring`]; which layout it has is one
+//! branch that never changes its mind.
 //!
 //! Promises: each descriptor is read once and then validated; no access outside of the memory
 //! table; every loop is bounded by the ring size or [`MAX_CHAIN`]; a chain holds each byte
 //! count below 4 GiB. A guest that breaks the rules gets a [`RingError`], after which its ring is
-//! not read again.
+//! not read again. While a dirty log is set, every page written is logged before the guest can know.
 
 mod chain;
+mod descriptor;
+mod dirty;
+mod packed;
+mod position;
 mod split;
 
+use std::sync::Arc;
+
+use virtio_bindings::virtio_config::VIRTIO_F_RING_PACKED;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use crate::dirty_log::RingLog;
+use crate::inflight::{InflightError, InflightRegion};
+use crate::memory::MemoryTable;
+use crate::wire::RingAddresses;
+
 pub use chain::{Chain, GuestBytes, MAX_CHAIN, Segment, SharedMemory};
-pub(crate) use split::is_mapped;
-pub use split::{RingParts, SplitRing, StartError};
+pub use descriptor::Descriptor;
+use descriptor::Indirect;
+pub use packed::PackedRing;
+pub use position::Position;
+pub use split::SplitRing;
+
+/// How a ring lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RingLayout {
+    /// Descriptor table, available ring and used ring.
+    Split,
+    /// One ring of descriptors (`VIRTIO_F_RING_PACKED`).
+    Packed,
+}
+
+impl RingLayout {
+    /// The layout that acknowledged virtio features ask for.
+    pub fn of(features: u64) -> RingLayout {
+        if features & (1 << VIRTIO_F_RING_PACKED) == 0 {
+            RingLayout::Split
+        } else {
+            RingLayout::Packed
+        }
+    }
+}
+
+/// What was negotiated about a ring.
+#[derive(Clone, Copy, Debug)]
+pub struct RingFeatures {
+    layout: RingLayout,
+    event_idx: bool,
+    indirect: Indirect,
+}
+
+impl RingFeatures {
+    /// The ring's part of acknowledged virtio features.
+    pub fn of(features: u64) -> RingFeatures {
+        let has = |bit: u32| features & (1 << bit) != 0;
+        RingFeatures {
+            layout: RingLayout::of(features),
+            event_idx: has(VIRTIO_RING_F_EVENT_IDX),
+            indirect: if has(VIRTIO_RING_F_INDIRECT_DESC) {
+                Indirect::Negotiated
+            } else {
+                Indirect::Forbidden
+            },
+        }
+    }
+}
+
+/// What a ring is made of.
+#[derive(Debug)]
+pub struct RingParts {
+    /// Index of the queue.
+    pub index: u16,
+    /// Ring size in descriptors.
+    pub size: u16,
+    /// Where to go on, as SET_VRING_BASE tells it, unless the inflight region knows better.
+    pub base: u32,
+    /// What was negotiated.
+    pub features: RingFeatures,
+    /// Where the parts are.
+    pub addresses: RingAddresses,
+    /// Where descriptors in flight are recorded.
+    pub inflight: Option<Arc<InflightRegion>>,
+}
+
+impl RingParts {
+    fn check_size(&self) -> Result<u16, RingError> {
+        if self.size.is_power_of_two() && self.size <= 32768 {
+            Ok(self.size)
+        } else {
+            Err(RingError::Size(u32::from(self.size)))
+        }
+    }
+}
+
+/// Why a ring cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The ring itself.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// Its inflight region.
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
+}
+
+/// A ring of either layout, from the device's side. Lives on its queue's thread.
+#[derive(Debug)]
+pub enum Ring {
+    /// Split.
+    Split(SplitRing),
+    /// Packed.
+    Packed(PackedRing),
+}
+
+/// Calls the same method of either layout.
+macro_rules! either {
+    ($self:expr, $ring:ident => $call:expr) => {
+        match $self {
+            Ring::Split($ring) => $call,
+            Ring::Packed($ring) => $call,
+        }
+    };
+}
+
+impl Ring {
+    /// A ring of `parts` in `memory`, and the requests that have to be fetched again first.
+    ///
+    /// # Errors
+    /// [`RingError`] when a part is not in shared memory, [`InflightError`] when the inflight
+    /// region is corrupt.
+    pub fn new(parts: RingParts, memory: SharedMemory) -> Result<(Ring, Vec<u16>), StartError> {
+        match parts.features.layout {
+            RingLayout::Split => {
+                let (ring, resubmit) = SplitRing::new(parts, memory)?;
+                Ok((Ring::Split(ring), resubmit))
+            }
+            RingLayout::Packed => {
+                let (ring, resubmit) = PackedRing::new(parts, memory)?;
+                Ok((Ring::Packed(ring), resubmit))
+            }
+        }
+    }
+
+    /// Where a successor goes on, as GET_VRING_BASE tells it.
+    pub fn base(&self) -> u32 {
+        either!(self, ring => ring.base())
+    }
+
+    /// Requests fetched and not yet returned.
+    #[inline]
+    pub fn in_flight(&self) -> u16 {
+        either!(self, ring => ring.in_flight())
+    }
+
+    /// Whether any memory the ring works in was truncated by the front-end.
+    pub fn poisoned(&self) -> bool {
+        either!(self, ring => ring.poisoned())
+    }
+
+    /// Works in `memory` from now on. False when the ring itself is not in it: then the ring's
+    /// parts stay in the old mapping.
+    pub fn relocate(&mut self, memory: SharedMemory) -> bool {
+        either!(self, ring => ring.relocate(memory))
+    }
+
+    /// Logs writes from now on, elsewhere than before, or no more. Nothing may be in flight when
+    /// logging begins.
+    pub fn set_log(&mut self, log: Option<RingLog>) {
+        either!(self, ring => ring.set_log(log));
+    }
+
+    /// Whether writes are logged.
+    pub fn is_logging(&self) -> bool {
+        either!(self, ring => ring.is_logging())
+    }
+
+    /// Fetches up to `chains.len()` requests. Gives how many, and what broke the ring after them.
+    #[inline]
+    pub fn fetch(&mut self, chains: &mut [Chain]) -> (usize, Option<RingError>) {
+        either!(self, ring => ring.fetch(chains))
+    }
+
+    /// Fetches a request again that was in flight when a predecessor died.
+    ///
+    /// # Errors
+    /// [`RingError`]: what it left in the ring is no chain any more.
+    pub fn refetch(&mut self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
+        either!(self, ring => ring.refetch(head, chain))
+    }
+
+    /// Returns a request; the guest sees it after [`Ring::publish`].
+    #[inline]
+    pub fn push_used(&mut self, head: u16, written: u32) {
+        either!(self, ring => ring.push_used(head, written));
+    }
+
+    /// Shows the guest every request returned by now; false when there is none.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        either!(self, ring => ring.publish())
+    }
+
+    /// Whether the guest wants a call for what was published since this was last asked.
+    #[inline]
+    pub fn needs_call(&mut self) -> bool {
+        either!(self, ring => ring.needs_call())
+    }
+
+    /// Asks for kicks; true when something came in before the request could be seen.
+    pub fn arm(&self) -> bool {
+        either!(self, ring => ring.arm())
+    }
+
+    /// Asks for no kicks, as far as the guest may honour that.
+    pub fn disarm(&self) {
+        either!(self, ring => ring.disarm());
+    }
+}
+
+/// Whether a ring of `size` descriptors at `addresses` lies in `memory`.
+pub(crate) fn is_mapped(
+    memory: &MemoryTable,
+    addresses: &RingAddresses,
+    (size, layout): (u16, RingLayout),
+) -> bool {
+    match layout {
+        RingLayout::Split => split::Layout::new(memory, addresses, size).is_ok(),
+        RingLayout::Packed => packed::Layout::new(memory, addresses, size).is_ok(),
+    }
+}
+
+/// Bytes from a ring's log address that are written and may be logged there.
+pub(crate) fn logged_len((size, layout): (u16, RingLayout)) -> u64 {
+    match layout {
+        RingLayout::Split => 6 + 8 * u64::from(size),
+        RingLayout::Packed => packed::EVENT_LEN as u64,
+    }
+}
 
 /// How a guest or front-end broke a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -22,6 +260,9 @@ pub enum RingError {
     /// The ring size is not a power of two within the device's limit.
     #[error("ring size {0}")]
     Size(u32),
+    /// A base that is no place in the ring.
+    #[error("base {0:#x} is not in the ring")]
+    Base(u32),
     /// A part of the ring is outside of shared memory or misaligned.
     #[error("ring part at {0:#x} is not in shared memory or misaligned")]
     Unmapped(u64),
@@ -35,6 +276,9 @@ pub enum RingError {
         /// Ring size.
         size: u16,
     },
+    /// More available descriptors than the ring has.
+    #[error("more descriptors are available than the ring's {0}")]
+    Overrun(u16),
     /// A descriptor index beyond the table.
     #[error("descriptor {0} does not exist")]
     DescriptorIndex(u16),

@@ -13,69 +13,37 @@
 #![expect(unsafe_code, reason = "guest memory is reached through raw pointers")]
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 
-use virtio_bindings::virtio_ring::{
-    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT,
-    VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_USED_F_NO_NOTIFY,
-};
+use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
-use super::RingError;
-use super::chain::{Buffer, Chain, MAX_CHAIN, SharedMemory};
-use crate::inflight::{InflightError, InflightRing};
+use super::chain::{Chain, MAX_CHAIN, SharedMemory};
+use super::descriptor::{DESC_LEN, Descriptor, Indirect, prefetch, read_words};
+use super::dirty::Dirty;
+use super::{RingError, RingParts, StartError};
+use crate::dirty_log::RingLog;
+use crate::inflight::SplitInflight;
 use crate::memory::{Mapped, MemoryTable};
+use crate::store::Store;
 use crate::wire::RingAddresses;
 
-const DESC_LEN: usize = 16;
-
-/// What a ring is made of.
-#[derive(Debug)]
-pub struct RingParts {
-    /// Ring size in descriptors.
-    pub size: u16,
-    /// Next index of the available ring, unless the inflight region knows better.
-    pub base: u16,
-    /// Acknowledged virtio features.
-    pub features: u64,
-    /// Where the parts are.
-    pub addresses: RingAddresses,
-    /// What the ring tells about descriptors in flight.
-    pub inflight: Option<InflightRing>,
-}
-
-/// A descriptor after its one read.
-#[derive(Clone, Copy, Debug)]
-struct Descriptor {
-    addr: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
-}
-
-impl Descriptor {
-    fn has(self, flag: u32) -> bool {
-        u32::from(self.flags) & flag != 0
-    }
-
-    fn buffer(self) -> Buffer {
-        Buffer {
-            addr: self.addr,
-            len: self.len,
-            writable: self.has(VRING_DESC_F_WRITE),
-        }
-    }
-}
+/// Offset of the index in the available and the used ring.
+const INDEX_AT: usize = 2;
 
 /// The parts of a ring in this process. Keeps the regions they are in.
 #[derive(Debug)]
-struct Layout {
+pub(super) struct Layout {
     descriptors: Mapped,
     available: Mapped,
     used: Mapped,
 }
 
 impl Layout {
-    fn new(table: &MemoryTable, at: &RingAddresses, size: u16) -> Result<Layout, RingError> {
+    pub(super) fn new(
+        table: &MemoryTable,
+        at: &RingAddresses,
+        size: u16,
+    ) -> Result<Layout, RingError> {
         let count = u64::from(size);
         let part = |addr: u64, len: u64, align: usize| {
             table
@@ -98,7 +66,7 @@ pub struct SplitRing {
     addresses: RingAddresses,
     size: u16,
     event_idx: bool,
-    indirect: bool,
+    indirect: Indirect,
     /// Next entry of the available ring to fetch.
     next_avail: u16,
     /// Next entry of the used ring to write.
@@ -110,7 +78,9 @@ pub struct SplitRing {
     /// Which heads the device holds.
     held: Box<[bool]>,
     in_flight: u16,
-    inflight: Option<InflightRing>,
+    inflight: Option<SplitInflight>,
+    /// Where writes are logged; `None` while they are not.
+    dirty: Option<Box<Dirty>>,
     memory: SharedMemory,
     hint: Cell<usize>,
 }
@@ -125,42 +95,44 @@ impl SplitRing {
         parts: RingParts,
         memory: SharedMemory,
     ) -> Result<(SplitRing, Vec<u16>), StartError> {
-        let size = parts.size;
-        if !size.is_power_of_two() || size > 32768 {
-            return Err(RingError::Size(u32::from(size)).into());
-        }
+        let size = parts.check_size()?;
         let layout = Layout::new(&memory, &parts.addresses, size)?;
-        let has = |bit: u32| parts.features & (1 << bit) != 0;
+        let base = u16::try_from(parts.base).map_err(|_| RingError::Base(parts.base))?;
+        let inflight = parts
+            .inflight
+            .map(|region| SplitInflight::new(&region, parts.index, size))
+            .transpose()?;
         let mut ring = SplitRing {
             layout,
             addresses: parts.addresses,
             size,
-            event_idx: has(VIRTIO_RING_F_EVENT_IDX),
-            indirect: has(VIRTIO_RING_F_INDIRECT_DESC),
-            next_avail: parts.base,
+            event_idx: parts.features.event_idx,
+            indirect: parts.features.indirect,
+            next_avail: base,
             next_used: 0,
             published: 0,
             considered: 0,
             held: vec![false; usize::from(size)].into_boxed_slice(),
             in_flight: 0,
-            inflight: parts.inflight,
+            inflight,
+            dirty: None,
             memory,
             hint: Cell::new(0),
         };
-        let used = ring.used_u16(2).load(Ordering::Acquire);
+        let used = ring.used_u16(INDEX_AT).load(Ordering::Acquire);
         (ring.next_used, ring.published, ring.considered) = (used, used, used);
         let mut resubmit = Vec::new();
         if let Some(inflight) = &mut ring.inflight {
             let recovery = inflight.recover(used)?;
             resubmit = recovery.resubmit;
-            ring.next_avail = recovery.avail.unwrap_or(parts.base);
+            ring.next_avail = recovery.avail.unwrap_or(base);
         }
         Ok((ring, resubmit))
     }
 
-    /// Next index of the available ring.
-    pub fn next_avail(&self) -> u16 {
-        self.next_avail
+    /// Next index of the available ring, as GET_VRING_BASE tells it.
+    pub fn base(&self) -> u32 {
+        u32::from(self.next_avail)
     }
 
     /// Requests fetched and not yet returned.
@@ -182,7 +154,26 @@ impl SplitRing {
         ];
         parts.iter().any(|part| part.region.poisoned())
             || self.memory.regions().iter().any(|r| r.poisoned())
-            || self.inflight.as_ref().is_some_and(InflightRing::poisoned)
+            || self.inflight.as_ref().is_some_and(SplitInflight::poisoned)
+            || self.dirty.as_ref().is_some_and(|dirty| dirty.poisoned())
+    }
+
+    /// Whether writes are logged.
+    pub fn is_logging(&self) -> bool {
+        self.dirty.is_some()
+    }
+
+    /// Logs writes from now on, elsewhere than before, or no more. Nothing may be in flight when
+    /// logging begins.
+    pub fn set_log(&mut self, log: Option<RingLog>) {
+        match (log, &mut self.dirty) {
+            (Some(log), Some(dirty)) => dirty.redirect(log),
+            (Some(log), None) => {
+                assert_eq!(self.in_flight, 0, "writable buffers are noted as they come");
+                self.dirty = Some(Box::new(Dirty::new(log, self.size)));
+            }
+            (None, _) => self.dirty = None,
+        }
     }
 
     /// Works in `memory` from now on. False when the ring itself is not in it: then the ring's
@@ -237,13 +228,13 @@ impl SplitRing {
     /// Whether the driver made something available.
     #[inline]
     pub fn has_work(&self) -> bool {
-        self.avail_u16(2).load(Ordering::Acquire) != self.next_avail
+        self.avail_u16(INDEX_AT).load(Ordering::Acquire) != self.next_avail
     }
 
     /// Fetches up to `chains.len()` requests. Gives how many, and what broke the ring after them.
     #[inline]
     pub fn fetch(&mut self, chains: &mut [Chain]) -> (usize, Option<RingError>) {
-        let index = self.avail_u16(2).load(Ordering::Acquire);
+        let index = self.avail_u16(INDEX_AT).load(Ordering::Acquire);
         let pending = index.wrapping_sub(self.next_avail);
         if pending == 0 {
             return (0, None);
@@ -266,22 +257,37 @@ impl SplitRing {
                 prefetch(self.descriptor(head));
             }
         }
-        for (done, chain) in chains[..count].iter_mut().enumerate() {
-            if let Err(error) = self.take(chain) {
-                return (done, Some(error));
+        let mut taken = 0;
+        let mut broken = None;
+        for chain in &mut chains[..count] {
+            broken = self.take(chain).err();
+            if broken.is_some() {
+                break;
             }
+            if let Some(inflight) = &mut self.inflight {
+                inflight.mark(chain.head());
+            }
+            taken += 1;
             self.next_avail = self.next_avail.wrapping_add(1);
         }
-        (count, None)
+        if let Some(dirty) = &mut self.dirty {
+            chains[..taken].iter().for_each(|chain| dirty.note(chain));
+        }
+        (taken, broken)
     }
 
-    /// Fetches a request again that was in flight when a predecessor died.
+    /// Fetches a request again that was in flight when a predecessor died. It keeps its place in
+    /// the order, should this device die, too.
     ///
     /// # Errors
     /// [`RingError`]: what it left in the ring is no chain any more.
     pub fn refetch(&mut self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
         chain.begin(head, &self.memory);
-        self.take(chain)
+        self.take(chain)?;
+        if let Some(dirty) = &mut self.dirty {
+            dirty.note(chain);
+        }
+        Ok(())
     }
 
     /// Parses the chain of `chain`'s head and counts it as in flight.
@@ -300,9 +306,6 @@ impl SplitRing {
         }
         self.held[usize::from(head)] = true;
         self.in_flight += 1;
-        if let Some(inflight) = &mut self.inflight {
-            inflight.mark(head);
-        }
         Ok(())
     }
 
@@ -315,63 +318,42 @@ impl SplitRing {
                 return Err(RingError::DescriptorIndex(index));
             }
             // SAFETY: the entry is inside the table, which is aligned to 16.
-            let descriptor = unsafe { read_descriptor(self.descriptor(index)) };
-            if descriptor.has(VRING_DESC_F_INDIRECT) {
+            let descriptor = Descriptor::split(unsafe { read_words(self.descriptor(index)) });
+            if descriptor.is_indirect() {
                 return self.parse_indirect(chain, descriptor);
             }
             chain.push(descriptor.buffer(), &self.memory, &self.hint)?;
-            if !descriptor.has(VRING_DESC_F_NEXT) {
+            if !descriptor.has_next() {
                 return Ok(());
             }
-            index = descriptor.next;
+            index = descriptor.tag;
         }
         Err(RingError::ChainLength(head))
     }
 
     fn parse_indirect(&self, chain: &mut Chain, table: Descriptor) -> Result<(), RingError> {
         let head = chain.head();
-        let count = table.len / DESC_LEN as u32;
-        let whole = table.len.is_multiple_of(DESC_LEN as u32);
-        let allowed = self.indirect && !table.has(VRING_DESC_F_NEXT);
-        if !allowed || !whole || count == 0 || count > u32::from(MAX_CHAIN) {
-            return Err(RingError::Indirect {
-                head,
-                len: table.len,
-            });
-        }
+        let count = table.table_entries(head, self.indirect)?;
         let mut index = 0;
         for _ in 0..count {
-            let descriptor = self.indirect_entry(table, index)?;
-            if descriptor.has(VRING_DESC_F_INDIRECT) {
+            let words = table.table_entry(index, &self.memory, &self.hint)?;
+            let descriptor = Descriptor::split(words);
+            if descriptor.is_indirect() {
                 return Err(RingError::Indirect {
                     head,
                     len: table.len,
                 });
             }
             chain.push(descriptor.buffer(), &self.memory, &self.hint)?;
-            if !descriptor.has(VRING_DESC_F_NEXT) {
+            if !descriptor.has_next() {
                 return Ok(());
             }
-            index = u32::from(descriptor.next);
+            index = u32::from(descriptor.tag);
             if index >= count {
-                return Err(RingError::DescriptorIndex(descriptor.next));
+                return Err(RingError::DescriptorIndex(descriptor.tag));
             }
         }
         Err(RingError::ChainLength(head))
-    }
-
-    fn indirect_entry(&self, table: Descriptor, index: u32) -> Result<Descriptor, RingError> {
-        let outside = RingError::Buffer {
-            addr: table.addr,
-            len: table.len,
-        };
-        let offset = u64::from(index) * DESC_LEN as u64;
-        let addr = table.addr.checked_add(offset).ok_or(outside)?;
-        match self.memory.locate(addr, &self.hint) {
-            // SAFETY: 16 bytes follow the entry's first in its region.
-            Some((base, left)) if left >= DESC_LEN as u64 => Ok(unsafe { read_descriptor(base) }),
-            _ => Err(outside),
-        }
     }
 
     /// Returns a request; the guest sees it after [`SplitRing::publish`].
@@ -382,13 +364,15 @@ impl SplitRing {
         *held = false;
         self.in_flight -= 1;
         let offset = 4 + 8 * self.slot(self.next_used);
-        self.used_u32(offset)
-            .store(u32::from(head).to_le(), Ordering::Relaxed);
-        self.used_u32(offset + 4)
-            .store(written.to_le(), Ordering::Relaxed);
+        self.used_u32(offset).put(u32::from(head).to_le());
+        self.used_u32(offset + 4).put(written.to_le());
         self.next_used = self.next_used.wrapping_add(1);
         if let Some(inflight) = &mut self.inflight {
             inflight.complete(head);
+        }
+        if let Some(dirty) = &self.dirty {
+            dirty.complete(head);
+            dirty.used(offset, 8);
         }
     }
 
@@ -398,10 +382,13 @@ impl SplitRing {
         if self.published == self.next_used {
             return false;
         }
-        self.used_u16(2).store(self.next_used, Ordering::Release);
+        self.used_u16(INDEX_AT).put(self.next_used);
         self.published = self.next_used;
         if let Some(inflight) = &mut self.inflight {
             inflight.publish(self.next_used);
+        }
+        if let Some(dirty) = &self.dirty {
+            dirty.used(INDEX_AT, 2);
         }
         true
     }
@@ -424,80 +411,27 @@ impl SplitRing {
 
     /// Asks for kicks; true when something came in before the request could be seen.
     pub fn arm(&self) -> bool {
-        if self.event_idx {
-            let offset = 4 + 8 * usize::from(self.size);
-            self.used_u16(offset)
-                .store(self.next_avail, Ordering::Relaxed);
-        } else {
-            self.used_u16(0).store(0, Ordering::Relaxed);
-        }
+        self.ask_for_kicks(self.next_avail, 0);
         fence(Ordering::SeqCst);
         self.has_work()
     }
 
     /// Asks for no kicks, as far as the guest may honour that.
     pub fn disarm(&self) {
-        if self.event_idx {
-            let offset = 4 + 8 * usize::from(self.size);
-            self.used_u16(offset)
-                .store(self.next_avail.wrapping_sub(1), Ordering::Relaxed);
+        let flags = VRING_USED_F_NO_NOTIFY as u16;
+        self.ask_for_kicks(self.next_avail.wrapping_sub(1), flags);
+    }
+
+    /// Asks for a kick at `event`, or says `flags` to a driver without the event index.
+    fn ask_for_kicks(&self, event: u16, flags: u16) {
+        let (offset, value) = if self.event_idx {
+            (4 + 8 * usize::from(self.size), event)
         } else {
-            self.used_u16(0)
-                .store(VRING_USED_F_NO_NOTIFY as u16, Ordering::Relaxed);
+            (0, flags)
+        };
+        self.used_u16(offset).put(value);
+        if let Some(dirty) = &self.dirty {
+            dirty.used(offset, 2);
         }
     }
-}
-
-/// Why a ring cannot start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// The ring itself.
-    #[error(transparent)]
-    Ring(#[from] RingError),
-    /// Its inflight region.
-    #[error(transparent)]
-    Inflight(#[from] InflightError),
-}
-
-/// Reads a descriptor in two loads; the guest may change it meanwhile, never afterwards.
-///
-/// # Safety
-/// 16 bytes at `at` are mapped.
-#[inline]
-unsafe fn read_descriptor(at: *const u8) -> Descriptor {
-    let word = |offset: usize| -> u64 {
-        // SAFETY: the caller says that the bytes are mapped.
-        let pointer = unsafe { at.add(offset) };
-        if (pointer as usize).is_multiple_of(8) {
-            // SAFETY: mapped and aligned to 8.
-            u64::from_le(unsafe { (*pointer.cast::<AtomicU64>()).load(Ordering::Relaxed) })
-        } else {
-            // SAFETY: mapped; alignment 1.
-            u64::from_le_bytes(unsafe { pointer.cast::<[u8; 8]>().read_volatile() })
-        }
-    };
-    let (addr, rest) = (word(0), word(8));
-    Descriptor {
-        addr,
-        len: rest as u32,
-        flags: (rest >> 32) as u16,
-        next: (rest >> 48) as u16,
-    }
-}
-
-/// Fetches the line at `address` into the cache; never faults.
-#[inline]
-fn prefetch(address: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch is a hint and has no effect on memory.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = address;
-}
-
-/// Whether a ring of `size` descriptors at `addresses` lies in `memory`.
-pub(crate) fn is_mapped(memory: &MemoryTable, addresses: &RingAddresses, size: u16) -> bool {
-    Layout::new(memory, addresses, size).is_ok()
 }

@@ -13,6 +13,7 @@
 //! with a non-zero acknowledgement where the front-end asked for one and ends the session
 //! otherwise; when a session ends, every queue has drained.
 
+mod log;
 mod vring;
 
 use std::cell::RefCell;
@@ -28,9 +29,11 @@ use vhost::vhost_user::message::{
 };
 
 use crate::device::{Device, DeviceError};
+use crate::dirty_log::{DirtyLog, DirtyLogError};
 use crate::inflight::{InflightError, InflightRegion};
 use crate::memory::{MAX_REGIONS, MemoryError, MemoryTable};
 use crate::queue::{Failure, QueueChange, QueueError};
+use crate::ring::RingLayout;
 use crate::wire::{
     self, ConfigRange, HEADER_LEN, Header, InflightSpec, MAX_FDS, Message, WireError,
 };
@@ -39,6 +42,7 @@ use vring::Vring;
 
 /// Protocol features that the session itself knows how to serve.
 pub const PROTOCOL_FEATURES: u64 = Protocol::MQ.bits()
+    | Protocol::LOG_SHMFD.bits()
     | Protocol::REPLY_ACK.bits()
     | Protocol::BACKEND_REQ.bits()
     | Protocol::CONFIG.bits()
@@ -49,6 +53,10 @@ pub const PROTOCOL_FEATURES: u64 = Protocol::MQ.bits()
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`.
 const F_PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+/// `VHOST_F_LOG_ALL`: writes to guest memory are logged.
+const F_LOG_ALL: u64 = 1 << 26;
+/// Feature bits that belong to the session and not to the device.
+const SESSION_FEATURES: u64 = F_PROTOCOL_FEATURES | F_LOG_ALL;
 /// `DEVICE_NEEDS_RESET` of the device status field (virtio 1.2 section 2.1).
 const STATUS_NEEDS_RESET: u8 = 0x40;
 
@@ -71,8 +79,10 @@ pub(crate) enum SessionError {
     Running { index: u16, what: &'static str },
     #[error("queue {index}: ring size {size} is not a power of two up to {max}")]
     RingSize { index: u16, size: u32, max: u16 },
-    #[error("queue {index}: base {base} is beyond 65535")]
-    Base { index: u16, base: u32 },
+    #[error("logging is on, but there is no dirty log")]
+    NoLog,
+    #[error(transparent)]
+    Log(#[from] DirtyLogError),
     #[error("queue {index}: {source}")]
     Queue { index: u16, source: QueueError },
     #[error("inflight region of {num_queues} queues, {queue_size} descriptors each")]
@@ -118,6 +128,7 @@ pub(crate) struct Session<D> {
     memory: Arc<MemoryTable>,
     vrings: Vec<Vring>,
     inflight: Option<Arc<InflightRegion>>,
+    log: Option<Arc<DirtyLog>>,
     channel: BackendChannel,
     status: u8,
     failure: Arc<Failure>,
@@ -142,6 +153,7 @@ impl<D: Device> Session<D> {
             protocol: 0,
             memory: Arc::default(),
             inflight: None,
+            log: None,
             channel,
             status: 0,
             failure: Arc::new(Failure::new(changed.clone())),
@@ -261,10 +273,8 @@ impl<D: Device> Session<D> {
 
     async fn handle(&mut self, message: Message) -> Reply {
         match message {
-            Message::GetFeatures => {
-                Ok(Answer::number(self.device.features() | F_PROTOCOL_FEATURES))
-            }
-            Message::SetFeatures(wanted) => self.set_features(wanted),
+            Message::GetFeatures => Ok(Answer::number(self.offered_features())),
+            Message::SetFeatures(wanted) => self.set_features(wanted).await,
             Message::GetProtocolFeatures => Ok(Answer::number(self.offered_protocol())),
             Message::SetProtocolFeatures(wanted) => self.set_protocol_features(wanted),
             Message::GetQueueNum => Ok(Answer::number(u64::from(self.device.queue_count()))),
@@ -285,6 +295,7 @@ impl<D: Device> Session<D> {
             Message::SetBackendReqFd(fd) => self.set_channel(fd),
             Message::GetInflightFd(spec) => self.get_inflight(spec),
             Message::SetInflightFd(spec, fd) => self.set_inflight(spec, fd),
+            Message::SetLogBase(spec, fd) => self.set_log_base(spec, fd).await,
             Message::GetMaxMemSlots => Ok(Answer::number(MAX_REGIONS as u64)),
             memory @ (Message::SetMemTable(_) | Message::AddMemReg(..) | Message::RemMemReg(_)) => {
                 self.change_memory(memory).await
@@ -297,16 +308,32 @@ impl<D: Device> Session<D> {
         self.device.protocol_features() & PROTOCOL_FEATURES
     }
 
-    fn set_features(&mut self, wanted: u64) -> Reply {
-        let offered = self.device.features() | F_PROTOCOL_FEATURES;
+    fn offered_features(&self) -> u64 {
+        self.device.features() | SESSION_FEATURES
+    }
+
+    /// How the rings lie in memory.
+    fn layout(&self) -> RingLayout {
+        RingLayout::of(self.features)
+    }
+
+    async fn set_features(&mut self, wanted: u64) -> Reply {
+        let offered = self.offered_features();
         if wanted & !offered != 0 {
             return Err(SessionError::Features { wanted, offered });
         }
-        if wanted != self.features {
+        let changed = wanted ^ self.features;
+        if changed & !F_LOG_ALL != 0 {
             self.expect_stopped("features")?;
         }
+        self.check_logging(wanted, &self.memory)?;
         self.features = wanted;
-        self.device.set_features(wanted & !F_PROTOCOL_FEATURES);
+        if changed & !F_LOG_ALL != 0 || self.expect_stopped("features").is_ok() {
+            self.device.set_features(wanted & !SESSION_FEATURES);
+        }
+        if changed & F_LOG_ALL != 0 {
+            self.tell_rings_about_log().await;
+        }
         Ok(Answer::Done)
     }
 
@@ -352,8 +379,10 @@ impl<D: Device> Session<D> {
     async fn reset_device(&mut self) -> Reply {
         self.stop_rings().await?;
         self.device.reset();
-        self.device
-            .set_features(self.features & !F_PROTOCOL_FEATURES);
+        self.device.set_features(self.features & !SESSION_FEATURES);
+        if let Some(inflight) = &self.inflight {
+            inflight.forget(self.layout());
+        }
         self.status = 0;
         self.failure = Arc::new(Failure::new(self.changed.clone()));
         Ok(Answer::Done)
@@ -415,6 +444,7 @@ impl<D: Device> Session<D> {
             }
             _ => return Ok(Answer::Done),
         };
+        self.check_logging(self.features, &table)?;
         self.memory = Arc::new(table);
         for index in 0..self.vrings.len() as u16 {
             if self.vrings[usize::from(index)].running {

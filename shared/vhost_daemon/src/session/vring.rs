@@ -8,6 +8,7 @@ use executor::Errno;
 use super::{Answer, F_PROTOCOL_FEATURES, Reply, Session, SessionError};
 use crate::device::Device;
 use crate::queue::{QueueChange, QueueSetup};
+use crate::ring::{RingError, RingLayout, is_mapped};
 use crate::wire::{self, Message, RingAddresses};
 
 /// How the guest says that it made something available.
@@ -24,9 +25,12 @@ enum Kick {
 /// A ring as the front-end has set it up so far.
 #[derive(Default)]
 pub(super) struct Vring {
-    size: u16,
+    pub(super) size: u16,
     addresses: Option<RingAddresses>,
-    base: u16,
+    /// As the messages carry it: two positions of a packed ring.
+    base: u32,
+    /// Where writes of the ring itself are logged.
+    pub(super) log_at: Option<u64>,
     kick: Kick,
     call: Option<Arc<OwnedFd>>,
     err: Option<Arc<OwnedFd>>,
@@ -57,15 +61,22 @@ impl<D: Device> Session<D> {
         match message {
             Message::SetVringNum { index, size } => self.set_size(index, size),
             Message::SetVringBase { index, base } => {
-                let narrow = u16::try_from(base);
-                let base = narrow.map_err(|_| SessionError::Base { index, base })?;
+                if self.layout() == RingLayout::Split && base > u32::from(u16::MAX) {
+                    let source = RingError::Base(base).into();
+                    return Err(SessionError::Queue { index, source });
+                }
                 self.stopped_vring(index, "the base")?.base = base;
                 Ok(Answer::Done)
             }
-            Message::SetVringAddr { index, addresses } => {
+            Message::SetVringAddr {
+                index,
+                addresses,
+                log,
+            } => {
                 if self.vring(index)?.addresses != Some(addresses) {
                     self.stopped_vring(index, "the address")?.addresses = Some(addresses);
                 }
+                self.set_ring_log(index, log).await?;
                 self.maybe_start(index).await
             }
             Message::SetVringKick { index, fd } => self.set_kick(index, fd).await,
@@ -96,16 +107,28 @@ impl<D: Device> Session<D> {
     fn set_size(&mut self, index: u16, size: u32) -> Reply {
         let max = self.device.max_queue_size();
         let inflight = self.inflight.clone();
+        let layout = self.layout();
         let vring = self.stopped_vring(index, "the size")?;
         let narrow = u16::try_from(size).ok();
         let size = narrow
             .filter(|size| size.is_power_of_two() && *size <= max)
             .ok_or(SessionError::RingSize { index, size, max })?;
         if let Some(region) = inflight {
-            region.check_queue(index, size)?;
+            region.check_queue(index, size, layout)?;
         }
         vring.size = size;
         Ok(Answer::Done)
+    }
+
+    /// Logs the ring's own pages at `log_at`, or no more.
+    async fn set_ring_log(&mut self, index: u16, log_at: Option<u64>) -> Reply {
+        let old = std::mem::replace(&mut self.vring(index)?.log_at, log_at);
+        if let Err(error) = self.check_logging(self.features, &self.memory) {
+            self.vring(index)?.log_at = old;
+            return Err(error);
+        }
+        let log = self.ring_log(index);
+        self.change_queue(index, QueueChange::Log(log)).await
     }
 
     async fn set_kick(&mut self, index: u16, fd: Option<OwnedFd>) -> Reply {
@@ -126,7 +149,7 @@ impl<D: Device> Session<D> {
         self.pause(index).await;
         let vring = self.vring(index)?;
         vring.kick = Kick::Unset;
-        let base = u32::from(vring.base);
+        let base = vring.base;
         Ok(Answer::Payload(wire::vring_state_payload(index, base)))
     }
 
@@ -174,7 +197,8 @@ impl<D: Device> Session<D> {
         };
         let enabled = vring.enabled || self.features & F_PROTOCOL_FEATURES == 0;
         let ready = !vring.running && vring.size > 0 && enabled;
-        if !ready || !crate::ring::is_mapped(&self.memory, &addresses, vring.size) {
+        let shape = (vring.size, self.layout());
+        if !ready || self.lacks_log() || !is_mapped(&self.memory, &addresses, shape) {
             return Ok(None);
         }
         Ok(Some(QueueSetup {
@@ -189,6 +213,7 @@ impl<D: Device> Session<D> {
             call: vring.call.clone(),
             err: vring.err.clone(),
             inflight: self.inflight.clone(),
+            log: self.ring_log(index),
             failure: self.failure.clone(),
         }))
     }

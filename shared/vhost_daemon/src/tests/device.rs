@@ -84,7 +84,7 @@ impl Device for EchoDevice {
     }
 
     fn features(&self) -> u64 {
-        1 << 32 | 1 << 29 | 1 << 28
+        1 << 34 | 1 << 32 | 1 << 29 | 1 << 28
     }
 
     fn protocol_features(&self) -> u64 {
@@ -128,7 +128,7 @@ impl Device for EchoDevice {
         self.queues.borrow_mut()[usize::from(index)] = Some(queue);
     }
 
-    async fn stop_queue(&self, index: u16) -> u16 {
+    async fn stop_queue(&self, index: u16) -> u32 {
         let queue = self.queues.borrow_mut()[usize::from(index)].take();
         let queue = queue.expect("a running queue is stopped");
         queue.stop().await.expect("the queue's thread runs")

@@ -77,7 +77,7 @@ impl Memory {
         bytes
     }
 
-    fn u16(&self, offset: usize) -> &AtomicU16 {
+    pub(super) fn u16(&self, offset: usize) -> &AtomicU16 {
         assert!(offset + 2 <= self.len);
         // SAFETY: inside the mapping; offsets used are even.
         unsafe { &*self.base.add(offset).cast() }
@@ -268,7 +268,8 @@ impl FrontEnd {
 
     pub(super) fn negotiate(&mut self, protocol: u64) {
         self.send(Req::SET_OWNER, &[], &[]);
-        let features = self.get(Req::GET_FEATURES);
+        // Split rings, nothing logged: the tests of the rest choose for themselves.
+        let features = self.get(Req::GET_FEATURES) & !(1 << 34 | 1 << 26);
         let offered = self.get(Req::GET_PROTOCOL_FEATURES);
         assert_eq!(protocol & !offered, 0, "protocol features");
         self.send(Req::SET_PROTOCOL_FEATURES, &protocol.to_ne_bytes(), &[]);
@@ -368,24 +369,26 @@ impl FrontEnd {
 
     /// Everything about a ring but enabling it.
     pub(super) fn set_ring(&mut self, index: u8, driver: &Driver) {
-        let state = |value: u16| Self::state(u32::from(index), u32::from(value));
-        self.set(Req::SET_VRING_NUM, &state(driver.size), &[]);
-        self.set(Req::SET_VRING_BASE, &state(driver.avail), &[]);
-        let user = |offset: usize| USER_BASE + offset as u64;
-        let mut payload = state(0);
-        for address in [
-            user(driver.offset),
-            user(driver.used_offset()),
-            user(driver.avail_offset()),
-            0,
-        ] {
-            payload.extend_from_slice(&address.to_ne_bytes());
-        }
-        self.set(Req::SET_VRING_ADDR, &payload, &[]);
+        let places = RingPlaces {
+            size: driver.size,
+            base: u32::from(driver.avail),
+            parts: [driver.offset, driver.used_offset(), driver.avail_offset()],
+            log: None,
+            fds: [&driver.kick, &driver.call, &driver.err],
+        };
+        self.set_ring_places(index, &places);
+    }
+
+    pub(super) fn set_ring_places(&mut self, index: u8, ring: &RingPlaces<'_>) {
+        let state = |value: u32| Self::state(u32::from(index), value);
+        self.set(Req::SET_VRING_NUM, &state(u32::from(ring.size)), &[]);
+        self.set(Req::SET_VRING_BASE, &state(ring.base), &[]);
+        self.set(Req::SET_VRING_ADDR, &ring.addresses(index), &[]);
         let index = u64::from(index).to_ne_bytes();
-        self.set(Req::SET_VRING_ERR, &index, &[driver.err.as_fd()]);
-        self.set(Req::SET_VRING_CALL, &index, &[driver.call.as_fd()]);
-        self.set(Req::SET_VRING_KICK, &index, &[driver.kick.as_fd()]);
+        let [kick, call, err] = ring.fds;
+        self.set(Req::SET_VRING_ERR, &index, &[err.as_fd()]);
+        self.set(Req::SET_VRING_CALL, &index, &[call.as_fd()]);
+        self.set(Req::SET_VRING_KICK, &index, &[kick.as_fd()]);
     }
 
     pub(super) fn enable(&mut self, index: u32, enable: bool) {
@@ -398,5 +401,30 @@ impl FrontEnd {
         self.send(Req::GET_VRING_BASE, &Self::state(index, 0), &[]);
         let payload = self.receive().expect("a base");
         u32::from_ne_bytes(payload[4..].try_into().unwrap())
+    }
+}
+
+/// Where a ring is, whatever its layout.
+pub(super) struct RingPlaces<'a> {
+    pub(super) size: u16,
+    pub(super) base: u32,
+    /// Offsets in memory of descriptors, used and available ring.
+    pub(super) parts: [usize; 3],
+    /// The guest address that the used ring is logged at.
+    pub(super) log: Option<u64>,
+    /// Kick, call and error.
+    pub(super) fds: [&'a OwnedFd; 3],
+}
+
+impl RingPlaces<'_> {
+    /// Payload of SET_VRING_ADDR.
+    pub(super) fn addresses(&self, index: u8) -> Vec<u8> {
+        let flags = u32::from(self.log.is_some());
+        let mut payload = FrontEnd::state(u32::from(index), flags);
+        for part in self.parts {
+            payload.extend_from_slice(&(USER_BASE + part as u64).to_ne_bytes());
+        }
+        payload.extend_from_slice(&self.log.unwrap_or(0).to_ne_bytes());
+        payload
     }
 }

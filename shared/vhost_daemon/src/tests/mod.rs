@@ -5,4 +5,7 @@ mod front_end;
 mod hostile;
 mod life;
 mod messages;
+mod packed;
+mod packed_driver;
 mod rings;
+mod survival;

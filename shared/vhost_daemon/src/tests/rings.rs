@@ -13,7 +13,7 @@ use rand::{Rng, SeedableRng};
 
 use super::front_end::{Driver, GUEST_BASE, INDIRECT, Memory, NEXT, USER_BASE, WRITE};
 use crate::memory::MemoryTable;
-use crate::ring::{Chain, RingError, RingParts, SharedMemory, SplitRing};
+use crate::ring::{Chain, RingError, RingFeatures, RingParts, SharedMemory, SplitRing};
 use crate::wire::{RegionSpec, RingAddresses};
 
 const MEMORY: usize = 1 << 18;
@@ -49,9 +49,10 @@ impl Fixture {
     fn ring(&self, features: u64) -> SplitRing {
         let user = |offset: usize| USER_BASE + offset as u64;
         let parts = RingParts {
+            index: 0,
             size: SIZE,
-            base: self.driver.avail,
-            features,
+            base: u32::from(self.driver.avail),
+            features: RingFeatures::of(features),
             addresses: RingAddresses {
                 descriptors: user(0),
                 available: user(self.driver.avail_offset()),
