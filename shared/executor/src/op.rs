@@ -313,7 +313,7 @@ impl Inner {
             }
         }
         while self.has_in_flight() {
-            let wait = ring.borrow_mut().wait(None, None, Reason::Files);
+            let wait = ring.borrow_mut().wait(None, Reason::Files);
             wait.expect("waiting on an open ring");
             self.reap();
         }

@@ -163,25 +163,6 @@ impl Inner {
     }
 }
 
-impl Inner {
-    /// Whether pollers or other threads come up with something within `quiet`. What the kernel has
-    /// finished is left to gather.
-    pub(crate) fn is_disturbed_within(&self, quiet: Duration) -> bool {
-        let start = Instant::now();
-        loop {
-            for _ in 0..LOOKS_PER_READING {
-                if self.pollers.poll() || self.shared.has_pending() {
-                    return true;
-                }
-                std::hint::spin_loop();
-            }
-            if start.elapsed() >= quiet {
-                return false;
-            }
-        }
-    }
-}
-
 /// Registers a poller with the current executor until the returned registration is dropped.
 pub fn register_poller(poller: Rc<dyn Poller>) -> PollerRegistration {
     let executor = current();

@@ -122,20 +122,8 @@ impl Ring {
         }
     }
 
-    /// Entries that the kernel has not got yet.
-    pub(crate) fn queued(&mut self) -> usize {
-        self.ring.submission().len() + self.backlog.len()
-    }
-
-    /// Submits, then waits until something has finished or `timeout` has passed. With `batch` it
-    /// waits for so many completions, but for more than one only so long (kernels before 6.12: for
-    /// one).
-    pub(crate) fn wait(
-        &mut self,
-        timeout: Option<Duration>,
-        batch: Option<(usize, Duration)>,
-        reason: Reason,
-    ) -> io::Result<()> {
+    /// Submits, then waits until something has finished or `timeout` has passed.
+    pub(crate) fn wait(&mut self, timeout: Option<Duration>, reason: Reason) -> io::Result<()> {
         if !self.backlog.is_empty() {
             self.submit()?;
         }
@@ -149,17 +137,10 @@ impl Ring {
         if let Some(time) = &time {
             arguments = arguments.timespec(time);
         }
-        let mut wanted = 1;
-        if let Some((count, patience)) = batch
-            && self.ring.params().is_feature_min_timeout()
-        {
-            wanted = count as u32;
-            arguments = arguments.min_wait_usec(patience.as_micros() as u32);
-        }
         let submitter = self.ring.submitter();
         // SAFETY: `arguments` is what EXT_ARG announces, and it and the time that it points to
         // live until the call returns; the entries are valid (see `push`).
-        let result = unsafe { submitter.enter(queued, wanted, flags.bits(), Some(&arguments)) };
+        let result = unsafe { submitter.enter(queued, 1, flags.bits(), Some(&arguments)) };
         retry_later(result).map(drop)
     }
 
@@ -198,7 +179,7 @@ impl Ring {
     pub(crate) fn close(&mut self) -> io::Result<()> {
         self.cancel(WAKE);
         loop {
-            self.wait(None, None, Reason::Events)?;
+            self.wait(None, Reason::Events)?;
             if self
                 .ring
                 .completion()

@@ -13,57 +13,23 @@ const ROUNDS_PER_SUBMIT: u32 = 8;
 const ROUNDS_PER_CLOCK: u32 = 16;
 /// File operations in flight from which on the executor naps instead of spinning.
 const NAP_DEPTH: usize = 4;
-/// How long pollers have to find nothing before a nap: a front-end that polls answers completions
-/// with its next requests within this time, which would else wait for the nap's end.
-const QUIET_BEFORE_NAP: Duration = Duration::from_micros(1);
+/// How long to look before a nap: within this time a front-end that polls answers a completion with
+/// its next request, which would else wait for the nap's end.
+const LOOK_BEFORE_NAP: Duration = Duration::from_micros(10);
 /// Longest nap.
 const NAP: Duration = Duration::from_micros(100);
-/// How long a nap waits for as many completions as it would like; then one will do.
-const BATCH_WAIT: Duration = Duration::from_micros(50);
-/// Of the operations in flight, the part that a nap would like to see completed: one in so many.
-const BATCH_PART: usize = 4;
-/// Most completions that a nap waits for, and entries that wait for company.
-const BATCH_MAX: usize = 16;
-
-/// A sleep among many operations in flight.
-#[derive(Clone, Copy)]
-struct Nap {
-    longest: Duration,
-    /// Completions that end it.
-    wanted: usize,
-    /// How long to wait for more than one.
-    patience: Duration,
-}
 
 impl Inner {
     /// One step of `block_on` and `run`: work, or when there is none, wait. Returns at once when
     /// `woken` is set.
     pub(crate) fn round(&self, woken: &AtomicBool) {
         if self.work() || woken.load(Ordering::Relaxed) {
-            if self.is_exchange_due() {
+            if self.rounds.get().is_multiple_of(ROUNDS_PER_SUBMIT) || !self.pollers.is_empty() {
                 self.exchange();
             }
         } else {
             self.idle(woken);
         }
-    }
-
-    /// Whether to go to the kernel although there is other work. With pollers that is at once, unless
-    /// the kernel is busy: then entries gather, because a disk is told of a whole batch at the cost
-    /// of one.
-    fn is_exchange_due(&self) -> bool {
-        if self.rounds.get().is_multiple_of(ROUNDS_PER_SUBMIT) {
-            return true;
-        }
-        if self.pollers.is_empty() {
-            return false;
-        }
-        let queued = match &self.backend {
-            Backend::Ring(ring) => ring.borrow_mut().queued(),
-            Backend::Sim(_) => return true,
-        };
-        let in_kernel = self.ops.borrow().working().saturating_sub(queued);
-        !self.pollers.may_spin() || in_kernel < NAP_DEPTH || queued >= BATCH_MAX
     }
 
     /// Runs what is ready without a syscall; whether there was anything.
@@ -126,20 +92,15 @@ impl Inner {
     /// are in flight that one ends soon anyway; what pollers have to offer is found then. Spares
     /// the spinning, and the guest its notifications. Whether anything ended the nap early.
     fn nap(&self, woken: &AtomicBool) -> bool {
-        let working = self.ops.borrow().working();
-        if !self.pollers.may_spin() || working < NAP_DEPTH {
+        if !self.pollers.may_spin() || self.ops.borrow().working() < NAP_DEPTH {
             return false;
         }
-        if self.is_disturbed_within(QUIET_BEFORE_NAP) {
+        if self.exchange() || self.look_for(LOOK_BEFORE_NAP) {
             return true;
         }
         let mut more = true;
         if self.may_sleep(woken) {
-            self.sleep(Some(Nap {
-                longest: NAP,
-                wanted: (working / BATCH_PART).clamp(1, BATCH_MAX),
-                patience: BATCH_WAIT,
-            }));
+            self.sleep(Some(NAP));
             more = self.reap();
         }
         self.shared.awake();
@@ -180,20 +141,19 @@ impl Inner {
         any
     }
 
-    /// Submits what is queued and sleeps in the kernel until a completion, a deadline or a wake from
-    /// another thread, or as `nap` says. In a simulated world goes to the next event.
-    fn sleep(&self, nap: Option<Nap>) {
+    /// Sleeps in the kernel until a completion, a deadline or a wake from another thread, at most
+    /// for `limit`. In a simulated world goes to the next event.
+    fn sleep(&self, limit: Option<Duration>) {
         match &self.backend {
             Backend::Ring(ring) => {
                 let deadline = self.next_deadline();
                 let timeout = deadline.map(|deadline| deadline.saturating_sub(self.now()));
-                let timeout = timeout.into_iter().chain(nap.map(|nap| nap.longest)).min();
+                let timeout = timeout.into_iter().chain(limit).min();
                 let reason = match self.ops.borrow().working() {
                     0 => Reason::Events,
                     _ => Reason::Files,
                 };
-                let batch = nap.map(|nap| (nap.wanted, nap.patience));
-                let waited = ring.borrow_mut().wait(timeout, batch, reason);
+                let waited = ring.borrow_mut().wait(timeout, reason);
                 waited.expect("waiting on an open ring");
             }
             Backend::Sim(_) => {
