@@ -22,7 +22,8 @@
 #   -k     keep CPUs awake with SCHED_IDLE spinners (an idle virtual CPU takes 30-80 us to wake)
 #
 # Environment:
-#   PIN_FE / PIN_BE (default 0 / 1): CPUs; empty = no pinning.
+#   PIN_FE / PIN_BE (default 0 / 1): CPUs; empty = no pinning. FE_THREADS (default 1): front-end threads.
+#   IOTHREADS (default 1): iothreads of A, over which its queues are spread (B has one).
 #   WARM="--rw read --bs 1M --iodepth 8 --ops 512": front-end options run once before each measurement
 #          (pre-faults a RAM disk, fills the page cache); BENCH_EXTRA: more options for the measurement.
 #   RT=1: front-end and back-end under SCHED_FIFO (for -w block on a busy machine; never with -w poll).
@@ -47,8 +48,12 @@ SERVE='case $FMT in
  null) set -- --blockdev driver=null-co,node-name=n,size=$SIZE,read-zeroes=${NULL_ZEROES:-off};;
  *) set -- --blockdev driver=file,filename=$IMG,node-name=f,cache.direct=$DIRECT,aio=$AIO,discard=unmap,cache.no-flush=${NOFLUSH:-off} --blockdev driver=$FMT,file=f,node-name=n,discard=unmap${QCOW2_OPTS:+,$QCOW2_OPTS};;
 esac
-exec $DAEMON "$@" --object iothread,id=io0${IOTHREAD_OPTS:+,$IOTHREAD_OPTS} --export type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path=$SOCK,writable=on,iothread=io0,num-queues=$NQ'
-CMD_A="export RUST_LOG=warn; DAEMON=\$BLKD; $SERVE" CMD_B="DAEMON=\$QSD; $SERVE"
+threads=iothread=io0
+set -- "$@" --object iothread,id=io0${IOTHREAD_OPTS:+,$IOTHREAD_OPTS}
+[ "$N" -gt 1 ] && { threads=iothread.0=io0; for t in $(seq 1 $((N - 1))); do
+  set -- "$@" --object iothread,id=io$t${IOTHREAD_OPTS:+,$IOTHREAD_OPTS}; threads=$threads,iothread.$t=io$t; done; }
+exec $DAEMON "$@" --export type=vhost-user-blk,id=e,node-name=n,addr.type=unix,addr.path=$SOCK,writable=on,$threads,num-queues=$NQ'
+CMD_A="export RUST_LOG=warn; DAEMON=\$BLKD; N=\${IOTHREADS:-1}; $SERVE" CMD_B="DAEMON=\$QSD; N=1; $SERVE"
 while getopts r:s:c:i:o:w:ka:b:n:m:d:h x; do case $x in
  r) RUNS=$OPTARG;; s) SECS=$OPTARG;; c) CASES=$OPTARG;; i) IMAGES=$OPTARG;; o) OUT=$OPTARG;;
  w) WAIT=$OPTARG;; k) KEEP=1;; a) CMD_A=$OPTARG;; b) CMD_B=$OPTARG;; n) NAME_A=$OPTARG;; m) NAME_B=$OPTARG;;
@@ -107,38 +112,70 @@ one() { # one WHICH CASE IMAGE RUN -> appends json
   local which=$1 case=$2 img=$3 run=$4 rw bs qd nq cmd extra=()
   IFS=: read -r rw bs qd nq <<< "$case"
   NQ=$nq; SOCK=$DIR/s.$which; rm -f "$SOCK"
-  image "$img"
-  [ "$which" = a ] && cmd=$CMD_A || cmd=$CMD_B
+  local side_img=$img
+  case $img in *+*) [ "$which" = a ] && side_img=${img%+*} || side_img=${img#*+};; esac
+  image "$side_img"
+  case $which in fio-*) one_fio "${which#fio-}" "$rw" "$bs" "$qd"; record; return;; esac
+  [ "$which" = b ] && [ "$side_img" = "$img" ] && cmd=$CMD_B || cmd=$CMD_A
   export SOCK IMG FMT DIRECT AIO NQ SIZE
   local rt=(); [ -n "${RT:-}" ] && [ "$WAIT" = block ] && rt=(chrt -f 1)
   if [ -n "${PIN_BE-1}" ]; then "${rt[@]}" taskset -c "${PIN_BE-1}" bash -c "$cmd" & else "${rt[@]}" bash -c "$cmd" & fi
   BE=$!
   # fresh images: stop within the image; never rewrite allocated clusters
-  case $img in *-empty) local b=$(numfmt --from=iec "${bs^^}"); local n=$((SIZE / b / nq)); [ "$n" -gt "${EMPTY_OPS:-8192}" ] && n=${EMPTY_OPS:-8192}; extra=(--ops "$n");;
+  case $side_img in *-empty) local b=$(numfmt --from=iec "${bs^^}"); local n=$((SIZE / b / nq)); [ "$n" -gt "${EMPTY_OPS:-8192}" ] && n=${EMPTY_OPS:-8192}; extra=(--ops "$n");;
    *-1t) extra=(--stride 64M --stride-len 64k);; esac
   local line
   [ -n "${WARM:-}" ] && timeout 60 "$BENCH" --socket "$SOCK" --pin 0 $WARM ${BENCH_EXTRA:-} >/dev/null
-  line=$("${rt[@]}" timeout 60 "$BENCH" --socket "$SOCK" --rw "$rw" --bs "$bs" --iodepth "$qd" --queues "$nq" --threads 1 --wait "$WAIT" --seconds "$SECS" --ramp "${RAMP:-0.2}" \
-     --pin "${PIN_FE-0}" --backend-pid "$BE" --json "${extra[@]}" ${BENCH_EXTRA:-}) || line='{"iops":0,"errors":1}'
+  line=$("${rt[@]}" timeout 60 "$BENCH" --socket "$SOCK" --rw "$rw" --bs "$bs" --iodepth "$qd" --queues "$nq" --threads "${FE_THREADS:-1}" --wait "$WAIT" --seconds "$SECS" --ramp "${RAMP:-0.2}" \
+     ${PIN_FE_ARGS[@]+"${PIN_FE_ARGS[@]}"} --backend-pid "$BE" --json "${extra[@]}" ${BENCH_EXTRA:-}) || line='{"iops":0,"errors":1}'
   kill "$BE" 2>/dev/null
   for _ in $(seq 1 100); do kill -0 "$BE" 2>/dev/null || break; sleep 0.02; done
   kill -9 "$BE" 2>/dev/null; wait "$BE" 2>/dev/null; BE=
-  echo "{\"side\":\"$which\",\"image\":\"$img\",\"case\":\"$case\",\"run\":$run,${line#\{}" >> "$OUT"
+  record
 }
+record() { echo "{\"side\":\"$which\",\"image\":\"$img\",\"case\":\"$case\",\"run\":$run,${line#\{}" >> "$OUT"; }
+# one_fio ENGINE RW BS QD -> sets line; the file itself, from the back-end's CPU
+one_fio() {
+  local pin=(); [ -n "${PIN_BE-1}" ] && pin=(taskset -c "${PIN_BE-1}")
+  local direct=0; [ "$DIRECT" = on ] && direct=1
+  line=$("${pin[@]}" timeout 60 fio --name=f --filename="$IMG" --thread=1 --ioengine="$1" --rw="$2" --bs="$3" --iodepth="$4" \
+    --direct=$direct --time_based --runtime="$SECS" --ramp_time="${RAMP:-0.2}" --norandommap --randrepeat=0 --invalidate=0 \
+    --output-format=json 2>/dev/null | python3 -c '
+import json, sys
+text = sys.stdin.read()
+job = json.loads(text[text.index("{"):])["jobs"][0]
+ran = max((job["read"], job["write"]), key=lambda side: side["total_ios"])
+cpu = (job["usr_cpu"] + job["sys_cpu"]) / 100
+percentile = ran["clat_ns"].get("percentile", {})
+us = lambda key: percentile.get(key, 0) / 1000
+print(json.dumps({"iops": ran["iops"], "mibs": ran["bw_bytes"] / 2**20, "errors": job["error"],
+  "be_ns_per_io": cpu * 1e9 / max(ran["iops"], 1), "lat_p50_us": us("50.000000"), "lat_p99_us": us("99.000000")}))') \
+    || line='{"iops":0,"errors":1}'
+}
+# fio_sides IMAGE RW -> the engines that fit
+fio_sides() {
+  [ "${FIO:-on}" = on ] && command -v fio >/dev/null || return 0
+  case $2 in randread|read|randwrite|write) ;; *) return 0;; esac
+  case $1 in shm-raw) echo fio-psync fio-mmap;; ext4-raw) echo fio-io_uring;; esac
+}
+PIN_FE_ARGS=(); [ -n "${PIN_FE-0}" ] && PIN_FE_ARGS=(--pin "${PIN_FE-0}")
 : > "$OUT"
 for img in ${IMAGES//,/ }; do for c in ${CASES//,/ }; do
   for r in $(seq 1 "$RUNS"); do
-    if [ $((r % 2)) = 1 ]; then one a "$c" "$img" "$r"; one b "$c" "$img" "$r"; else one b "$c" "$img" "$r"; one a "$c" "$img" "$r"; fi
+    order="a b $(fio_sides "$img" "${c%%:*}")"
+    [ $((r % 2)) = 1 ] || order=$(printf '%s\n' $order | tac)
+    for side in $order; do one "$side" "$c" "$img" "$r"; done
   done
   python3 - "$OUT" "$img" "$c" "$NAME_A" "$NAME_B" <<'P'
 import json, sys, statistics as st
 f, img, case, na, nb = sys.argv[1:]
 R = [json.loads(l) for l in open(f)]
 R = [r for r in R if r["image"] == img and r["case"] == case]
+if "+" in img: na, nb = img.split("+")
 by = lambda s: {r["run"]: r for r in R if r["side"] == s}
 A, B = by("a"), by("b")
 def col(k, D): return [D[i].get(k, 0) for i in sorted(D)]
-def ratio(k):
+def ratio(k, B=B):
     v = [A[i].get(k, 0) / B[i][k] for i in sorted(A) if i in B and B[i].get(k)]
     return (st.median(v), min(v), max(v)) if v else (0, 0, 0)
 i, n, p = ratio("iops"), ratio("be_ns_per_io"), ratio("lat_p50_us")
@@ -146,6 +183,10 @@ e = sum(r.get("errors", 1) for r in R)
 print("%-16s %-22s IOPS %s %.0f %s %.0f ratio %.2f (%.2f..%.2f) | p50us %.1f %.1f (%.2f) p99us %.0f %.0f | be ns/io %.0f %.0f ratio %.2f%s" % (
   img, case, na, st.median(col("iops", A)), nb, st.median(col("iops", B)), *i, st.median(col("lat_p50_us", A)), st.median(col("lat_p50_us", B)), p[0],
   st.median(col("lat_p99_us", A)), st.median(col("lat_p99_us", B)), st.median(col("be_ns_per_io", A)), st.median(col("be_ns_per_io", B)), n[0], "  ERRORS %d" % e if e else ""), flush=True)
+for side in sorted({r["side"] for r in R} - {"a", "b"}):
+    F = by(side)
+    print("%-16s %-22s IOPS %s %.0f ratio %.2f (%.2f..%.2f) | p50us %.1f | ns/io %.0f" % (
+      "", "", side, st.median(col("iops", F)), *ratio("iops", F), st.median(col("lat_p50_us", F)), st.median(col("be_ns_per_io", F))), flush=True)
 sys.exit(1 if e else 0)
 P
   [ $? = 0 ] || FAILED=1

@@ -11,6 +11,8 @@ pub(crate) struct Usage {
     pub(crate) sleeps: u64,
     /// Resident memory in KiB.
     pub(crate) resident_kib: u64,
+    /// What of it is the process' own, in KiB: mapped files and guest memory do not count.
+    pub(crate) anonymous_kib: u64,
     /// Threads.
     pub(crate) threads: u64,
 }
@@ -34,6 +36,7 @@ impl Usage {
         }
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         usage.resident_kib = field(&status, "VmRSS:");
+        usage.anonymous_kib = field(&status, "RssAnon:");
         usage.threads = field(&status, "Threads:");
         usage
     }

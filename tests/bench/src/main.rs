@@ -348,7 +348,8 @@ fn report(arguments: &Arguments, job: &Job, outcome: &Outcome) {
             "kicks": kicks, "interrupts": interrupts,
             "be_ns_per_io": cpu_per_request, "be_cpu_s": cpu_ns as f64 / 1e9,
             "be_sleeps": outcome.after.sleeps.saturating_sub(outcome.before.sleeps),
-            "be_rss_kib": outcome.after.resident_kib, "be_threads": outcome.after.threads,
+            "be_rss_kib": outcome.after.resident_kib,
+            "be_anon_kib": outcome.after.anonymous_kib, "be_threads": outcome.after.threads,
         });
         println!("{result}");
     } else {
