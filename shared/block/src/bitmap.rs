@@ -19,10 +19,12 @@
 //! Must not know: where bitmaps are stored ([`BitmapStore`] is the seam), nor jobs.
 
 mod dirty;
+pub mod ops;
 mod set;
 mod words;
 
 pub use dirty::{BitmapOptions, DirtyBitmap, SavedBits, Unusable};
+pub use ops::NewBitmap;
 pub use set::{BitmapSet, Consumed, Recording};
 
 use crate::driver::BoxFuture;

@@ -296,6 +296,11 @@ impl Node {
         !self.users.is_empty()
     }
 
+    /// Whether another node uses the node.
+    pub fn has_parent_node(&self) -> bool {
+        self.users.has_node()
+    }
+
     pub(crate) fn users(&self) -> &Users {
         &self.users
     }

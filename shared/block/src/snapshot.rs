@@ -49,7 +49,7 @@ pub struct NewSnapshot {
 }
 
 impl NewSnapshot {
-    /// A snapshot of this moment.
+    /// A snapshot of this moment, to the microsecond.
     pub fn now(name: impl Into<String>) -> Self {
         let since = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
@@ -57,7 +57,7 @@ impl NewSnapshot {
         Self {
             name: name.into(),
             date_seconds: since.as_secs() as u32,
-            date_ns: since.subsec_nanos(),
+            date_ns: since.subsec_micros() * 1000,
             ..Self::default()
         }
     }
@@ -90,6 +90,8 @@ pub fn find_by_id_or_name<'l>(list: &'l [SnapshotInfo], text: &str) -> Option<&'
 
 /// The snapshots of an open image. Called by the control thread; requests run meanwhile.
 pub trait Snapshots {
+    /// Whether this image can have snapshots at all; `Unsupported` with the reason when not.
+    fn check(&self) -> Result<()>;
     /// All snapshots, oldest first.
     fn list(&self) -> Vec<SnapshotInfo>;
     /// Takes a snapshot of the disk as it is; every write completed before the call is in it.

@@ -6,7 +6,7 @@ use block::BoxFuture;
 use qmp::{Arguments, Command, CommandTable, Result, Value, json};
 
 use crate::engine::Engine;
-use crate::{exports, nodes, objects};
+use crate::{bitmaps, exports, nodes, objects, snapshots};
 
 /// What runs a command. The future runs on the control thread.
 pub type Handler = for<'a> fn(&'a Rc<Engine>, Arguments) -> BoxFuture<'a, Result<Value>>;
@@ -22,24 +22,40 @@ macro_rules! commands {
 }
 
 const COMMANDS: &[Command<Handler>] = commands! {
+    "block-dirty-bitmap-add" => bitmaps::add,
+    "block-dirty-bitmap-clear" => bitmaps::clear,
+    "block-dirty-bitmap-disable" => bitmaps::disable,
+    "block-dirty-bitmap-enable" => bitmaps::enable,
+    "block-dirty-bitmap-merge" => bitmaps::merge,
+    "block-dirty-bitmap-remove" => bitmaps::remove,
     "block-export-add" => exports::block_export_add,
     "block-export-del" => exports::block_export_del,
     "block_resize" => nodes::block_resize,
     "blockdev-add" => nodes::blockdev_add,
     "blockdev-del" => nodes::blockdev_del,
+    "blockdev-snapshot-delete-internal-sync" => snapshots::delete,
+    "blockdev-snapshot-internal-sync" => snapshots::create,
     "object-add" => objects::object_add,
     "object-del" => objects::object_del,
+    "query-block" => query_block,
     "query-block-exports" => exports::query_block_exports,
     "query-commands" => query_commands,
     "query-iothreads" => objects::query_iothreads,
     "query-named-block-nodes" => nodes::query_named_block_nodes,
     "query-version" => query_version,
     "quit" => quit,
+    "x-debug-block-dirty-bitmap-sha256" => bitmaps::sha256,
 };
 
 /// The table of all commands.
 pub fn table() -> CommandTable<Handler> {
     CommandTable::new([COMMANDS])
+}
+
+/// Devices are the system emulator's; there are none here.
+async fn query_block(_engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {
+    arguments.finish()?;
+    Ok(json!([]))
 }
 
 async fn query_version(engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {

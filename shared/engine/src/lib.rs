@@ -15,6 +15,7 @@
 //!
 //! Must not know: sockets of monitors, the command line, what a format or protocol does.
 
+mod bitmaps;
 pub mod catalogue;
 pub mod commands;
 mod engine;
@@ -23,6 +24,7 @@ mod exports;
 mod iothread;
 mod nodes;
 mod objects;
+mod snapshots;
 
 pub use block::graph::NamePolicy;
 pub use engine::{Engine, EngineOptions, EventSink};

@@ -130,6 +130,11 @@ fn describe(node: &Node, flat: bool) -> Value {
         "iops": 0,
         "bps_wr": 0,
         "write_threshold": 0,
+    });
+    if let Some(bitmaps) = crate::bitmaps::describe(node) {
+        info["dirty-bitmaps"] = bitmaps;
+    }
+    let rest = json!({
         "encrypted": false,
         "bps": 0,
         "bps_rd": 0,
@@ -140,6 +145,9 @@ fn describe(node: &Node, flat: bool) -> Value {
         },
         "file": filename,
     });
+    if let (Value::Object(info), Value::Object(rest)) = (&mut info, rest) {
+        info.extend(rest);
+    }
     if let Some(backing) = backing(node) {
         info["backing_file"] = backing.driver().filename().into();
     }

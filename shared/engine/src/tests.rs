@@ -140,6 +140,116 @@ fn descriptors_are_found_by_name_and_number_and_only_when_handed_over() {
 }
 
 #[test]
+fn bitmaps_are_changed_under_qemus_conditions() {
+    on_executor(async {
+        let engine = engine();
+        for (name, size) in [("n", 1 << 20), ("m", 2 << 20)] {
+            let node = json!({"driver": "null-co", "node-name": name, "size": size});
+            run(&engine, "blockdev-add", node).await.unwrap();
+        }
+        let refused = [
+            (
+                "add",
+                json!({"node": "x", "name": "b"}),
+                "Cannot find device='x' nor node-name='x'",
+            ),
+            (
+                "add",
+                json!({"node": "n", "name": ""}),
+                "Bitmap name cannot be empty",
+            ),
+            (
+                "add",
+                json!({"node": "n", "name": "b", "granularity": 513}),
+                "Granularity must be power of 2 and at least 512",
+            ),
+            (
+                "add",
+                json!({"node": "n", "name": "b", "granularity": -512}),
+                "Parameter 'granularity' expects uint32_t",
+            ),
+            (
+                "add",
+                json!({"node": "n", "name": "b", "persistent": true}),
+                "Can't store persistent bitmaps to n: Operation not supported",
+            ),
+            (
+                "clear",
+                json!({"node": "x", "name": "b"}),
+                "Node 'x' not found",
+            ),
+            (
+                "remove",
+                json!({"node": "n", "name": "b"}),
+                "Dirty bitmap 'b' not found",
+            ),
+            (
+                "merge",
+                json!({"node": "n", "target": "a", "bitmaps": [{"node": "m", "name": "a"}]}),
+                "Bitmaps are of different sizes (destination size is 1048576, source size is \
+                 2097152) and can't be merged",
+            ),
+        ];
+        for node in ["n", "m"] {
+            let add = json!({"node": node, "name": "a"});
+            run(&engine, "block-dirty-bitmap-add", add).await.unwrap();
+        }
+        for (command, arguments, expected) in refused {
+            let command = format!("block-dirty-bitmap-{command}");
+            let error = run(&engine, &command, arguments).await.unwrap_err();
+            assert_eq!(error, expected);
+        }
+        let add = json!({"node": "n", "name": "b", "granularity": 512, "disabled": true});
+        run(&engine, "block-dirty-bitmap-add", add).await.unwrap();
+        let node = engine.graph.node("n").unwrap();
+        let root = block::Root::new(
+            "writer",
+            &node,
+            block::Permissions::READ_WRITE,
+            block::Permissions::ALL,
+        );
+        let handle = root.unwrap().attach();
+        let zeroes = block::ByteRange::new(4096, 1);
+        handle
+            .write_zeroes(zeroes, block::ZeroFlags::default())
+            .await
+            .unwrap();
+        let merge = json!({"node": "n", "target": "b", "bitmaps": ["a"]});
+        run(&engine, "block-dirty-bitmap-merge", merge)
+            .await
+            .unwrap();
+        let nodes = run(&engine, "query-named-block-nodes", json!({}))
+            .await
+            .unwrap();
+        let described = nodes
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|node| node["node-name"] == "n");
+        let expected = json!([
+            {"name": "b", "recording": false, "persistent": false, "busy": false,
+             "granularity": 512, "count": 65536},
+            {"name": "a", "recording": true, "persistent": false, "busy": false,
+             "granularity": 65536, "count": 65536},
+        ]);
+        assert_eq!(described.unwrap()["dirty-bitmaps"], expected);
+        let named = json!({"node": "n", "name": "a"});
+        let sum = run(&engine, "x-debug-block-dirty-bitmap-sha256", named.clone()).await;
+        let one = "7c9fa136d4413fa6173637e883b6998d32e1d675f88cddff9dcbcf331820f4b8";
+        assert_eq!(sum.unwrap()["sha256"], one);
+        run(&engine, "block-dirty-bitmap-remove", named)
+            .await
+            .unwrap();
+        let snapshot = json!({"device": "n", "name": "s"});
+        let error = run(&engine, "blockdev-snapshot-internal-sync", snapshot).await;
+        assert_eq!(
+            error.unwrap_err(),
+            "Block format 'null-co' used by device 'n' does not support internal snapshots"
+        );
+    });
+}
+
+#[test]
 fn options_and_json_run_the_same_command() {
     on_executor(async {
         let engine = engine();

@@ -62,6 +62,11 @@ impl Unusable {
         read_only: true,
         inconsistent: true,
     };
+    /// A bitmap that cannot be changed may be read.
+    pub const BUSY_OR_INCONSISTENT: Self = Self {
+        read_only: false,
+        ..Self::ANY
+    };
     /// An inconsistent bitmap may be removed.
     pub const BUSY_OR_READ_ONLY: Self = Self {
         inconsistent: false,
@@ -332,6 +337,11 @@ impl DirtyBitmap {
         self.busy.store(false, Release);
     }
 
+    /// The successor that records in its place while it is frozen.
+    pub fn successor_of(&self) -> Option<Arc<DirtyBitmap>> {
+        self.successor().clone()
+    }
+
     pub(super) fn successor(&self) -> MutexGuard<'_, Option<Arc<DirtyBitmap>>> {
         self.successor
             .lock()
@@ -353,8 +363,7 @@ impl DirtyBitmap {
         }
         if unusable.inconsistent && self.is_inconsistent() {
             let message = format!("Bitmap '{name}' is inconsistent and cannot be used");
-            let hint =
-                format!("Try block-dirty-bitmap-remove to delete this bitmap from disk: '{name}'");
+            let hint = "Try block-dirty-bitmap-remove to delete this bitmap from disk";
             return Err(Error::new(ErrorKind::Corrupt, message).with_hint(hint));
         }
         Ok(())

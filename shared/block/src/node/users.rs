@@ -115,6 +115,13 @@ impl Users {
             .any(|entry| entry.user.name == crate::root::EDGE_NAME)
     }
 
+    /// Whether some user is a node.
+    pub(crate) fn has_node(&self) -> bool {
+        self.list()
+            .iter()
+            .any(|entry| entry.user.name != crate::root::EDGE_NAME)
+    }
+
     pub(crate) fn listen(&self, id: u64, listener: Listener) {
         let mut list = self.list();
         if let Some(entry) = list.iter_mut().find(|entry| entry.user.id == id) {
