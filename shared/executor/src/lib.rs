@@ -37,6 +37,7 @@ pub mod sync;
 mod task;
 pub mod time;
 mod turn;
+pub mod word_arena;
 pub mod workers;
 
 pub use buffer::{Buffer, HeapBuffer};
@@ -46,3 +47,4 @@ pub use op::after_abandoned;
 pub use pool::TaskPool;
 pub use runtime::{Config, Executor, Handle, JoinHandle, Poller, spawn};
 pub use shared_memory::SharedMemory;
+pub use word_arena::WordArena;

@@ -10,7 +10,7 @@ use block::{
     Preallocation, RedoLog, Resize, Root, RootHandle, WriteFlags, ZeroFlags,
 };
 use executor::{Config, Executor};
-use formats::qcow2::{OpenOptions, Qcow2};
+use formats::qcow2::{CacheOptions, OpenOptions, Qcow2};
 use std::cell::LazyCell;
 use std::sync::Arc;
 
@@ -75,8 +75,11 @@ impl Disk {
         });
         let options = OpenOptions {
             read_only: script.read_only,
-            l2_cache: script.cache_bytes,
-            refcount_cache: script.cache_bytes,
+            caches: CacheOptions {
+                l2: Some(script.cache_bytes),
+                refcounts: Some(script.cache_bytes),
+                ..CacheOptions::default()
+            },
             log: RedoLog::in_memory(LOG_RECORDS),
         };
         let image = Qcow2::open(file, backing, options).await.ok()?;

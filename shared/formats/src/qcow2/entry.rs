@@ -1,8 +1,9 @@
 //! The driver's line in the table of formats: options and children of a qcow2 node.
 
-use super::Qcow2;
+use super::cache::clean_regularly;
 use super::header::{Header, MAGIC};
 use super::open::{OpenOptions, read_header};
+use super::{CacheOptions, Qcow2};
 use block::open::ChildRole;
 use block::{BoxFuture, Driver, DriverEntry, Edge, Error, FormatNode, OpenRequest, Purpose};
 
@@ -27,12 +28,13 @@ async fn open_node(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>, Err
         read_only: request.node().read_only,
         ..OpenOptions::default()
     };
-    if let Some(size) = request.take_size("l2-cache-size")? {
-        options.l2_cache = size;
-    }
-    if let Some(size) = request.take_size("refcount-cache-size")? {
-        options.refcount_cache = size;
-    }
+    options.caches = CacheOptions {
+        total: request.take_size("cache-size")?,
+        l2: request.take_size("l2-cache-size")?,
+        l2_entry: request.take_size("l2-cache-entry-size")?,
+        refcounts: request.take_size("refcount-cache-size")?,
+        clean_interval_s: request.take_size("cache-clean-interval")?,
+    };
     // Refcounts are kept exact whatever the image or the user asks: it costs nothing here.
     request.take_bool("lazy-refcounts")?;
     let file = request.required_child("file", ChildRole::Image).await?;
@@ -45,7 +47,13 @@ async fn open_node(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>, Err
     if !options.read_only {
         options.log = request.redo_log(&file)?;
     }
+    let clean_interval = options.caches.clean_interval()?;
     let image = Qcow2::open_parsed(file, backing, header, options).await?;
+    if let Some(interval) = clean_interval {
+        for cache in [&image.l2, &image.refcounts] {
+            drop(executor::spawn(clean_regularly(cache, interval)));
+        }
+    }
     Ok(Box::new(FormatNode::new(image)))
 }
 

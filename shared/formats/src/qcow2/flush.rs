@@ -13,7 +13,7 @@
 //! that step 2 did not cover. Slices stay in the cache until their copy is written. One flush runs
 //! at a time; those that waited share the result of one that began after they asked.
 
-use super::cache::DirtySlice;
+use super::cache::{DirtySlice, TableCache};
 use super::reclaim::Freed;
 use super::tables::{HostOffset, OFFSET_MASK};
 use super::{Qcow2, SECTOR, State};
@@ -151,6 +151,25 @@ impl Qcow2 {
         HostOffset(table + self.geometry.l2_slice_offset(index))
     }
 
+    /// Writes dirty slices of a cache, several at once, in order of place. Each is copied when its
+    /// turn comes.
+    async fn write_slices(
+        &self,
+        cache: &TableCache,
+        mut slices: Vec<(HostOffset, &DirtySlice)>,
+    ) -> Result<(), Errno> {
+        slices.sort_unstable_by_key(|(place, _)| *place);
+        for batch in slices.chunks(MAX_WRITES) {
+            let copies: Vec<(u64, Vec<u8>)> = batch
+                .iter()
+                .map(|(place, slice)| (place.0, cache.copy(slice)))
+                .collect();
+            let pieces = copies.iter().map(|(place, bytes)| (*place, &bytes[..]));
+            self.write_pieces(pieces.collect()).await?;
+        }
+        Ok(())
+    }
+
     /// Writes pieces of metadata, several at once, in order of place.
     async fn write_pieces(&self, mut pieces: Vec<(u64, &[u8])>) -> Result<(), Errno> {
         pieces.sort_unstable_by_key(|(offset, _)| *offset);
@@ -173,13 +192,11 @@ impl Snapshot<'_> {
         let file = image.file.node();
         let refcounts = {
             let state = image.state();
-            let place = |slice: &DirtySlice| image.refcount_slice_place(&state, slice.index).0;
-            let pieces = self.refcounts.iter();
-            pieces
-                .map(|slice| (place(slice), slice.bytes.as_slice()))
-                .collect()
+            let place = |slice: &DirtySlice| image.refcount_slice_place(&state, slice.index);
+            let slices = self.refcounts.iter();
+            slices.map(|slice| (place(slice), slice)).collect()
         };
-        image.write_pieces(refcounts).await?;
+        image.write_slices(&image.refcounts, refcounts).await?;
         file.flush().await?;
         if !self.refcount_table.sectors.is_empty() {
             image.write_pieces(self.refcount_table.pieces()).await?;
@@ -187,8 +204,8 @@ impl Snapshot<'_> {
         }
         if !self.l2.is_empty() {
             let l2 = self.l2.iter();
-            let pieces = l2.map(|slice| (image.l2_slice_place(slice.index).0, &slice.bytes[..]));
-            image.write_pieces(pieces.collect()).await?;
+            let slices = l2.map(|slice| (image.l2_slice_place(slice.index), slice));
+            image.write_slices(&image.l2, slices.collect()).await?;
             file.flush().await?;
         }
         if !self.l1.sectors.is_empty() {

@@ -1,10 +1,10 @@
 //! Where the guest's bytes are: the synchronous lookup on cached L2 slices, and its slow twin.
 
 use super::Qcow2;
-use super::cache::Pinned;
+use super::cache::{Pinned, ReadClaim, View};
 use super::tables::{GuestCluster, HostOffset, L2Entry, L2Kind, OFFSET_MASK};
 use block::{ByteRange, Extent, Lookup, Mapping};
-use executor::Errno;
+use executor::{Buffer, Errno};
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
 
 impl Qcow2 {
@@ -20,7 +20,7 @@ impl Qcow2 {
         let Some(view) = self.l2.view(geometry.entry_position(cluster).slice) else {
             return Lookup::Miss;
         };
-        match self.extent(range, |entry| view.word(entry)) {
+        match self.extent(range, &view) {
             Some(extent) if view.is_valid() => Lookup::Hit(extent),
             _ => Lookup::Miss,
         }
@@ -28,18 +28,53 @@ impl Qcow2 {
 
     /// Maps the start of `range`, reading its L2 slice when it is not cached.
     pub(super) async fn resolve_mapping(&self, range: ByteRange) -> Result<Extent, Errno> {
+        let cluster = self.geometry.guest_cluster(range.offset);
+        let slice = self.geometry.entry_position(cluster).slice;
         if let Lookup::Hit(extent) = self.lookup_cached(range) {
             return Ok(extent);
         }
-        let cluster = self.geometry.guest_cluster(range.offset);
         let _loading = self.table_loads.lock_shared(0..1).await;
-        let Some(slice) = self.load_l2(cluster).await? else {
-            return Ok(self.unmapped_by_l1(range));
-        };
-        match self.extent(range, |entry| slice.word(entry)) {
+        loop {
+            if let Lookup::Hit(extent) = self.lookup_cached(range) {
+                return Ok(extent);
+            }
+            let Some(place) = self.l2_slice_on_disk(cluster).await? else {
+                continue;
+            };
+            match self.l2.claim_read(slice) {
+                ReadClaim::Present => return self.resolve_pinned(range).await,
+                ReadClaim::Vacant(loading) => {
+                    let buffer = Buffer::zeroed(self.l2.slice_bytes());
+                    self.file.node().read(place.0, buffer.clone()).await?;
+                    let words = loading.complete(&buffer.to_heap());
+                    return self.extent_or_error(range, words.as_slice()).await;
+                }
+                ReadClaim::Busy => {
+                    self.l2.wait_unless(|cache| cache.is_readable(slice)).await;
+                }
+            }
+        }
+    }
+
+    /// The look-up for a slice that changed hands meanwhile, or has an invalid entry.
+    async fn resolve_pinned(&self, range: ByteRange) -> Result<Extent, Errno> {
+        let cluster = self.geometry.guest_cluster(range.offset);
+        match self.load_l2(cluster).await? {
+            Some(slice) => self.extent_or_error(range, &slice).await,
+            None => Ok(self.unmapped_by_l1(range)),
+        }
+    }
+
+    async fn extent_or_error(
+        &self,
+        range: ByteRange,
+        entries: &(impl Entries + ?Sized),
+    ) -> Result<Extent, Errno> {
+        match self.extent(range, entries) {
             Some(extent) => Ok(extent),
             None => {
-                let entry = slice.word(self.geometry.entry_position(cluster).entry);
+                let cluster = self.geometry.guest_cluster(range.offset);
+                let entry = entries.word(self.geometry.entry_position(cluster).entry);
                 Err(self.invalid_entry(cluster, entry).await)
             }
         }
@@ -47,6 +82,15 @@ impl Qcow2 {
 
     /// The slice that maps `cluster`; `None` when there is no L2 table.
     pub(super) async fn load_l2(&self, cluster: GuestCluster) -> Result<Option<Pinned<'_>>, Errno> {
+        let slice = self.geometry.entry_position(cluster).slice;
+        match self.l2_slice_on_disk(cluster).await? {
+            Some(offset) => self.load(&self.l2, slice, offset).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Where the slice that maps `cluster` is in the file; `None` when there is no L2 table.
+    async fn l2_slice_on_disk(&self, cluster: GuestCluster) -> Result<Option<HostOffset>, Errno> {
         let slice = self.geometry.entry_position(cluster).slice;
         let l1_index = self.geometry.l1_index(cluster);
         let table = self.l1.entry(l1_index) & OFFSET_MASK;
@@ -57,8 +101,8 @@ impl Qcow2 {
             let what = format!("L2 table offset {table:#x} unaligned (L1 index {l1_index:#x})");
             return Err(self.corruption(what).await);
         }
-        let offset = HostOffset(table + self.geometry.l2_slice_offset(slice));
-        self.load(&self.l2, slice, offset).await.map(Some)
+        let offset = table + self.geometry.l2_slice_offset(slice);
+        Ok(Some(HostOffset(offset)))
     }
 
     pub(super) async fn invalid_entry(&self, cluster: GuestCluster, entry: u64) -> Errno {
@@ -83,7 +127,7 @@ impl Qcow2 {
     /// The longest extent of one kind at the start of `range`, within one slice; `None` when its
     /// first entry is invalid.
     #[inline]
-    fn extent(&self, range: ByteRange, word: impl Fn(usize) -> u64) -> Option<Extent> {
+    fn extent(&self, range: ByteRange, entries: &(impl Entries + ?Sized)) -> Option<Extent> {
         let geometry = &self.geometry;
         let cluster_size = geometry.cluster_size();
         let cluster = geometry.guest_cluster(range.offset);
@@ -93,16 +137,8 @@ impl Qcow2 {
             .saturating_add(range.length)
             .div_ceil(cluster_size);
         let most = wanted.min(geometry.l2_slice_end(cluster).0 - cluster.0) as usize;
-        let first = L2Entry(word(position.entry));
-        let run = |step: u64| {
-            let mut count = 1;
-            while count < most
-                && word(position.entry + count) == first.0.wrapping_add(step * count as u64)
-            {
-                count += 1;
-            }
-            count as u64
-        };
+        let first = L2Entry(entries.word(position.entry));
+        let run = |step: u64| entries.run(position.entry, most, step) as u64;
         let (count, mapping) = match first.kind(geometry) {
             L2Kind::Invalid => return None,
             L2Kind::Unallocated => (run(0), Mapping::Unallocated),
@@ -126,5 +162,41 @@ impl Qcow2 {
             mapping,
             in_place,
         })
+    }
+}
+
+/// Entries of an L2 slice, in whatever form they are.
+trait Entries {
+    fn word(&self, index: usize) -> u64;
+    /// How many entries from `index` on, `most` at most, are evenly `step` apart; at least one.
+    fn run(&self, index: usize, most: usize, step: u64) -> usize {
+        let first = self.word(index);
+        let is_next = |count: &usize| {
+            self.word(index + count) == first.wrapping_add(step.wrapping_mul(*count as u64))
+        };
+        1 + (1..most).take_while(is_next).count()
+    }
+}
+
+impl Entries for View<'_> {
+    #[inline]
+    fn word(&self, index: usize) -> u64 {
+        self.word(index)
+    }
+    #[inline]
+    fn run(&self, index: usize, most: usize, step: u64) -> usize {
+        self.run(index, most, step)
+    }
+}
+
+impl Entries for Pinned<'_> {
+    fn word(&self, index: usize) -> u64 {
+        self.word(index)
+    }
+}
+
+impl Entries for [u64] {
+    fn word(&self, index: usize) -> u64 {
+        self[index]
     }
 }

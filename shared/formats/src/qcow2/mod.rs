@@ -47,6 +47,7 @@ mod tests;
 mod write;
 mod zero;
 
+pub use cache::options::CacheOptions;
 pub use create::{CreateOptions, create};
 pub use entry::ENTRY;
 pub use open::OpenOptions;
@@ -82,8 +83,8 @@ pub struct Qcow2 {
     /// Bytes of the file that hold or may hold clusters; a multiple of the cluster size.
     host_end: AtomicU64,
     l1: L1Table,
-    l2: TableCache,
-    refcounts: TableCache,
+    l2: Arc<TableCache>,
+    refcounts: Arc<TableCache>,
     state: Mutex<State>,
     /// Serialises what adds tables: L2 tables, refcount blocks, the refcount table, resizing.
     structure: AsyncMutex<()>,

@@ -4,7 +4,8 @@
 //! replay of the redo log). A read-only image needs nothing but the L1 table.
 
 use super::alloc::Allocator;
-use super::cache::{MAX_SLICES, TableCache};
+use super::cache::options::CacheOptions;
+use super::cache::{Content, MAX_SLICES, TableCache};
 use super::header::{AUTOCLEAR_BITMAPS, Header, field, incompatible};
 use super::l1::L1Table;
 use super::overlap::{Fixed, MetadataMap};
@@ -16,15 +17,9 @@ use super::{Qcow2, RefcountTable, State, read_bytes};
 use block::redo_log::RedoLog;
 use block::{Edge, Error, ErrorKind};
 use executor::sync::{Mutex as AsyncMutex, RangeLock};
-use std::sync::Mutex;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
 
-/// Default memory for L2 tables, in bytes.
-const DEFAULT_L2_CACHE: u64 = 32 << 20;
-/// Default memory for refcount blocks, in bytes.
-const DEFAULT_REFCOUNT_CACHE: u64 = 4 << 20;
-/// Most memory that options may ask for one cache, in bytes.
-const MAX_CACHE: u64 = 4 << 30;
 /// log2 of the bytes of a table that are cached as one, unless tables are smaller or too many.
 const SLICE_BITS: u32 = 12;
 /// How much of a long table is read at once, in bytes.
@@ -34,10 +29,8 @@ const READ_STEP: u64 = 1 << 20;
 pub struct OpenOptions {
     /// Nothing is written to the file.
     pub read_only: bool,
-    /// Memory for L2 tables in bytes.
-    pub l2_cache: u64,
-    /// Memory for refcount blocks in bytes.
-    pub refcount_cache: u64,
+    /// Memory for metadata.
+    pub caches: CacheOptions,
     /// Where metadata changes survive a kill.
     pub log: RedoLog,
 }
@@ -46,8 +39,7 @@ impl Default for OpenOptions {
     fn default() -> Self {
         Self {
             read_only: false,
-            l2_cache: DEFAULT_L2_CACHE,
-            refcount_cache: DEFAULT_REFCOUNT_CACHE,
+            caches: CacheOptions::default(),
             log: RedoLog::disabled(),
         }
     }
@@ -84,7 +76,8 @@ impl Qcow2 {
         if !options.read_only {
             check_writable_features(&header)?;
         }
-        let geometry = with_slices(&header);
+        let sizes = options.caches.sizes(&header)?;
+        let geometry = with_slices(&header, &options.caches);
         let l1 = read_l1(&file, &header).await?;
         let snapshots = SnapshotTable::read(&file, &header).await?;
         let cluster_size = geometry.cluster_size();
@@ -94,11 +87,13 @@ impl Qcow2 {
             .checked_next_multiple_of(cluster_size)
             .filter(|end| *end <= MAX_HOST_OFFSET)
             .ok_or_else(|| Error::new(ErrorKind::Invalid, "qcow2: the file is too long"))?;
-        let cache =
-            |slice_bits: u32, budget: u64| TableCache::new(1 << slice_bits, budget.min(MAX_CACHE));
+        let entries = Content::L2Entries {
+            cluster_bits: geometry.cluster_bits,
+        };
+        let refcounts = geometry.refcount_slice_bits;
         let image = Self {
-            l2: cache(geometry.l2_slice_bits, options.l2_cache),
-            refcounts: cache(geometry.refcount_slice_bits, options.refcount_cache),
+            l2: new_cache(geometry.l2_slice_bits, sizes.l2, entries)?,
+            refcounts: new_cache(refcounts, sizes.refcounts, Content::Opaque)?,
             file,
             backing,
             geometry,
@@ -230,21 +225,31 @@ fn check_writable_features(header: &Header) -> Result<(), Error> {
     Ok(())
 }
 
+fn new_cache(slice_bits: u32, budget: u64, content: Content) -> Result<Arc<TableCache>, Error> {
+    let cache = TableCache::new(1 << slice_bits, budget, content);
+    let failed = |error| {
+        let message = format!("Could not allocate a metadata cache of {budget} bytes: {error}");
+        Error::new(ErrorKind::Io, message)
+    };
+    cache.map(Arc::new).map_err(failed)
+}
+
 /// The geometry with the slice sizes that keep the caches' indices within bounds.
-fn with_slices(header: &Header) -> Geometry {
+fn with_slices(header: &Header, options: &CacheOptions) -> Geometry {
     let mut geometry = header.geometry();
     let tables = header.l1_entries.max(geometry.l1_entries_for(header.size));
     let blocks = (header.refcount_table_clusters << header.cluster_bits) / 8;
     // Twice the present number, so that the image can grow.
-    let bits = |tables: u64| {
+    let bits = |tables: u64, wanted: u32| {
         let fits = |bits: &u32| (2 * tables) << (header.cluster_bits - bits) <= MAX_SLICES;
-        let smallest = SLICE_BITS.min(header.cluster_bits);
+        let smallest = wanted.min(header.cluster_bits);
         (smallest..header.cluster_bits)
             .find(fits)
             .unwrap_or(header.cluster_bits)
     };
-    geometry.l2_slice_bits = bits(tables);
-    geometry.refcount_slice_bits = bits(blocks);
+    let l2_entry_bits = options.l2_entry.map_or(SLICE_BITS, u64::ilog2);
+    geometry.l2_slice_bits = bits(tables, l2_entry_bits);
+    geometry.refcount_slice_bits = bits(blocks, SLICE_BITS);
     geometry
 }
 

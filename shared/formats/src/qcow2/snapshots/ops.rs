@@ -1,9 +1,9 @@
 //! The operations on snapshots.
 
-use super::super::Qcow2;
 use super::super::cache::MAX_SLICES;
 use super::super::header::MAX_SNAPSHOTS;
 use super::super::open::OpenOptions;
+use super::super::{CacheOptions, Qcow2};
 use super::SnapshotEntry;
 use super::shadow::Failure;
 use super::transition::{Change, Readers};
@@ -213,8 +213,11 @@ impl Qcow2 {
         let backing = self.backing.as_ref().map(|edge| share(edge, "backing"));
         let options = OpenOptions {
             read_only: true,
-            l2_cache: VIEW_CACHE,
-            refcount_cache: 0,
+            caches: CacheOptions {
+                l2: Some(VIEW_CACHE),
+                refcounts: Some(0),
+                ..CacheOptions::default()
+            },
             ..OpenOptions::default()
         };
         let mut view = Self::open_parsed(file, backing.transpose()?, header, options).await?;

@@ -1,6 +1,6 @@
 //! A qcow2 node over a file of the simulated or the real world.
 
-use crate::qcow2::{CreateOptions, OpenOptions, Qcow2, create};
+use crate::qcow2::{CacheOptions, CreateOptions, OpenOptions, Qcow2, create};
 use block::edge::{EdgeSpec, Permissions};
 use block::node::Discard;
 use block::open::ChildRole;
@@ -223,8 +223,11 @@ impl Disk {
             .map(|node| edge(&node, "backing", ChildRole::Backing));
         let options = OpenOptions {
             read_only: false,
-            l2_cache: setup.cache,
-            refcount_cache: setup.cache,
+            caches: CacheOptions {
+                l2: Some(setup.cache),
+                refcounts: Some(setup.cache),
+                ..CacheOptions::default()
+            },
             log: setup.log,
         };
         let image = Qcow2::open(file, backing, options).await?;

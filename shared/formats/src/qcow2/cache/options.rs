@@ -1,0 +1,132 @@
+//! How much memory the caches may take: options as in QEMU, and a default per image.
+//!
+//! By default an image's metadata takes at most 64 MiB: what is in memory as a whole (L1 table,
+//! refcount table, the positions of all tables) comes off, refcounts get a sixteenth, L2 tables the
+//! rest. Options give the bytes of one cache or of both together.
+
+use super::super::header::Header;
+use block::{Error, ErrorKind};
+use std::time::Duration;
+
+/// Default for all metadata of an image, in bytes.
+const DEFAULT_BUDGET: u64 = 64 << 20;
+/// Least default for the caches when other metadata takes most of the budget, in bytes.
+const LEAST_CACHES: u64 = 8 << 20;
+/// Bytes for the position of one table.
+const POSITION: u64 = 18;
+/// Most memory that options may ask for one cache, in bytes.
+const MAX_CACHE: u64 = 4 << 30;
+/// Refcounts get at least so many clusters of a budget for both caches.
+const LEAST_REFCOUNT_CLUSTERS: u64 = 4;
+/// After how long unused metadata is forgotten, unless an option says.
+const DEFAULT_CLEAN_INTERVAL_S: u64 = 600;
+/// Least size of a cached piece of a table in bytes.
+const LEAST_ENTRY_SIZE: u64 = 512;
+
+/// What the user says about the caches. Sizes in bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CacheOptions {
+    /// `cache-size`: both caches together.
+    pub total: Option<u64>,
+    /// `l2-cache-size`
+    pub l2: Option<u64>,
+    /// `l2-cache-entry-size`: how much of an L2 table is cached as one.
+    pub l2_entry: Option<u64>,
+    /// `refcount-cache-size`
+    pub refcounts: Option<u64>,
+    /// `cache-clean-interval` in seconds; 0: never.
+    pub clean_interval_s: Option<u64>,
+}
+
+/// Memory for each cache, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::qcow2) struct CacheSizes {
+    pub(in crate::qcow2) l2: u64,
+    pub(in crate::qcow2) refcounts: u64,
+}
+
+impl CacheOptions {
+    /// Memory for each cache of the image.
+    pub(in crate::qcow2) fn sizes(&self, header: &Header) -> Result<CacheSizes, Error> {
+        let cluster_size = 1_u64 << header.cluster_bits;
+        let default = default_sizes(header);
+        let (l2, refcounts) = match (self.total, self.l2, self.refcounts) {
+            (Some(_), Some(_), Some(_)) => {
+                return Err(invalid(
+                    "cache-size, l2-cache-size and refcount-cache-size may not be set at the same \
+                     time",
+                ));
+            }
+            (Some(total), Some(l2), None) => {
+                let rest = total.checked_sub(l2);
+                (
+                    l2,
+                    rest.ok_or_else(|| invalid("l2-cache-size may not exceed cache-size"))?,
+                )
+            }
+            (Some(total), None, Some(refcounts)) => {
+                let rest = total.checked_sub(refcounts);
+                let exceeds = || invalid("refcount-cache-size may not exceed cache-size");
+                (rest.ok_or_else(exceeds)?, refcounts)
+            }
+            (Some(total), None, None) => {
+                let covering = header
+                    .geometry()
+                    .l1_entries_for(header.size)
+                    .saturating_mul(cluster_size);
+                let least = LEAST_REFCOUNT_CLUSTERS * cluster_size;
+                let l2 = covering.min(total.saturating_sub(least));
+                (l2, total - l2)
+            }
+            (None, l2, refcounts) => (
+                l2.unwrap_or(default.l2),
+                refcounts.unwrap_or(default.refcounts),
+            ),
+        };
+        if refcounts / cluster_size > i32::MAX as u64 {
+            return Err(invalid("Refcount cache size too big"));
+        }
+        self.check_entry_size(cluster_size)?;
+        Ok(CacheSizes {
+            l2: l2.min(MAX_CACHE),
+            refcounts: refcounts.min(MAX_CACHE),
+        })
+    }
+
+    fn check_entry_size(&self, cluster_size: u64) -> Result<(), Error> {
+        let fits =
+            |size: u64| size.is_power_of_two() && (LEAST_ENTRY_SIZE..=cluster_size).contains(&size);
+        if self.l2_entry.is_none_or(fits) {
+            return Ok(());
+        }
+        Err(invalid(&format!(
+            "L2 cache entry size must be a power of two between {LEAST_ENTRY_SIZE} and the cluster \
+             size ({cluster_size})"
+        )))
+    }
+
+    /// After how long unused metadata is forgotten; `None`: never.
+    pub(in crate::qcow2) fn clean_interval(&self) -> Result<Option<Duration>, Error> {
+        let seconds = self.clean_interval_s.unwrap_or(DEFAULT_CLEAN_INTERVAL_S);
+        if seconds > u64::from(u32::MAX) {
+            return Err(invalid("Cache clean interval too big"));
+        }
+        Ok((seconds != 0).then(|| Duration::from_secs(seconds)))
+    }
+}
+
+fn default_sizes(header: &Header) -> CacheSizes {
+    let refcount_table = header.refcount_table_clusters << header.cluster_bits;
+    let tables = header.l1_entries.saturating_add(refcount_table / 8);
+    let whole = (8 + POSITION).saturating_mul(tables);
+    let caches = DEFAULT_BUDGET.saturating_sub(whole).max(LEAST_CACHES);
+    let refcounts = caches / 16;
+    CacheSizes {
+        l2: caches - refcounts,
+        refcounts,
+    }
+}
+
+fn invalid(message: &str) -> Error {
+    Error::new(ErrorKind::Invalid, message)
+}
