@@ -40,6 +40,15 @@ pub struct Error {
 /// Control-path result.
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// The host's words for an error number ("Input/output error").
+pub fn reason(errno: Errno) -> String {
+    let text = std::io::Error::from_raw_os_error(errno as i32).to_string();
+    match text.rsplit_once(" (os error") {
+        Some((words, _)) => words.to_owned(),
+        None => text,
+    }
+}
+
 impl Error {
     /// An error of `kind` with a message.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
@@ -54,7 +63,7 @@ impl Error {
     pub fn io(message: impl std::fmt::Display, errno: Errno) -> Self {
         Self {
             kind: ErrorKind::Io,
-            message: format!("{message}: {}", errno.desc()),
+            message: format!("{message}: {}", reason(errno)),
             errno: Some(errno),
             hint: None,
         }

@@ -5,7 +5,8 @@ use super::header::{COMPATIBLE_LAZY_REFCOUNTS, incompatible};
 use super::reclaim::Requests;
 use super::write::Token;
 use block::{
-    Buffer, ByteRange, Edge, Errno, Extent, Format, Limits, Lookup, Resize, WritePlan, ZeroFlags,
+    Buffer, ByteRange, CheckOptions, CheckResult, CheckSink, Edge, Errno, Error, ErrorKind, Extent,
+    Format, Limits, Lookup, Repair, Resize, WritePlan, ZeroFlags,
 };
 use serde_json::{Map, Value, json};
 use std::sync::atomic::Ordering::Acquire;
@@ -101,7 +102,7 @@ impl Format for Qcow2 {
         self.writable && self.is_metadata_dirty()
     }
 
-    async fn resize(&self, resize: Resize) -> Result<(), block::Error> {
+    async fn resize(&self, resize: Resize) -> Result<(), Error> {
         self.resize_disk(resize).await
     }
 
@@ -126,6 +127,21 @@ impl Format for Qcow2 {
 
     fn snapshots(&self) -> Option<&dyn block::Snapshots> {
         Some(self)
+    }
+
+    async fn check(
+        &self,
+        options: CheckOptions,
+        sink: &mut dyn CheckSink,
+    ) -> Result<CheckResult, Error> {
+        if options.repair != Repair::None {
+            let message = "an image in use cannot be repaired; it must be opened for a check";
+            return Err(Error::new(ErrorKind::Busy, message));
+        }
+        let failed = |errno| Error::io("Could not flush the image before the check", errno);
+        self.flush().await.map_err(failed)?;
+        let _structure = self.structure.lock().await;
+        super::check::check(&self.file, options, sink).await
     }
 
     fn describe(&self) -> Map<String, Value> {

@@ -3,7 +3,7 @@
 use super::cache::clean_regularly;
 use super::header::{Header, MAGIC};
 use super::open::{OpenOptions, read_header};
-use super::{CacheOptions, Qcow2};
+use super::{CacheOptions, Qcow2, check};
 use block::open::ChildRole;
 use block::{BoxFuture, Driver, DriverEntry, Edge, Error, FormatNode, OpenRequest, Purpose};
 
@@ -37,6 +37,9 @@ async fn open_node(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>, Err
     };
     // Refcounts are kept exact whatever the image or the user asks: it costs nothing here.
     request.take_bool("lazy-refcounts")?;
+    if request.purpose() == Purpose::Check {
+        return check::open_node(request).await;
+    }
     let file = request.required_child("file", ChildRole::Image).await?;
     let header = read_header(&file).await?;
     let backing = match request.child("backing", ChildRole::Backing).await? {

@@ -26,6 +26,7 @@
 
 mod alloc;
 mod cache;
+mod check;
 mod create;
 mod create_entry;
 mod driver;

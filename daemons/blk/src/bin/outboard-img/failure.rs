@@ -34,10 +34,6 @@ impl Failure {
         Self::message(described(context, error))
     }
     /// The same failure with another exit code.
-    #[expect(
-        dead_code,
-        reason = "for subcommands whose exit codes tell failures apart"
-    )]
     pub(crate) fn with_code(self, code: u8) -> Self {
         match self {
             Self::Message(message, _) => Self::Message(message, code),

@@ -49,6 +49,17 @@ pub(crate) enum Access {
     Read,
     /// It is changed.
     Write,
+    /// It is checked and not changed.
+    Check,
+    /// It is checked and repaired.
+    Repair,
+}
+
+impl Access {
+    /// Whether anything is written.
+    fn writes(self) -> bool {
+        matches!(self, Self::Write | Self::Repair)
+    }
 }
 
 /// Whether other processes may write to the image meanwhile.
@@ -172,7 +183,7 @@ impl Tool {
     ) -> Result<Map<String, Value>, Failure> {
         let mut options = self.definition(spec)?;
         if spec.notation == Notation::Filename || !options.contains_key("read-only") {
-            options.insert("read-only".into(), json!(how.access != Access::Write));
+            options.insert("read-only".into(), json!(!how.access.writes()));
         }
         if how.sharing == Sharing::Forced {
             options.insert("force-share".into(), json!(true));
@@ -186,7 +197,7 @@ impl Tool {
             let probed = self.probe(&options).await;
             let format = probed.map_err(|error| could_not_open(spec, &error))?;
             options.insert("driver".into(), json!(format));
-            if format == "raw" && how.access == Access::Write {
+            if format == "raw" && how.access.writes() {
                 warn_of_guessed_raw(&spec.name);
             }
         }
@@ -203,6 +214,7 @@ impl Tool {
         let purpose = match how.access {
             Access::Describe => Purpose::Describe,
             Access::Read | Access::Write => Purpose::Serve,
+            Access::Check | Access::Repair => Purpose::Check,
         };
         let node = self.graph.add_for(purpose, options).await.map_err(failed)?;
         let permissions = match how.access {
@@ -210,7 +222,8 @@ impl Tool {
                 resize: true,
                 ..Permissions::READ_WRITE
             },
-            Access::Describe | Access::Read => Permissions::READ,
+            Access::Repair => Permissions::READ_WRITE,
+            Access::Describe | Access::Read | Access::Check => Permissions::READ,
         };
         let root = Root::new("", &node, permissions, Permissions::ALL).map_err(failed)?;
         Ok(Image { node, root })

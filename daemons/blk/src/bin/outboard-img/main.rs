@@ -12,6 +12,7 @@
 //! A new subcommand is a file with a [`Command`] and a line in [`COMMANDS`].
 
 mod amend;
+mod check;
 mod create;
 mod failure;
 mod getopt;
@@ -49,6 +50,7 @@ pub(crate) type Running<'a> = Pin<Box<dyn Future<Output = Outcome> + 'a>>;
 /// Every subcommand, by name.
 pub(crate) const COMMANDS: &[Command] = &[
     amend::COMMAND,
+    check::COMMAND,
     create::COMMAND,
     info::COMMAND,
     map::COMMAND,

@@ -5,7 +5,7 @@ mod checker;
 mod crash;
 mod hostile;
 mod peers;
-mod rig;
+pub(super) mod rig;
 mod snapshots;
 mod threads;
 mod workload;

@@ -181,6 +181,11 @@ fn edge(child: &Arc<Node>, name: &'static str, role: ChildRole) -> Edge {
     Edge::attach(child, spec).unwrap()
 }
 
+/// A file as the child of an image that is open for writing.
+pub(in super::super) fn image_edge(path: &Path) -> Edge {
+    edge(&leaf(path), "file", ChildRole::Image)
+}
+
 /// Makes an image.
 pub(super) async fn make(path: &Path, options: &CreateOptions) {
     let file = edge(&leaf(path), "file", ChildRole::Image);

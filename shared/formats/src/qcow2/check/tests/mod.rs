@@ -1,0 +1,53 @@
+//! Checks and repairs: `qemu-img check` as the oracle on damaged images, repairs under power cuts and
+//! failing I/O, and images made to harm.
+
+mod images;
+mod peers;
+
+use super::check;
+use crate::qcow2::tests::rig;
+use block::{CheckOptions, CheckResult, Edge, Error, Repair};
+use std::path::Path;
+
+/// Exit code and counts, as `qemu-img check` has them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Outcome {
+    code: i32,
+    result: CheckResult,
+}
+
+/// The image at `path` as a child.
+fn edge(path: &Path) -> Edge {
+    rig::image_edge(path)
+}
+
+/// Checks like the tool: after a repair that did something, once more.
+async fn check_as_tool(file: &Edge, repair: Repair) -> (Result<Outcome, Error>, Vec<String>) {
+    let mut messages = Vec::new();
+    let first = check(file, CheckOptions::repairing(repair), &mut messages).await;
+    let second = match first {
+        Ok(first) if first.leaks_fixed + first.corruptions_fixed > 0 => {
+            let again = check(file, CheckOptions::default(), &mut messages).await;
+            again.map(|again| CheckResult {
+                leaks_fixed: first.leaks_fixed,
+                corruptions_fixed: first.corruptions_fixed,
+                ..again
+            })
+        }
+        other => other,
+    };
+    let outcome = second.map(|result| {
+        let code = match result {
+            CheckResult {
+                check_errors: 1.., ..
+            } => 1,
+            CheckResult {
+                corruptions: 1.., ..
+            } => 2,
+            CheckResult { leaks: 1.., .. } => 3,
+            _ => 0,
+        };
+        Outcome { code, result }
+    });
+    (outcome, messages)
+}

@@ -1,0 +1,227 @@
+//! `qemu-img check` as the oracle.
+
+use super::images::{self, SHAPES, Shape};
+use super::{Outcome, check_as_tool, edge};
+use crate::qcow2::check::read_layout_of;
+use block::{CheckResult, Repair};
+use executor::{Config, Executor};
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
+use serde_json::Value;
+use std::path::Path;
+use std::process::Command;
+
+/// What qemu-img says, and its messages.
+fn peer(path: &Path, repair: Repair) -> (Outcome, String) {
+    let mut command = Command::new("qemu-img");
+    command
+        .env("LC_ALL", "C")
+        .args(["check", "-f", "qcow2", "--output=json"]);
+    match repair {
+        Repair::None => {}
+        Repair::Leaks => drop(command.args(["-r", "leaks"])),
+        Repair::All => drop(command.args(["-r", "all"])),
+    }
+    // QEMU looks for external data files from where it stands.
+    let directory = path.parent().unwrap();
+    let output = command.arg(path).current_dir(directory).output().unwrap();
+    let messages = String::from_utf8_lossy(&output.stderr).into_owned();
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap_or(Value::Null);
+    let number = |name: &str| json[name].as_u64().unwrap_or(0);
+    let result = CheckResult {
+        leaks: number("leaks"),
+        corruptions: number("corruptions"),
+        check_errors: number("check-errors"),
+        leaks_fixed: number("leaks-fixed"),
+        corruptions_fixed: number("corruptions-fixed"),
+        image_end_offset: json["image-end-offset"].as_u64(),
+        total_clusters: number("total-clusters"),
+        allocated_clusters: number("allocated-clusters"),
+        fragmented_clusters: number("fragmented-clusters"),
+        compressed_clusters: number("compressed-clusters"),
+    };
+    let code = output.status.code().unwrap_or(-1);
+    (Outcome { code, result }, messages)
+}
+
+fn ours(path: &Path, repair: Repair) -> (Outcome, Vec<String>) {
+    let executor = Executor::new(&Config::default()).unwrap();
+    let (outcome, messages) = executor.block_on(async {
+        let file = edge(path);
+        check_as_tool(&file, repair).await
+    });
+    let failed = Outcome {
+        code: 1,
+        result: CheckResult::default(),
+    };
+    (outcome.unwrap_or(failed), messages)
+}
+
+fn has_qemu() -> bool {
+    let there = Command::new("qemu-img").arg("--version").output().is_ok();
+    if !there {
+        println!("skipped: qemu-img is not installed");
+    }
+    there
+}
+
+/// Rounds for each shape; more by the environment.
+fn rounds(least: u64) -> u64 {
+    let asked = std::env::var("OUTBOARD_CHECK_ROUNDS").ok();
+    asked.and_then(|text| text.parse().ok()).unwrap_or(least)
+}
+
+/// A damaged image beside a copy of it.
+struct Pair<'d> {
+    directory: &'d Path,
+    bytes: Vec<u8>,
+}
+
+impl Pair<'_> {
+    fn fresh(&self, name: &str) -> std::path::PathBuf {
+        let path = self.directory.join(name);
+        std::fs::write(&path, &self.bytes).unwrap();
+        path
+    }
+}
+
+fn each_damaged(seed: u64, rounds: u64, mut look: impl FnMut(&Pair<'_>, &str)) {
+    for (number, shape) in (0..).zip(SHAPES) {
+        let files = tempfile::tempdir().unwrap();
+        images::make(files.path(), "good.qcow2", shape);
+        let good = std::fs::read(files.path().join("good.qcow2")).unwrap();
+        let places = images::metadata(&good);
+        for round in 0..rounds {
+            let mut random = SmallRng::seed_from_u64(seed + number * 1_000_000 + round);
+            let mut bytes = good.clone();
+            images::damage(&mut bytes, &places, &mut random);
+            let pair = Pair {
+                directory: files.path(),
+                bytes,
+            };
+            let Shape { options, .. } = shape;
+            look(&pair, &format!("{options}, seed {seed}, round {round}"));
+        }
+    }
+}
+
+#[test]
+fn sound_images_are_sound() {
+    if !has_qemu() {
+        return;
+    }
+    for shape in SHAPES {
+        let files = tempfile::tempdir().unwrap();
+        images::make(files.path(), "a.qcow2", shape);
+        let path = files.path().join("a.qcow2");
+        let (expected, _) = peer(&path, Repair::None);
+        let (found, messages) = ours(&path, Repair::None);
+        assert_eq!(expected.code, 0);
+        assert_eq!(found, expected, "{}: {messages:#?}", shape.options);
+    }
+}
+
+/// Collects what differs, to show more than the first case.
+#[derive(Default)]
+struct Differences {
+    cases: Vec<String>,
+    images: u64,
+}
+
+impl Differences {
+    fn compare(
+        &mut self,
+        context: &str,
+        (found, messages): (&Outcome, &[String]),
+        (expected, theirs): (&Outcome, &str),
+    ) {
+        self.images += 1;
+        if found == expected {
+            return;
+        }
+        let messages: Vec<_> = messages.iter().rev().take(12).rev().collect();
+        let mut theirs: Vec<_> = theirs.lines().rev().take(12).collect();
+        theirs.reverse();
+        self.cases.push(format!(
+            "{context}\nours   {found:?}\nqemu's {expected:?}\nours   {messages:#?}\nqemu's {theirs:#?}"
+        ));
+    }
+    fn finish(self) {
+        let Self { cases, images } = self;
+        println!("{images} images compared");
+        let shown: Vec<_> = cases.iter().take(8).map(String::as_str).collect();
+        let all = cases.len();
+        assert!(
+            all == 0,
+            "{all} of {images} differ:\n{}",
+            shown.join("\n\n")
+        );
+    }
+}
+
+#[test]
+fn damage_is_counted_as_qemu_counts_it() {
+    if !has_qemu() {
+        return;
+    }
+    let mut differences = Differences::default();
+    each_damaged(1, rounds(24), |pair, context| {
+        let path = pair.fresh("a.qcow2");
+        let (expected, theirs) = peer(&path, Repair::None);
+        let (found, messages) = ours(&path, Repair::None);
+        differences.compare(context, (&found, &messages), (&expected, &theirs));
+        assert_eq!(std::fs::read(&path).unwrap(), pair.bytes, "{context}");
+    });
+    differences.finish();
+}
+
+#[test]
+fn leaks_are_repaired_as_qemu_repairs_them() {
+    if !has_qemu() {
+        return;
+    }
+    let mut differences = Differences::default();
+    each_damaged(2, rounds(12), |pair, context| {
+        let (expected, theirs) = peer(&pair.fresh("theirs.qcow2"), Repair::Leaks);
+        let (found, messages) = ours(&pair.fresh("ours.qcow2"), Repair::Leaks);
+        differences.compare(context, (&found, &messages), (&expected, &theirs));
+    });
+    differences.finish();
+}
+
+#[test]
+fn everything_is_repaired_that_qemu_repairs() {
+    if !has_qemu() {
+        return;
+    }
+    let mut differences = Differences::default();
+    each_damaged(3, rounds(12), |pair, context| {
+        let (mut expected, theirs) = peer(&pair.fresh("theirs.qcow2"), Repair::All);
+        let path = pair.fresh("ours.qcow2");
+        let (found, messages) = ours(&path, Repair::All);
+        // Where a new refcount structure goes is the repairer's choice.
+        expected.result.image_end_offset = found.result.image_end_offset;
+        // Where QEMU gives up (refcount blocks at unaligned offsets), the repair may go on; where
+        // a refcount block is past the end, QEMU makes the file as long as the entry says.
+        let gives_up = expected.code == 1 && found.code != 1;
+        if gives_up || theirs.contains("is outside image") {
+            expected = found.clone();
+        }
+        differences.compare(context, (&found, &messages), (&expected, &theirs));
+        if found.code == 1 {
+            return;
+        }
+        let (judged, verdict) = peer(&path, Repair::None);
+        let mut claimed = found.clone();
+        claimed.result.leaks_fixed = 0;
+        claimed.result.corruptions_fixed = 0;
+        let context = format!("{context}, judged by QEMU");
+        differences.compare(&context, (&claimed, &messages), (&judged, &verdict));
+        let bytes = std::fs::read(&path).unwrap();
+        if found.code == 0 {
+            let layout = read_layout_of(&bytes).unwrap();
+            assert_eq!(layout.incompatible & 3, 0, "{context}");
+        }
+    });
+    differences.finish();
+}
