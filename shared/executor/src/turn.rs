@@ -15,7 +15,7 @@ const ROUNDS_PER_CLOCK: u32 = 16;
 const NAP_DEPTH: usize = 4;
 /// How long to look before a nap: within this time a front-end that polls answers a completion with
 /// its next request, which would else wait for the nap's end.
-const LOOK_BEFORE_NAP: Duration = Duration::from_micros(10);
+const LOOK_BEFORE_NAP: Duration = Duration::from_micros(5);
 /// Longest nap.
 const NAP: Duration = Duration::from_micros(100);
 
