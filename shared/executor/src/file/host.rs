@@ -1,6 +1,6 @@
 //! Files of the host: opening, what kind of I/O serves them, and transfers without the ring.
 
-use super::mapped::{Mappings, protection};
+use super::mapped::{Done, Mappings, protection};
 use super::transfer::{Direction, MAX_PIECES, Piece, transfer_once};
 use super::{Alignment, Allocation, Fallocate, OpenOptions};
 use crate::{Buffer, Errno};
@@ -161,9 +161,17 @@ impl HostFile {
         if mappings.transfer(buffer, offset, direction) {
             return Ok(buffer.len());
         }
+        let shrinks = mappings.shrinks();
         let result = self.transfer_by_syscall(buffer, offset, direction);
         if result.is_ok() {
-            mappings.consider(self.fd(), offset, buffer.len());
+            let len = buffer.len();
+            let done = Done {
+                offset,
+                len,
+                direction,
+                shrinks,
+            };
+            mappings.consider(self.fd(), &done);
         }
         result
     }

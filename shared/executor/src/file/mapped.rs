@@ -11,9 +11,10 @@
 //!
 //! A granule is admitted when the file has every page of it, so that touching the mapping cannot
 //! fail and allocates nothing: reading a hole through a mapping would fill it, writing one on a
-//! full file system would raise SIGBUS, and a write past the end would be lost. Granules that keep
-//! being used are looked at ([`Mappings::consider`]) by `mincore`, which tells the truth to the
-//! file's owner only; files of others are not mapped. What takes pages away (truncation, punched
+//! full file system would raise SIGBUS, and a write past the end would be lost. A granule that was
+//! written as a whole is admitted at once; others that keep being used are looked at
+//! ([`Mappings::consider`]) by `mincore`, which tells the truth to the file's owner only: files of
+//! others are not mapped. What takes pages away (truncation, punched
 //! holes) runs in [`Mappings::shrink`], which dismisses the granules first.
 //!
 //! What another process takes away is noticed by its damage: a page that is missing is filled by
@@ -35,7 +36,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, TryLockError};
 
 /// Log2 of the bytes in a window.
@@ -54,6 +55,8 @@ const LOOKS: usize = 64;
 /// A granule that may be reached through the mapping. Smaller values count its transfers that went
 /// by syscall, so that it is looked at more and more rarely.
 const ADMITTED: u8 = u8::MAX;
+/// Writes of parts of a granule before it is looked at.
+const WRITES_BEFORE_LOOK: u8 = 4;
 /// Where that count goes on once it is full.
 const COUNT_AGAIN: u8 = 64;
 
@@ -63,8 +66,19 @@ pub(super) struct Mappings {
     protection: ProtFlags,
     /// Held while granules are admitted, and while pages go away.
     changing: Mutex<()>,
+    /// How often pages have gone away.
+    shrinks: AtomicU64,
     /// Written through a mapping since the time of modification was set.
     written: AtomicBool,
+}
+
+/// A transfer that went by syscall.
+pub(super) struct Done {
+    pub(super) offset: u64,
+    pub(super) len: usize,
+    pub(super) direction: Direction,
+    /// [`Mappings::shrinks`] before it.
+    pub(super) shrinks: u64,
 }
 
 struct Window {
@@ -166,6 +180,7 @@ impl Mappings {
             windows: (0..WINDOWS).map(|_| OnceLock::new()).collect(),
             protection,
             changing: Mutex::default(),
+            shrinks: AtomicU64::new(0),
             written: AtomicBool::new(false),
         })
     }
@@ -205,10 +220,15 @@ impl Mappings {
         !window.registration.poisoned()
     }
 
+    /// A number that changes when pages go away.
+    pub(super) fn shrinks(&self) -> u64 {
+        self.shrinks.load(Ordering::Acquire)
+    }
+
     /// Takes note of a transfer that went by syscall, and perhaps admits its granules, so that the
     /// next one need not.
-    pub(super) fn consider(&self, fd: BorrowedFd<'_>, offset: u64, len: usize) {
-        let Some((number, at)) = Self::place(offset, len) else {
+    pub(super) fn consider(&self, fd: BorrowedFd<'_>, done: &Done) {
+        let Some((number, at)) = Self::place(done.offset, done.len) else {
             return;
         };
         let place = &self.windows[(number % WINDOWS) as usize];
@@ -220,34 +240,42 @@ impl Mappings {
                 _ => return,
             },
         };
+        if window.registration.poisoned() {
+            return;
+        }
         let mut look = false;
-        for granule in window.granules(at, len) {
-            look |= count(granule);
+        for granule in window.granules(at, done.len) {
+            look |= count(granule, done.direction);
         }
-        if look && !window.registration.poisoned() {
-            self.look(fd, window, at, len);
+        // What was just written is there: no need to look.
+        let written = match done.direction {
+            Direction::Write => at.div_ceil(GRANULE)..(at + done.len) / GRANULE,
+            Direction::Read => 0..0,
+        };
+        if written.is_empty() && !look {
+            return;
         }
-    }
-
-    fn look(&self, fd: BorrowedFd<'_>, window: &Window, at: usize, len: usize) {
         let _changing = match self.changing.try_lock() {
             Ok(guard) => guard,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             // Next time.
             Err(TryLockError::WouldBlock) => return,
         };
-        let Ok(stat) = fstat(fd) else { return };
-        let count = window.granules(at, len).len().min(LOOKS);
-        window.admit(
-            at >> GRANULE_SHIFT,
-            count,
-            u64::try_from(stat.st_size).unwrap_or(0),
-        );
+        if !written.is_empty() && self.shrinks() == done.shrinks {
+            for granule in &window.granules[written] {
+                granule.store(ADMITTED, Ordering::Relaxed);
+            }
+        } else if let Ok(stat) = fstat(fd) {
+            let count = window.granules(at, done.len).len().min(LOOKS);
+            let file_len = u64::try_from(stat.st_size).unwrap_or(0);
+            window.admit(at >> GRANULE_SHIFT, count, file_len);
+        }
     }
 
     /// Runs `take`, which takes pages from `len` bytes at `offset` away.
     pub(super) fn shrink<T>(&self, offset: u64, len: u64, take: impl FnOnce() -> T) -> T {
         let _changing = crate::sync::short_lock(&self.changing);
+        self.shrinks.fetch_add(1, Ordering::AcqRel);
         let end = offset.saturating_add(len);
         for window in self
             .windows
@@ -278,7 +306,7 @@ impl Mappings {
 }
 
 /// Counts a transfer by syscall; whether it is time to look at the granule.
-fn count(granule: &AtomicU8) -> bool {
+fn count(granule: &AtomicU8, direction: Direction) -> bool {
     let before = granule.load(Ordering::Relaxed);
     if before == ADMITTED {
         return false;
@@ -290,7 +318,9 @@ fn count(granule: &AtomicU8) -> bool {
     };
     // Not when it was admitted meanwhile.
     let counted = granule.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed);
-    counted.is_ok() && now.is_power_of_two()
+    // A granule that is being filled is not worth a look yet.
+    let worthwhile = direction == Direction::Read || now >= WRITES_BEFORE_LOOK;
+    counted.is_ok() && now.is_power_of_two() && worthwhile
 }
 
 /// How a file with these open flags may be mapped.
@@ -390,6 +420,28 @@ mod tests {
             .write_all_at(b"xyz", 2 * GRANULE as u64 - 1)
             .unwrap();
         assert_eq!(rig.read(2 * GRANULE as u64 - 2, 5), b"\x11xyz\x11");
+    }
+
+    #[test]
+    fn what_is_written_as_a_whole_is_mapped_at_once_unless_it_shrank_meanwhile() {
+        let rig = rig();
+        rig.write(2 * GRANULE as u64 - 1, &[3; GRANULE + 1])
+            .unwrap();
+        assert!(rig.mapped(2 * GRANULE as u64) && !rig.mapped(GRANULE as u64));
+        let mappings = rig.file.mappings().unwrap();
+        let before = mappings.shrinks();
+        rig.executor
+            .block_on(rig.file.set_len(GRANULE as u64))
+            .unwrap();
+        let fd = rig.file.as_fd().unwrap();
+        let done = Done {
+            offset: 2 * GRANULE as u64,
+            len: GRANULE,
+            direction: Direction::Write,
+            shrinks: before,
+        };
+        mappings.consider(fd, &done);
+        assert!(!rig.mapped(2 * GRANULE as u64));
     }
 
     #[test]
