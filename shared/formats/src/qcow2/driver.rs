@@ -5,8 +5,8 @@ use super::header::{COMPATIBLE_LAZY_REFCOUNTS, incompatible};
 use super::reclaim::Requests;
 use super::write::Token;
 use block::{
-    Buffer, ByteRange, CheckOptions, CheckResult, CheckSink, Edge, Errno, Error, ErrorKind, Extent,
-    Format, Limits, Lookup, Repair, Resize, WritePlan, ZeroFlags,
+    Buffer, ByteRange, CheckOptions, CheckResult, CheckSink, Edge, Encoded, Errno, Error,
+    ErrorKind, Extent, Format, Limits, Lookup, Repair, Resize, WritePlan, ZeroFlags,
 };
 use serde_json::{Map, Value, json};
 use std::sync::atomic::Ordering::Acquire;
@@ -78,15 +78,17 @@ impl Format for Qcow2 {
         &self,
         offset: u64,
         descriptor: u64,
-        _buffer: Buffer,
+        buffer: Buffer,
     ) -> Result<(), Errno> {
-        let file = self.file.node().name();
-        tracing::error!(
-            file,
-            "qcow2: compressed clusters are not supported \
-             (guest offset {offset:#x}, descriptor {descriptor:#x})"
-        );
-        Err(Errno::EIO)
+        self.read_compressed(offset, descriptor, buffer).await
+    }
+
+    fn can_encode(&self) -> bool {
+        self.writable
+    }
+
+    async fn write_encoded(&self, range: ByteRange, buffer: Buffer) -> Result<Encoded, Errno> {
+        self.write_compressed(range, buffer).await
     }
 
     async fn flush(&self) -> Result<(), Errno> {
@@ -159,7 +161,7 @@ impl Format for Qcow2 {
             data.insert("compat".into(), json!("0.10"));
         }
         data.insert("refcount-bits".into(), json!(1 << header.refcount_order));
-        data.insert("compression-type".into(), json!("zlib"));
+        data.insert("compression-type".into(), json!(header.codec.name()));
         let mut members = Map::new();
         members.insert("cluster-size".into(), json!(self.geometry.cluster_size()));
         if let Some(snapshots) = self.state().snapshots.describe(self.disk_size()) {

@@ -6,6 +6,7 @@
 //! The header is never written back as a whole: changes touch single fields, so unknown
 //! extensions stay as they are.
 
+use super::compressed::Codec;
 use super::tables::{
     Geometry, HostOffset, MAX_HOST_OFFSET, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES,
 };
@@ -109,6 +110,8 @@ pub(super) struct Header {
     pub(super) incompatible: u64,
     pub(super) compatible: u64,
     pub(super) autoclear: u64,
+    /// What compressed clusters are encoded with.
+    pub(super) codec: Codec,
     pub(super) backing_name: Option<String>,
     pub(super) backing_format: Option<String>,
 }
@@ -150,6 +153,7 @@ impl Header {
             incompatible: 0,
             compatible: 0,
             autoclear: 0,
+            codec: Codec::default(),
             backing_name: None,
             backing_format: None,
         };
@@ -188,13 +192,17 @@ impl Header {
         if u64::from(length) > 1 << self.cluster_bits || length as usize > raw.0.len() {
             return Err(invalid("qcow2 header exceeds cluster size"));
         }
-        if length > field::COMPRESSION_TYPE as u32
-            && (raw.0[field::COMPRESSION_TYPE] != 0)
-                != (self.incompatible & incompatible::COMPRESSION_TYPE != 0)
-        {
-            return Err(invalid(
-                "qcow2: compression type and its feature bit disagree",
-            ));
+        if length > field::COMPRESSION_TYPE as u32 {
+            let number = raw.0[field::COMPRESSION_TYPE];
+            self.codec = Codec::from_number(number)
+                .ok_or_else(|| unsupported(format!("qcow2: unknown compression type: {number}")))?;
+        }
+        let is_marked = self.incompatible & incompatible::COMPRESSION_TYPE != 0;
+        if is_marked != (self.codec != Codec::Zlib) {
+            let expected = if is_marked { "must not" } else { "must" };
+            return Err(invalid(format!(
+                "qcow2: Compression type incompatible feature bit {expected} be set"
+            )));
         }
         Ok(length)
     }
@@ -235,13 +243,10 @@ impl Header {
     }
 
     fn check_features(&self, names: &FeatureNames<'_>) -> Result<(), Error> {
-        let supported = incompatible::DIRTY | incompatible::CORRUPT;
+        let supported =
+            incompatible::DIRTY | incompatible::CORRUPT | incompatible::COMPRESSION_TYPE;
         let refused = [
             (incompatible::DATA_FILE, "external data files are"),
-            (
-                incompatible::COMPRESSION_TYPE,
-                "compression types other than zlib are",
-            ),
             (incompatible::EXTENDED_L2, "extended L2 entries are"),
         ];
         for (bit, what) in refused {

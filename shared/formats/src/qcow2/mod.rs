@@ -3,6 +3,7 @@
 //! ```text
 //!   lookup / resolve      mapping.rs   guest offset → host offset, from cached L2 slices
 //!   prepare, commit       write.rs     allocation of clusters, mapping changes
+//!   compressed clusters   compressed/  read, packed and written as the format encodes them
 //!   zeroes, discard       zero.rs      mapping changes without data
 //!   allocation            alloc.rs     free clusters, new refcount blocks, a larger refcount table
 //!   giving back           reclaim.rs   when a freed cluster may be used again
@@ -17,16 +18,16 @@
 //!   copies what is dirty under the same lock.
 //! - A freed cluster keeps its refcount until its release is durable and every request that may
 //!   still use it has ended: refcount zero in memory means free to use.
-//! - Lock order: guest clusters, `structure`, `flushing`, `state`. I/O is never done under
+//! - Lock order: guest clusters, `placing`, `structure`, `flushing`, `state`. I/O is never done under
 //!   `state`. Who holds `structure` loads refcount blocks but no L2 tables.
 //!
-//! Refused with the feature's name: extended L2 entries, compression types other than zlib,
-//! encryption, external data files, writing an image with valid bitmaps. Reading a compressed
-//! cluster fails.
+//! Refused with the feature's name: extended L2 entries, encryption, external data files, writing
+//! an image with valid bitmaps.
 
 mod alloc;
 mod cache;
 mod check;
+mod compressed;
 mod create;
 mod create_entry;
 mod driver;
@@ -49,6 +50,7 @@ mod write;
 mod zero;
 
 pub use cache::options::CacheOptions;
+pub use compressed::Codec;
 pub use create::{CreateOptions, create};
 pub use entry::ENTRY;
 pub use open::OpenOptions;
@@ -57,6 +59,7 @@ use alloc::Allocator;
 use block::Edge;
 use block::redo_log::RedoLog;
 use cache::{Claim, Pinned, TableCache};
+use compressed::{Inflated, Packing};
 use executor::sync::{Mutex as AsyncMutex, RangeLock};
 use executor::{Buffer, Errno};
 use flush::FlushHistory;
@@ -96,6 +99,10 @@ pub struct Qcow2 {
     table_loads: RangeLock,
     /// One operation on snapshots at a time.
     snapshotting: AsyncMutex<()>,
+    /// Serialises finding places for compressed clusters.
+    placing: AsyncMutex<()>,
+    /// Compressed clusters read last.
+    inflated: Inflated,
     health: Health,
     log: RedoLog,
     /// The snapshot that this image shows, when it is a view of one.
@@ -115,6 +122,8 @@ struct State {
     reclaimable: VecDeque<Freed>,
     /// Clusters of prepared writes that were dropped.
     abandoned: Vec<ClusterRun>,
+    /// Where compressed clusters go.
+    packing: Packing,
     metadata: MetadataMap,
     snapshots: SnapshotTable,
     /// Flushes begun.

@@ -6,6 +6,7 @@
 use super::alloc::Allocator;
 use super::cache::options::CacheOptions;
 use super::cache::{Content, MAX_SLICES, TableCache};
+use super::compressed::{Inflated, Packing};
 use super::header::{AUTOCLEAR_BITMAPS, Header, field, incompatible};
 use super::l1::L1Table;
 use super::overlap::{Fixed, MetadataMap};
@@ -116,6 +117,7 @@ impl Qcow2 {
                 freed: Vec::new(),
                 reclaimable: Default::default(),
                 abandoned: Vec::new(),
+                packing: Packing::default(),
                 metadata: MetadataMap::default(),
                 snapshots,
                 flushes: 0,
@@ -127,6 +129,8 @@ impl Qcow2 {
             guest_locks: RangeLock::new(),
             table_loads: RangeLock::new(),
             snapshotting: AsyncMutex::new(()),
+            placing: AsyncMutex::new(()),
+            inflated: Inflated::new(cluster_size),
             health: Default::default(),
             log: options.log,
             shows: None,

@@ -99,13 +99,14 @@ impl Qcow2 {
     /// The clusters at the start of `run`, within one slice of refcounts, that nothing else refers
     /// to. Others (a snapshot's, or shared by compressed clusters) keep their content.
     fn last_references(&self, run: ClusterRun) -> Result<ClusterRun, Need> {
-        let state = self.state();
+        let mut state = self.state();
         let end = self.geometry.refcount_slice_end(run.first).min(run.end());
         let mut count = 0;
         for cluster in (run.first.0..end).map(HostCluster) {
             if self.refcount(&state, cluster)? != 1 {
                 break;
             }
+            state.packing.leave(cluster, self.geometry.cluster_bits);
             count += 1;
         }
         Ok(ClusterRun { count, ..run })
@@ -136,7 +137,11 @@ impl Qcow2 {
             };
             let one = ClusterRun { first, count: 1 };
             self.set_refcounts(one, value)?;
-            let record = RedoRecord::Refcount { run: one, value };
+            let settled = state.packing.settled(first, value);
+            let record = RedoRecord::Refcount {
+                run: one,
+                value: settled,
+            };
             // Without room in the log, a kill before the next flush leaks the cluster.
             let _ = self.log.append(&[record.encode()]);
             if value == 0 {

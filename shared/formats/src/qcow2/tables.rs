@@ -10,6 +10,8 @@
 //! Owns the arithmetic between guest offsets, clusters, tables and *slices* (the part of a table
 //! that is cached as one). Knows no I/O.
 
+use super::compressed::Packed;
+
 /// A byte offset in the image file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct HostOffset(pub(super) u64);
@@ -227,23 +229,10 @@ impl L2Entry {
                 first: geometry.host_cluster(offset),
                 count: 1,
             }),
-            L2Kind::Compressed(descriptor) => Some(compressed_run(descriptor, geometry)),
+            L2Kind::Compressed(descriptor) => {
+                Some(Packed::from_descriptor(descriptor, geometry).clusters(geometry))
+            }
         }
-    }
-}
-
-/// The clusters that the sectors of a compressed cluster lie in. The descriptor is an offset of
-/// `62 - (cluster_bits - 8)` bits and above it the number of additional 512-byte sectors.
-fn compressed_run(descriptor: u64, geometry: &Geometry) -> ClusterRun {
-    let offset_bits = 62 - (geometry.cluster_bits - 8);
-    let offset = descriptor & ((1 << offset_bits) - 1);
-    let sectors = (descriptor >> offset_bits) + 1;
-    let start = offset & !511;
-    let first = start >> geometry.cluster_bits;
-    let last = (start + sectors * 512 - 1) >> geometry.cluster_bits;
-    ClusterRun {
-        first: HostCluster(first),
-        count: last - first + 1,
     }
 }
 

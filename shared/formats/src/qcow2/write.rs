@@ -317,7 +317,7 @@ impl Qcow2 {
 /// Most clusters of one prepared write.
 const MAX_PLAN_CLUSTERS: u64 = 256;
 /// How often a change that does not fit into the redo log is tried again after a flush.
-const MAX_LOG_ATTEMPTS: usize = 64;
+pub(super) const MAX_LOG_ATTEMPTS: usize = 64;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Reuse {

@@ -2,7 +2,10 @@
 //!
 //! Written from the specification alone, without the driver's code.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::io::Read;
+use std::rc::Rc;
 
 /// An image as bytes.
 pub(super) struct Checker<'b> {
@@ -28,6 +31,7 @@ pub(super) struct Findings {
 }
 
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+const COMPRESSED: u64 = 1 << 62;
 
 impl<'b> Checker<'b> {
     pub(super) fn new(bytes: &'b [u8]) -> Self {
@@ -163,14 +167,44 @@ impl<'b> Checker<'b> {
                 }
                 count(l2, self.cluster_size, "L2 table");
                 for number in 0..self.cluster_size / 8 {
-                    let data = self.u64(l2 + number * 8) & OFFSET;
-                    if data != 0 {
+                    let entry = self.u64(l2 + number * 8);
+                    let data = entry & OFFSET;
+                    if entry & COMPRESSED != 0 {
+                        let (offset, length) = self.compressed(entry);
+                        count(offset, length, "compressed data");
+                    } else if data != 0 {
                         count(data, self.cluster_size, "data");
                     }
                 }
             }
         }
         counts
+    }
+
+    /// Offset and length of the sectors that a compressed cluster lies in.
+    fn compressed(&self, entry: u64) -> (u64, u64) {
+        let x = 62 - (self.cluster_size.trailing_zeros() - 8);
+        let offset = entry & ((1 << x) - 1);
+        let additional = (entry & !(0b11 << 62)) >> x;
+        (offset & !511, (additional + 1) * 512)
+    }
+
+    /// The content of a compressed cluster.
+    fn decompressed(&self, entry: u64) -> Rc<Vec<u8>> {
+        let x = 62 - (self.cluster_size.trailing_zeros() - 8);
+        let start = (entry & ((1 << x) - 1)) as usize;
+        let (offset, length) = self.compressed(entry);
+        let end = ((offset + length) as usize).min(self.bytes.len());
+        let packed = self.bytes.get(start..end).unwrap_or_default();
+        let is_zstd = self.u32(4) >= 3 && self.u32(100) > 104 && self.bytes[104] == 1;
+        // One cluster is looked at after very many power cuts.
+        DECODED.with_borrow_mut(|decoded| {
+            let plain = decoded
+                .entry((is_zstd, packed.to_vec()))
+                .or_insert_with(|| Rc::new(decode(packed, is_zstd, self.cluster_size as usize)));
+            assert_eq!(plain.len() as u64, self.cluster_size, "{entry:#x}");
+            Rc::clone(plain)
+        })
     }
 
     /// Compares refcounts with references, and COPIED flags with refcounts.
@@ -197,6 +231,13 @@ impl<'b> Checker<'b> {
 
     fn check_copied(&self, findings: &mut Findings) {
         let mut check = |entry: u64, what: &str| {
+            if entry & COMPRESSED != 0 {
+                if entry >> 63 != 0 {
+                    let text = format!("{what} {entry:#x}: compressed and COPIED");
+                    findings.corruptions.push(text);
+                }
+                return;
+            }
             let offset = entry & OFFSET;
             let copied = entry >> 63 != 0;
             let refcount = self.refcount(offset / self.cluster_size);
@@ -218,20 +259,22 @@ impl<'b> Checker<'b> {
         }
     }
 
-    /// Where the guest's bytes at `offset` are: an offset of the file, or zeroes; `None` when the
-    /// backing has them.
-    fn place(&self, l1: u64, offset: u64) -> Option<Option<u64>> {
+    /// Where the guest's bytes at `offset` are.
+    fn place(&self, l1: u64, offset: u64) -> Place {
         let entries = self.cluster_size / 8;
         let cluster = offset / self.cluster_size;
         let l2 = self.u64(l1 + cluster / entries * 8) & OFFSET;
         if l2 == 0 {
-            return None;
+            return Place::Backing;
         }
         let entry = self.u64(l2 + cluster % entries * 8);
+        if entry & COMPRESSED != 0 {
+            return Place::Compressed(entry);
+        }
         match (entry & 1, entry & OFFSET) {
-            (1, _) => Some(None),
-            (_, 0) => None,
-            (_, host) => Some(Some(host + offset % self.cluster_size)),
+            (1, _) => Place::Zero,
+            (_, 0) => Place::Backing,
+            (_, host) => Place::File(host + offset % self.cluster_size),
         }
     }
 
@@ -247,12 +290,19 @@ impl<'b> Checker<'b> {
 
     fn read_from(&self, l1: u64, size: u64, backing: &[u8]) -> Vec<u8> {
         let mut disk = vec![0; size as usize];
+        let mut last = (0, Rc::default());
         for (number, sector) in disk.chunks_mut(512).enumerate() {
             let offset = number as u64 * 512;
             let (source, at) = match self.place(l1, offset) {
-                None => (backing, offset),
-                Some(None) => continue,
-                Some(Some(host)) => (self.bytes, host),
+                Place::Backing => (backing, offset),
+                Place::Zero => continue,
+                Place::File(host) => (self.bytes, host),
+                Place::Compressed(entry) => {
+                    if last.0 != entry {
+                        last = (entry, self.decompressed(entry));
+                    }
+                    (&last.1[..], offset % self.cluster_size)
+                }
             };
             let rest = source.get(at as usize..).unwrap_or_default();
             let held = rest.len().min(sector.len());
@@ -260,4 +310,48 @@ impl<'b> Checker<'b> {
         }
         disk
     }
+}
+
+/// Decoded clusters by their bytes, and whether these are zstd's.
+type Decoded = HashMap<(bool, Vec<u8>), Rc<Vec<u8>>>;
+
+thread_local! {
+    static DECODED: RefCell<Decoded> = RefCell::default();
+}
+
+/// Decodes by means of decoders that read streams; shorter than a cluster when the stream is bad.
+fn decode(packed: &[u8], is_zstd: bool, cluster_size: usize) -> Vec<u8> {
+    let mut plain = vec![0; cluster_size];
+    let mut filled = 0;
+    if is_zstd {
+        let mut input = zstd_safe::InBuffer::around(packed);
+        let mut context = zstd_safe::DCtx::create();
+        let mut output = zstd_safe::OutBuffer::around(&mut plain[..]);
+        while filled < cluster_size && input.pos < packed.len() {
+            if context.decompress_stream(&mut output, &mut input).is_err() {
+                break;
+            }
+            filled = output.pos();
+        }
+    } else {
+        let mut decoder = flate2::read::DeflateDecoder::new(packed);
+        while filled < cluster_size {
+            match decoder.read(&mut plain[filled..]) {
+                Ok(1..) => filled = decoder.total_out() as usize,
+                _ => break,
+            }
+        }
+    }
+    plain.truncate(filled);
+    plain
+}
+
+/// Where a sector's bytes are.
+enum Place {
+    Backing,
+    Zero,
+    /// An offset of the image file.
+    File(u64),
+    /// In the compressed cluster of this L2 entry.
+    Compressed(u64),
 }

@@ -2,6 +2,7 @@
 //! with QEMU's tools as oracle, and on hostile images.
 
 mod checker;
+mod compressed;
 mod crash;
 mod hostile;
 mod peers;

@@ -3,7 +3,7 @@
 use super::rig::{self, Disk, Setup};
 use super::workload::{History, Workload};
 use crate::qcow2::CreateOptions;
-use block::{ByteRange, Preallocation, Resize, ZeroFlags};
+use block::{Preallocation, Resize};
 use executor::{Config, Executor};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,7 +12,7 @@ use std::sync::Arc;
 const SIZE: u64 = 3 << 20;
 
 /// Runs one of QEMU's programs; its output when it succeeds.
-fn qemu(program: &str, arguments: &[&str]) -> String {
+pub(super) fn qemu(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let (out, error) = (text(&output.stdout), text(&output.stderr));
@@ -22,7 +22,7 @@ fn qemu(program: &str, arguments: &[&str]) -> String {
 }
 
 /// Whether QEMU's tools are there; says so when they are not.
-fn has_qemu() -> bool {
+pub(super) fn has_qemu() -> bool {
     let there = Command::new("qemu-img").arg("--version").output().is_ok();
     if !there {
         println!("skipped: qemu-img is not installed");
@@ -31,26 +31,26 @@ fn has_qemu() -> bool {
 }
 
 /// A directory with files of a test.
-struct Files(tempfile::TempDir);
+pub(super) struct Files(tempfile::TempDir);
 
 impl Files {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(tempfile::tempdir().unwrap())
     }
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
-    fn text(&self, name: &str) -> String {
+    pub(super) fn text(&self, name: &str) -> String {
         self.path(name).display().to_string()
     }
-    fn check(&self, name: &str) {
+    pub(super) fn check(&self, name: &str) {
         qemu(
             "qemu-img",
             &["check", "-q", "-f", "qcow2", &self.text(name)],
         );
     }
     /// The disk as QEMU reads it.
-    fn content(&self, name: &str) -> Vec<u8> {
+    pub(super) fn content(&self, name: &str) -> Vec<u8> {
         let raw = self.text("content.raw");
         let image = self.text(name);
         qemu(
@@ -61,12 +61,12 @@ impl Files {
     }
 }
 
-fn on_host<T>(future: impl Future<Output = T>) -> T {
+pub(super) fn on_host<T>(future: impl Future<Output = T>) -> T {
     let executor = Executor::new(&Config::default()).unwrap();
     executor.block_on(future)
 }
 
-async fn open(path: &Path) -> Disk {
+pub(super) async fn open(path: &Path) -> Disk {
     Disk::open(path, Setup::default()).await.unwrap()
 }
 
@@ -290,36 +290,6 @@ fn a_resized_disk_keeps_what_still_belongs_to_it() {
         content.resize(length as usize, 0);
         assert!(content == files.content("a.qcow2"));
     }
-}
-
-#[test]
-fn a_compressed_cluster_is_not_read_but_may_be_overwritten() {
-    if !has_qemu() {
-        return;
-    }
-    let files = Files::new();
-    std::fs::write(files.path("base.raw"), vec![0x55; 1 << 20]).unwrap();
-    let (raw, image) = (files.text("base.raw"), files.text("a.qcow2"));
-    qemu(
-        "qemu-img",
-        &["convert", "-c", "-f", "raw", "-O", "qcow2", &raw, &image],
-    );
-    let length = 1 << 20;
-    on_host(async {
-        let disk = open(&files.path("a.qcow2")).await;
-        assert_eq!(disk.read(0, 512).await, Err(executor::Errno::EIO));
-        assert_eq!(disk.write(512, &[1; 512]).await, Err(executor::Errno::EIO));
-        disk.write(65536, &[2; 65536]).await.unwrap();
-        let rest = ByteRange::new(2 << 16, length - (2 << 16));
-        let zeroed = disk.root.write_zeroes(rest, ZeroFlags::default()).await;
-        zeroed.unwrap();
-        disk.close().await.unwrap();
-    });
-    files.check("a.qcow2");
-    let mut right = vec![0; length as usize];
-    right[..65536].fill(0x55);
-    right[65536..2 << 16].fill(2);
-    assert!(right == files.content("a.qcow2"));
 }
 
 #[test]

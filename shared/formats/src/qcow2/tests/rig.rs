@@ -265,6 +265,14 @@ impl Disk {
         self.root.write(offset, buffer, WriteFlags::default()).await
     }
 
+    pub(super) async fn write_compressed(&self, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
+        let flags = WriteFlags {
+            compressed: true,
+            ..WriteFlags::default()
+        };
+        self.root.write(offset, bytes.into(), flags).await
+    }
+
     pub(super) async fn read_all(&self) -> Result<Vec<u8>, Errno> {
         let mut disk = Vec::new();
         while (disk.len() as u64) < self.node.length() {

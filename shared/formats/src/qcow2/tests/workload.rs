@@ -223,10 +223,18 @@ impl Workload {
                     _ => random.random_range(1..=most),
                 };
                 let range = ByteRange::new(start * SECTOR as u64, length * SECTOR as u64);
-                request(&disk, &history, range, random.random_range(0..20)).await;
+                request(&disk, &history, range, random.random_range(0..22)).await;
             }
         }
     }
+}
+
+/// The clusters that a range touches; the last one ends with the disk.
+fn whole_clusters(disk: &Disk, range: ByteRange) -> ByteRange {
+    let grain = u64::from(disk.node.driver().limits().optimal_transfer);
+    let start = range.offset / grain * grain;
+    let end = (range.offset + range.length).next_multiple_of(grain);
+    ByteRange::new(start, end.min(disk.node.length()) - start)
 }
 
 async fn request(disk: &Disk, history: &History, range: ByteRange, choice: u32) {
@@ -250,13 +258,22 @@ async fn request(disk: &Disk, history: &History, range: ByteRange, choice: u32) 
             let zeroed = disk.root.write_zeroes(range, zero(choice == 10)).await;
             history.end(range, zeroed);
         }
+        20.. if disk.node.driver().compresses() => {
+            let _locked = history.locks.lock(0..u64::MAX).await;
+            // Each cluster is a write of its own: a few tell as much as hundreds.
+            let most = 4 * u64::from(disk.node.driver().limits().optimal_transfer);
+            let range = ByteRange::new(range.offset, range.length.min(most));
+            let range = whole_clusters(disk, range);
+            let fill = history.next_fill.get();
+            history.next_fill.set(fill + 1);
+            history.begin(range, fill);
+            let bytes = pattern(fill, range.length as usize);
+            history.end(range, disk.write_compressed(range.offset, &bytes).await);
+        }
         13 => {
             // What a discard leaves in partial clusters is the format's choice, so whole ones.
             let _locked = history.locks.lock(0..u64::MAX).await;
-            let grain = u64::from(disk.node.driver().limits().zero_alignment);
-            let start = range.offset / grain * grain;
-            let end = (range.offset + range.length).next_multiple_of(grain);
-            let range = ByteRange::new(start, end.min(disk.node.length()) - start);
+            let range = whole_clusters(disk, range);
             if !disk.discard_reads_zero {
                 disk.root.discard(range).await.unwrap();
                 return;
