@@ -6,8 +6,9 @@
 //! ```
 //!
 //! The inflight region and the kick and call eventfds live as long as the front-end and are handed
-//! to every successor. Rings restart from what `GET_VRING_BASE` answered, or from the used index in
-//! guest memory when the back-end died without being asked.
+//! to every successor. Split rings restart from what `GET_VRING_BASE` answered, or from the used index
+//! in guest memory when the back-end died without being asked; where a packed ring was is only in the
+//! inflight region then.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -20,6 +21,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 
 use super::backend_channel::BackendChannel;
+use super::either_ring::{base_after_death, first_base};
 use super::features::{BlockConfig, bits};
 use super::memory::Region;
 use super::negotiation::{get, get_config, negotiate, open_socket, reply_to};
@@ -61,7 +63,7 @@ pub struct FrontEnd {
     max_queues: u64,
     config: BlockConfig,
     guest: Guest,
-    bases: Vec<u16>,
+    bases: Vec<u32>,
     inflight: Option<Inflight>,
     channel: Option<BackendChannel>,
     /// The back-end of this connection has the regions; a device reset leaves them alone.
@@ -100,7 +102,7 @@ impl FrontEnd {
             options.queues
         );
         let (guest, queues) = build_guest(&options, features)?;
-        let bases = vec![0; options.queues];
+        let bases = vec![first_base(features); options.queues];
         let mut front_end = Self {
             endpoint,
             options,
@@ -217,11 +219,7 @@ impl FrontEnd {
             &state(u32::from(vring.entries)),
             &[],
         )?;
-        self.set(
-            request::SET_VRING_BASE,
-            &state(u32::from(self.bases[index])),
-            &[],
-        )?;
+        self.set(request::SET_VRING_BASE, &state(self.bases[index]), &[])?;
         let mut addresses = state(0);
         for area in [
             &vring.parts.descriptors,
@@ -238,11 +236,12 @@ impl FrontEnd {
         self.set(request::SET_VRING_ENABLE, &state(1), &[])
     }
 
-    /// Stops a ring and returns the index of the first request the back-end did not take.
+    /// Stops a ring and returns where its successor goes on: the index of the first request that the
+    /// back-end did not take, or the two positions of a packed ring.
     ///
     /// # Errors
     /// When the reply is missing or malformed.
-    pub fn stop_ring(&mut self, index: usize) -> Result<u16> {
+    pub fn stop_ring(&mut self, index: usize) -> Result<u32> {
         let body = [(index as u32).to_le_bytes(), [0; 4]].concat();
         wire::send(&self.socket, (request::GET_VRING_BASE, 0), &body, &[])?;
         let reply = self.reply_to(request::GET_VRING_BASE)?;
@@ -255,12 +254,14 @@ impl FrontEnd {
             read_u32(&reply, 0) == index as u32,
             "GET_VRING_BASE answered for another ring"
         );
-        let base = u16::try_from(read_u32(&reply, 4)).context("base of a split ring")?;
+        let base = read_u32(&reply, 4);
+        let packed = self.features & bits::RING_PACKED != 0;
+        ensure!(packed || base <= 0xffff, "base {base:#x} of a split ring");
         self.bases[index] = base;
         Ok(base)
     }
 
-    /// The used index that the back-end has written into ring `index`.
+    /// The used index that the back-end has written into split ring `index`.
     pub fn used_idx(&self, index: usize) -> u16 {
         device_used_idx(&self.guest.vrings[index].parts)
     }
@@ -329,7 +330,7 @@ impl FrontEnd {
         self.protocol = greeting.protocol;
         self.config = greeting.config;
         for (base, vring) in self.bases.iter_mut().zip(&self.guest.vrings) {
-            *base = device_used_idx(&vring.parts);
+            *base = base_after_death(&vring.parts, self.features);
         }
         self.start()
     }
@@ -348,7 +349,7 @@ impl FrontEnd {
             );
             self.set_status(0)?;
         }
-        self.bases.fill(0);
+        self.bases.fill(first_base(self.features));
         Ok(())
     }
 

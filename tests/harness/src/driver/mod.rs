@@ -1,4 +1,4 @@
-//! An in-process virtio-blk driver: a vhost-user front-end and split rings over a memfd, no VM.
+//! An in-process virtio-blk driver: a vhost-user front-end and rings of either layout over a memfd, no VM.
 //!
 //! ```text
 //! FrontEnd  (control: negotiation, memory table, rings, inflight region, reconnect)
@@ -12,20 +12,24 @@
 //! data should be is the [oracle](crate::oracle)'s business.
 
 mod backend_channel;
+mod either_ring;
 mod endpoint;
 pub mod features;
 mod front_end;
 pub mod memory;
 mod negotiation;
+mod packed_ring;
 mod pool;
 mod queue;
 mod request;
 mod ring;
 mod setup;
 
+pub use either_ring::Ring;
 pub use endpoint::Endpoint;
 pub use features::BlockConfig;
 pub use front_end::{FrontEnd, Start};
+pub use packed_ring::PackedRing;
 pub use pool::{DataPool, Lease};
 pub use queue::{MAX_RANGES, Queue, Wait};
 pub use request::{

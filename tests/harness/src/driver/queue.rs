@@ -14,10 +14,11 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 
+use super::either_ring::Ring;
 use super::memory::Area;
 use super::pool::{DataPool, Lease};
 use super::request::{Completion, LANES, Layout, Operation, Request, STATUS_OK};
-use super::ring::{Buffer, SplitRing};
+use super::ring::Buffer;
 
 const STATUS_PRESET: u8 = 0xff;
 const READ_POISON: u8 = 0xdb;
@@ -43,7 +44,7 @@ pub enum Wait {
 #[derive(Debug)]
 pub(crate) struct QueueParts {
     pub(crate) index: usize,
-    pub(crate) ring: SplitRing,
+    pub(crate) ring: Ring,
     pub(crate) kick: Arc<EventFd>,
     pub(crate) call: Arc<EventFd>,
     pub(crate) slots: Vec<SlotMemory>,

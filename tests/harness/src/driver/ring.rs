@@ -14,10 +14,10 @@ use anyhow::{Result, bail, ensure};
 
 use super::memory::Area;
 
-const DESC_BYTES: usize = 16;
-const F_NEXT: u16 = 1;
-const F_WRITE: u16 = 2;
-const F_INDIRECT: u16 = 4;
+pub(super) const DESC_BYTES: usize = 16;
+pub(super) const F_NEXT: u16 = 1;
+pub(super) const F_WRITE: u16 = 2;
+pub(super) const F_INDIRECT: u16 = 4;
 const NO_INTERRUPT: u16 = 1;
 const NO_NOTIFY: u16 = 1;
 
@@ -102,16 +102,6 @@ impl SplitRing {
     /// Where the parts lie.
     pub fn parts(&self) -> &RingParts {
         &self.parts
-    }
-
-    /// Number of entries.
-    pub fn entries(&self) -> u16 {
-        self.entries
-    }
-
-    /// Chains that are not back yet.
-    pub fn outstanding(&self) -> usize {
-        self.chains.len()
     }
 
     /// True when a chain of that many buffers fits now.

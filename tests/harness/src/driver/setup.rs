@@ -6,12 +6,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::either_ring::Ring;
 use super::features::bits;
 use super::memory::{Area, Region};
 use super::pool::DataPool;
 use super::queue::{QueueParts, SLOT_BYTES, SlotMemory};
 use super::request::{LANES, MAX_GAP_BYTES};
-use super::ring::SplitRing;
 use super::{Queue, Wait, features};
 use crate::wire::protocol_feature;
 
@@ -76,6 +76,13 @@ impl Options {
         self
     }
 
+    /// With packed rings, when offered.
+    #[must_use]
+    pub fn packed(mut self) -> Self {
+        self.features |= bits::RING_PACKED;
+        self
+    }
+
     /// Without these protocol features.
     #[must_use]
     pub fn without_protocol(mut self, features: u64) -> Self {
@@ -128,8 +135,7 @@ pub(crate) fn build_guest(options: &Options, features: u64) -> Result<(Guest, Ve
     );
     ensure!(options.data_regions >= 1, "a driver needs a data region");
     let indirect = features & bits::RING_INDIRECT_DESC != 0;
-    let event_idx = features & bits::RING_EVENT_IDX != 0;
-    let per_queue = SplitRing::bytes(options.queue_size) + options.depth * options.slot_stride();
+    let per_queue = Ring::bytes(options.queue_size) + options.depth * options.slot_stride();
     let control = Arc::new(Region::control(options.queues * (per_queue + 4096))?);
     let regions = (0..options.data_regions)
         .map(|i| options.data_region(i))
@@ -139,8 +145,8 @@ pub(crate) fn build_guest(options: &Options, features: u64) -> Result<(Guest, Ve
     let mut vrings = Vec::new();
     let mut queues = Vec::new();
     for index in 0..options.queues {
-        let area = free.carve(SplitRing::bytes(options.queue_size), 4096);
-        let ring = SplitRing::new(area, options.queue_size, event_idx);
+        let area = free.carve(Ring::bytes(options.queue_size), 4096);
+        let ring = Ring::new(area, options.queue_size, features);
         let slots = (0..options.depth)
             .map(|_| {
                 let mut slot = free.carve(options.slot_stride(), 64);

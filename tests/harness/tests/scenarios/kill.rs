@@ -1,11 +1,13 @@
 //! kill -9 under verified load: the guest notices a pause and nothing else.
 //!
-//! The tests of this module add up to 200 kills.
+//! The tests of this module share [`KILLS`] kills; `OUTBOARD_KILLS=1000` asks for more, and
+//! `OUTBOARD_SEED` for other moments and other load.
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use harness::driver::Options;
+use harness::driver::features::bits;
 use harness::load::{self, Plan};
 use harness::process::Program;
 use harness::rig::{Disk, Format, Leaks, Rig};
@@ -15,9 +17,40 @@ use harness::supervisor::{self, Ordeal, Strike};
 /// are left to the report: on a machine with other work they tell more of that than of the daemon.
 const MOST_RESUMPTIONS: (usize, Duration) = (90, Duration::from_millis(200));
 
-fn survive(format: Format, times: usize, seed: u64) -> Result<()> {
+/// Kills of all tests together, unless the environment asks for another number.
+const KILLS: usize = 200;
+
+/// How the rings lie in memory.
+#[derive(Clone, Copy, Debug)]
+enum Rings {
+    Split,
+    Packed,
+}
+
+/// A number from the environment.
+fn setting<T: std::str::FromStr>(name: &str) -> Result<Option<T>> {
+    let Ok(value) = std::env::var(name) else {
+        return Ok(None);
+    };
+    let number = value.parse().ok();
+    number
+        .with_context(|| format!("{name}={value} is no number"))
+        .map(Some)
+}
+
+/// Goes through `percent` per cent of all kills.
+fn survive((format, rings): (Format, Rings), percent: usize, seed: u64) -> Result<()> {
+    let kills = setting("OUTBOARD_KILLS")?.unwrap_or(KILLS);
+    let times = (kills * percent).div_ceil(100);
+    let seed = seed + 1000 * setting::<u64>("OUTBOARD_SEED")?.unwrap_or(0);
     let mut rig = Rig::start(Disk::new(Program::OutboardBlkd, format).queues(2, 2))?;
-    let (mut front_end, mut queues) = rig.connect(Options::default())?;
+    let options = match rings {
+        Rings::Split => Options::default(),
+        Rings::Packed => Options::default().packed(),
+    };
+    let (mut front_end, mut queues) = rig.connect(options)?;
+    let packed = front_end.features() & bits::RING_PACKED != 0;
+    ensure!(packed == matches!(rings, Rings::Packed), "packed: {packed}");
     let ordeal = Ordeal {
         strike: Strike::Kill,
         times,
@@ -28,7 +61,7 @@ fn survive(format: Format, times: usize, seed: u64) -> Result<()> {
         ..Plan::default()
     };
     let report = supervisor::run(&mut rig, (&mut front_end, &mut queues), &plan, ordeal)?;
-    println!("{format:?}: {report}");
+    println!("{format:?}, {rings:?}, seed {seed}: {report}");
     load::verify_all(&mut queues[0], &rig.oracle)?;
     drop(front_end);
     rig.finish_offline(Leaks::Allowed)?;
@@ -42,16 +75,31 @@ fn survive(format: Format, times: usize, seed: u64) -> Result<()> {
 }
 
 #[test]
-fn raw_survives_100_kills_without_loss_or_error() -> Result<()> {
-    survive(Format::Raw, 100, 21)
+fn raw_with_split_rings_survives_kills_without_loss_or_error() -> Result<()> {
+    survive((Format::Raw, Rings::Split), 25, 21)
 }
 
 #[test]
-fn qcow2_survives_70_kills_without_loss_or_error() -> Result<()> {
-    survive(Format::Qcow2, 70, 22)
+fn raw_with_packed_rings_survives_kills_without_loss_or_error() -> Result<()> {
+    survive((Format::Raw, Rings::Packed), 25, 24)
 }
 
 #[test]
-fn qcow2_overlay_survives_30_kills_without_loss_or_error() -> Result<()> {
-    survive(Format::Qcow2Overlay, 30, 23)
+fn qcow2_with_split_rings_survives_kills_without_loss_or_error() -> Result<()> {
+    survive((Format::Qcow2, Rings::Split), 15, 22)
+}
+
+#[test]
+fn qcow2_with_packed_rings_survives_kills_without_loss_or_error() -> Result<()> {
+    survive((Format::Qcow2, Rings::Packed), 20, 25)
+}
+
+#[test]
+fn qcow2_overlay_with_split_rings_survives_kills_without_loss_or_error() -> Result<()> {
+    survive((Format::Qcow2Overlay, Rings::Split), 10, 23)
+}
+
+#[test]
+fn qcow2_overlay_with_packed_rings_survives_kills_without_loss_or_error() -> Result<()> {
+    survive((Format::Qcow2Overlay, Rings::Packed), 5, 26)
 }

@@ -115,7 +115,7 @@ fn get_vring_base_answers_when_nothing_is_in_flight() -> Result<()> {
             let tickets = submit_writes(&mut queues[0], &rig.oracle, (32, generation))?;
             queues[0].kick()?;
             let base = front_end.stop_ring(0)?;
-            let used = front_end.used_idx(0);
+            let used = u32::from(front_end.used_idx(0));
             ensure!(base == used, "base {base} with {used} requests returned");
             front_end.start_ring(0)?;
             complete_all(&mut queues[0], &rig.oracle, &tickets)?;
