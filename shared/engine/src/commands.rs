@@ -45,6 +45,7 @@ const COMMANDS: &[Command<Handler>] = commands! {
     "query-version" => query_version,
     "quit" => quit,
     "x-debug-block-dirty-bitmap-sha256" => bitmaps::sha256,
+    "x-block-export-set-iothread" => exports::set_iothread,
 };
 
 /// The table of all commands.

@@ -1,4 +1,5 @@
-//! Commands on exports: `block-export-add`, `block-export-del`, `query-block-exports`.
+//! Commands on exports: `block-export-add`, `block-export-del`, `query-block-exports`,
+//! `x-block-export-set-iothread`.
 //!
 //! ```text
 //!   block-export-add ──> running ── block-export-del ──> shutting down ──> BLOCK_EXPORT_DELETED
@@ -41,11 +42,11 @@ struct Entry {
     type_name: &'static str,
     node: Arc<Node>,
     /// `None` while it is shutting down.
-    running: Option<VhostUserBlk>,
+    running: Option<Rc<VhostUserBlk>>,
     /// The socket that it made in the file system.
     socket_path: Option<PathBuf>,
     /// Held, so that a thread in use cannot be deleted.
-    _iothreads: Vec<Rc<IoThread>>,
+    iothreads: Vec<Rc<IoThread>>,
 }
 
 #[derive(Deserialize)]
@@ -57,7 +58,7 @@ struct Common {
     writable: bool,
     #[serde(default)]
     writethrough: bool,
-    /// The threads of an export never change, so this is always granted.
+    /// The threads of an export change by command only, so this is always granted.
     #[serde(rename = "fixed-iothread")]
     _fixed_iothread: Option<bool>,
 }
@@ -71,6 +72,10 @@ enum Kind {
         /// Listen (the default), or connect to a front-end that listens.
         server: Option<bool>,
         logical_block_size: Option<u64>,
+        physical_block_size: Option<u64>,
+        /// Offer SECURE_ERASE.
+        #[serde(default)]
+        secure_erase: bool,
         num_queues: Option<u16>,
         queue_size: Option<u16>,
         serial: Option<String>,
@@ -123,9 +128,9 @@ pub(crate) async fn block_export_add(
         id: common.id,
         type_name: "vhost-user-blk",
         node,
-        running: Some(export),
+        running: Some(Rc::new(export)),
         socket_path,
-        _iothreads: iothreads,
+        iothreads,
     });
     Ok(json!({}))
 }
@@ -160,15 +165,12 @@ fn vhost_user_blk_options(
         addr,
         server,
         logical_block_size,
+        physical_block_size,
+        secure_erase,
         num_queues,
         queue_size,
         serial,
     } = kind;
-    if common.writethrough {
-        return Err(Error::generic(
-            "vhost-user-blk exports do not support writethrough: the guest chooses the cache mode",
-        ));
-    }
     let address = match (addr, server.unwrap_or(true)) {
         (SocketAddress::Unix { path }, true) => Address::Listen(path.into()),
         (SocketAddress::Unix { path }, false) => Address::Connect(path.into()),
@@ -180,12 +182,20 @@ fn vhost_user_blk_options(
     };
     let mut options = VhostUserBlkOptions::new(&common.id, address);
     options.writable = common.writable;
-    if let Some(bytes) = logical_block_size {
-        options.logical_block_size = u32::try_from(bytes).map_err(|_| {
-            let (id, name) = (&common.id, "logical-block-size");
+    let size = |name: &str, bytes: u64| {
+        u32::try_from(bytes).map_err(|_| {
+            let id = &common.id;
             Error::generic(format!("Property {id}.{name} doesn't take value '{bytes}'"))
-        })?;
+        })
+    };
+    if let Some(bytes) = logical_block_size {
+        options.logical_block_size = size("logical-block-size", bytes)?;
     }
+    if let Some(bytes) = physical_block_size {
+        options.physical_block_size = Some(size("physical-block-size", bytes)?);
+    }
+    options.writethrough = common.writethrough;
+    options.secure_erase = secure_erase;
     options.num_queues = num_queues.unwrap_or(options.num_queues);
     options.queue_size_max = queue_size.unwrap_or(options.queue_size_max);
     options.serial = serial.unwrap_or(options.serial);
@@ -229,6 +239,56 @@ pub(crate) async fn block_export_del(engine: &Rc<Engine>, arguments: Arguments) 
     Ok(json!({}))
 }
 
+/// Moves the queues of an export to other threads while it is in use.
+pub(crate) async fn set_iothread(engine: &Rc<Engine>, mut arguments: Arguments) -> Result<Value> {
+    if arguments.get("iothread").is_none() {
+        return Err(Error::missing_parameter("iothread"));
+    }
+    let names = match arguments.get("iothread") {
+        Some(Value::Null) => {
+            arguments.take_value("iothread");
+            Vec::new()
+        }
+        _ => take_iothreads(&mut arguments)?,
+    };
+    let SetIothread { id } = arguments.parse()?;
+    let wanted: Result<Vec<_>> = names.iter().map(|name| engine.iothread(name)).collect();
+    let wanted = wanted?;
+    let threads = wanted
+        .iter()
+        .map(|thread| thread.handle().clone())
+        .collect();
+    // Until the last queue has moved, its old thread is in use as well as its new one.
+    let (export, _old) = engine.exports.retarget(&id, wanted)?;
+    export.set_threads(threads).await.map_err(from_block)?;
+    Ok(json!({}))
+}
+
+impl Exports {
+    /// Notes other iothreads for export `id`; gives the export and the threads that it had.
+    fn retarget(
+        &self,
+        id: &str,
+        wanted: Vec<Rc<IoThread>>,
+    ) -> Result<(Rc<VhostUserBlk>, Vec<Rc<IoThread>>)> {
+        let mut entries = self.entries.borrow_mut();
+        let Some(entry) = entries.iter_mut().find(|entry| entry.id == id) else {
+            return Err(Error::generic(format!("Export '{id}' is not found")));
+        };
+        let Some(export) = entry.running.clone() else {
+            return Err(Error::generic(format!(
+                "Export '{id}' is already shutting down"
+            )));
+        };
+        Ok((export, std::mem::replace(&mut entry.iothreads, wanted)))
+    }
+}
+
+#[derive(Deserialize)]
+struct SetIothread {
+    id: String,
+}
+
 pub(crate) async fn query_block_exports(
     engine: &Rc<Engine>,
     arguments: Arguments,
@@ -248,7 +308,7 @@ pub(crate) async fn query_block_exports(
 
 impl Engine {
     /// Waits for the requests of an export, and forgets it.
-    async fn finish_export(&self, id: String, export: VhostUserBlk) {
+    async fn finish_export(&self, id: String, export: Rc<VhostUserBlk>) {
         export.stop().await;
         self.exports
             .entries

@@ -102,8 +102,9 @@ fn a_refused_export_leaves_nothing_behind() {
             "addr": {"type": "unix", "path": "/nonexistent/dir/sock"},
         });
         for (key, value, expected) in [
-            ("writethrough", json!(true), "do not support writethrough"),
-            ("writethrough", json!(false), "Failed to bind socket"),
+            ("physical-block-size", json!(1000), "power of 2"),
+            ("physical-block-size", json!(4096), "Failed to bind socket"),
+            ("secure-erase", json!(true), "writable"),
             ("iothread", json!([]), "expected: BlockExportIothreads"),
             (
                 "iothread",

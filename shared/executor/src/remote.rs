@@ -176,6 +176,11 @@ impl Handle {
         Handle::new(&current().shared)
     }
 
+    /// Whether both are handles of one executor.
+    pub fn is_same(&self, other: &Handle) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared)
+    }
+
     /// Runs `start` on the executor's thread and spawns the future it returns. False when the
     /// executor is gone.
     pub fn spawn<S, F>(&self, start: S) -> bool

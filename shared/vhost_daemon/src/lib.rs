@@ -32,7 +32,7 @@ mod store;
 pub mod wire;
 
 pub use device::{Device, DeviceError};
-pub use queue::{Handler, Queue, QueueError, QueueRemote, QueueSetup};
+pub use queue::{Handler, Queue, QueueError, QueueRemote, QueueSetup, RingState, Stopped};
 pub use ring::Chain;
 pub use server::{Address, Server};
 

@@ -117,6 +117,27 @@ pub struct QueueSetup {
     pub log: Option<RingLog>,
     /// Where a broken ring is reported.
     pub failure: Arc<Failure>,
+    /// Whether the ring is one that is not read any more.
+    pub state: RingState,
+}
+
+/// Whether a ring can be relied on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RingState {
+    /// It is.
+    #[default]
+    Sound,
+    /// The guest broke it; it is not read again.
+    Broken,
+}
+
+/// How a queue was when it stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stopped {
+    /// Where a successor goes on, as GET_VRING_BASE tells it.
+    pub base: u32,
+    /// What became of its ring.
+    pub state: RingState,
 }
 
 /// What can change while a queue runs.
@@ -287,7 +308,7 @@ impl<H: Handler> Worker<H> {
             failure: setup.failure.clone(),
             unpublished: Cell::new(0),
             draining: Cell::new(false),
-            broken: Cell::new(false),
+            broken: Cell::new(setup.state == RingState::Broken),
             drained: Notify::new(),
         };
         let chains = (0..BATCH).map(|_| Chain::new(memory.clone())).collect();
@@ -420,7 +441,7 @@ type LocalFuture<T> = Pin<Box<dyn Future<Output = T>>>;
 /// A running queue as its thread's table holds it, whatever its handler.
 trait Running {
     fn change(self: Rc<Self>, change: QueueChange) -> LocalFuture<()>;
-    fn stop(self: Rc<Self>) -> LocalFuture<u32>;
+    fn stop(self: Rc<Self>) -> LocalFuture<Stopped>;
 }
 
 struct RunningQueue<H: Handler> {
@@ -465,7 +486,7 @@ impl<H: Handler> Running for RunningQueue<H> {
         })
     }
 
-    fn stop(self: Rc<Self>) -> LocalFuture<u32> {
+    fn stop(self: Rc<Self>) -> LocalFuture<Stopped> {
         Box::pin(async move {
             let queue = &self.worker.queue;
             queue.drain().await;
@@ -474,7 +495,15 @@ impl<H: Handler> Running for RunningQueue<H> {
             if let Some(kick) = self.kick.take() {
                 kick.cancel();
             }
-            queue.ring.borrow().base()
+            let broken = queue.broken.get();
+            Stopped {
+                base: queue.ring.borrow().base(),
+                state: if broken {
+                    RingState::Broken
+                } else {
+                    RingState::Sound
+                },
+            }
         })
     }
 }
@@ -531,9 +560,9 @@ impl QueueRemote {
         let _: Option<()> = self.thread.call(apply).await;
     }
 
-    /// Stops fetching, waits for every request in flight, publishes them. Gives where a successor
-    /// goes on, as GET_VRING_BASE tells it, or `None` when the thread has ended.
-    pub async fn stop(self) -> Option<u32> {
+    /// Stops fetching, waits for every request in flight, publishes them. Gives how it ended, or
+    /// `None` when the thread has ended.
+    pub async fn stop(self) -> Option<Stopped> {
         let id = self.id;
         let stop = move || async move {
             let base = match local(id) {

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use block::Root;
 use executor::Handle;
+use executor::sync::Mutex;
 use vhost_daemon::queue::QueueChange;
 use vhost_daemon::session::PROTOCOL_FEATURES;
 use vhost_daemon::{Device, DeviceError, QueueError, QueueRemote, QueueSetup};
@@ -27,6 +28,26 @@ pub(super) struct Traits {
     pub(super) serial: [u8; MAX_SERIAL],
     /// Whether completed writes may still be volatile until a flush.
     pub(super) writeback: AtomicBool,
+    /// Whether they may not, whatever the guest says.
+    pub(super) writethrough: bool,
+    /// Whether SECURE_ERASE is offered.
+    pub(super) secure_erase: bool,
+}
+
+impl Traits {
+    /// Whether what completes has to be stable.
+    #[inline]
+    pub(super) fn completes_stable(&self) -> bool {
+        self.writethrough || !self.writeback.load(Ordering::Relaxed)
+    }
+}
+
+/// A queue that runs.
+struct Running {
+    remote: QueueRemote,
+    thread: Handle,
+    /// What it would start with elsewhere, but for the base.
+    setup: QueueSetup,
 }
 
 /// The device behind an export.
@@ -36,8 +57,10 @@ pub(super) struct Disk {
     traits: Arc<Traits>,
     num_queues: u16,
     queue_size_max: u16,
-    threads: Vec<Handle>,
-    queues: RefCell<Vec<Option<QueueRemote>>>,
+    physical_block_size: u32,
+    threads: RefCell<Vec<Handle>>,
+    /// Locked while a queue starts, changes, moves or stops, so that these never mix.
+    queues: Vec<Mutex<Option<Running>>>,
     acked: Cell<u64>,
 }
 
@@ -54,7 +77,9 @@ impl Disk {
             writable: options.writable,
             block_size: options.logical_block_size,
             serial,
-            writeback: AtomicBool::new(true),
+            writeback: AtomicBool::new(!options.writethrough),
+            writethrough: options.writethrough,
+            secure_erase: options.secure_erase,
         };
         Disk {
             id: options.id.clone(),
@@ -62,10 +87,56 @@ impl Disk {
             traits: Arc::new(traits),
             num_queues: options.num_queues,
             queue_size_max: options.queue_size_max,
-            threads: options.iothreads.clone(),
-            queues: RefCell::new((0..options.num_queues).map(|_| None).collect()),
+            physical_block_size: options.physical_block_size(),
+            threads: RefCell::new(options.iothreads.clone()),
+            queues: (0..options.num_queues).map(|_| Mutex::new(None)).collect(),
             acked: Cell::new(0),
         }
+    }
+
+    /// The thread of queue `index`.
+    fn thread(&self, index: usize) -> Handle {
+        let threads = self.threads.borrow();
+        threads[index % threads.len()].clone()
+    }
+
+    /// The thread of each queue.
+    #[cfg(test)]
+    pub(super) fn threads(&self) -> Vec<Handle> {
+        (0..self.queues.len())
+            .map(|index| self.thread(index))
+            .collect()
+    }
+
+    /// Serves the queues on these threads, at least one, from now on.
+    pub(super) async fn set_threads(&self, threads: Vec<Handle>) -> Result<(), QueueError> {
+        self.threads.replace(threads);
+        for (index, queue) in self.queues.iter().enumerate() {
+            let mut queue = queue.lock().await;
+            let thread = self.thread(index);
+            if queue.as_ref().is_some_and(|q| !q.thread.is_same(&thread))
+                && let Some(Running {
+                    remote, mut setup, ..
+                }) = queue.take()
+            {
+                let stopped = remote.stop().await.ok_or(QueueError::ThreadEnded)?;
+                (setup.base, setup.state) = (stopped.base, stopped.state);
+                *queue = Some(self.run(setup, thread).await?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts a queue on `thread`.
+    async fn run(&self, setup: QueueSetup, thread: Handle) -> Result<Running, QueueError> {
+        let (root, traits) = (self.root.clone(), self.traits.clone());
+        let make = move || BlkHandler::new(root.attach(), traits);
+        let remote = QueueRemote::start(&thread, setup.clone(), make).await?;
+        Ok(Running {
+            remote,
+            thread,
+            setup,
+        })
     }
 
     fn has(&self, feature: u32) -> bool {
@@ -88,14 +159,17 @@ impl Device for Disk {
             | bit(blk::VIRTIO_BLK_F_BLK_SIZE)
             | bit(blk::VIRTIO_BLK_F_TOPOLOGY)
             | bit(blk::VIRTIO_BLK_F_FLUSH)
-            | bit(blk::VIRTIO_BLK_F_CONFIG_WCE)
-            | bit(blk::VIRTIO_BLK_F_DISCARD)
-            | bit(blk::VIRTIO_BLK_F_WRITE_ZEROES);
+            | bit(blk::VIRTIO_BLK_F_CONFIG_WCE);
         if self.num_queues > 1 {
             features |= bit(blk::VIRTIO_BLK_F_MQ);
         }
-        if !self.traits.writable {
+        if self.traits.writable {
+            features |= bit(blk::VIRTIO_BLK_F_DISCARD) | bit(blk::VIRTIO_BLK_F_WRITE_ZEROES);
+        } else {
             features |= bit(blk::VIRTIO_BLK_F_RO);
+        }
+        if self.traits.secure_erase {
+            features |= bit(blk::VIRTIO_BLK_F_SECURE_ERASE);
         }
         features
     }
@@ -127,6 +201,9 @@ impl Device for Disk {
         let geometry = Geometry {
             length: node.length(),
             block_size: self.traits.block_size,
+            physical_block_size: self.physical_block_size,
+            writable: self.traits.writable,
+            secure_erase: self.traits.secure_erase,
             num_queues: self.num_queues,
             writeback: self.traits.writeback.load(Ordering::Relaxed),
             limits: node.driver().limits(),
@@ -152,32 +229,34 @@ impl Device for Disk {
 
     async fn start_queue(&self, setup: QueueSetup) -> Result<(), QueueError> {
         let index = usize::from(setup.index);
-        let thread = &self.threads[index % self.threads.len()];
-        let (root, traits) = (self.root.clone(), self.traits.clone());
-        let make = move || BlkHandler::new(root.attach(), traits);
-        let remote = QueueRemote::start(thread, setup, make).await?;
-        self.queues.borrow_mut()[index] = Some(remote);
+        let mut queue = self.queues[index].lock().await;
+        *queue = Some(self.run(setup, self.thread(index)).await?);
         Ok(())
     }
 
     async fn change_queue(&self, index: u16, change: QueueChange) {
-        let taken = self.queues.borrow_mut()[usize::from(index)].take();
-        if let Some(queue) = taken {
-            queue.change(change).await;
-            self.queues.borrow_mut()[usize::from(index)] = Some(queue);
+        let mut queue = self.queues[usize::from(index)].lock().await;
+        if let Some(running) = &mut *queue {
+            running.setup.apply(change.clone());
+            running.remote.change(change).await;
         }
     }
 
     async fn stop_queue(&self, index: u16) -> u32 {
-        let queue = self.queues.borrow_mut()[usize::from(index)].take();
-        match queue {
-            Some(queue) => queue.stop().await.unwrap_or(0),
+        let mut queue = self.queues[usize::from(index)].lock().await;
+        match queue.take() {
+            Some(running) => running
+                .remote
+                .stop()
+                .await
+                .map_or(0, |stopped| stopped.base),
             None => 0,
         }
     }
 
     fn reset(&self) {
         self.acked.set(0);
-        self.traits.writeback.store(true, Ordering::Relaxed);
+        let writeback = !self.traits.writethrough;
+        self.traits.writeback.store(writeback, Ordering::Relaxed);
     }
 }

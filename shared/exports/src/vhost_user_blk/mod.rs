@@ -20,6 +20,7 @@ use block::edge::Permissions;
 use block::error::{Error, ErrorKind, Result};
 use block::{Errno, Node, Root};
 use executor::Handle;
+use executor::sync::Mutex;
 use vhost_daemon::{Address, Server};
 
 use device::Disk;
@@ -43,6 +44,13 @@ pub struct VhostUserBlkOptions {
     pub writable: bool,
     /// `logical-block-size` in bytes: a power of two from 512 to 2 MiB.
     pub logical_block_size: u32,
+    /// `physical-block-size` in bytes: a power of two from the logical one, which is the default,
+    /// to 2 MiB.
+    pub physical_block_size: Option<u32>,
+    /// `writethrough`: what completes is stable, whatever cache mode the guest chooses.
+    pub writethrough: bool,
+    /// `secure-erase`: offers `VIRTIO_BLK_F_SECURE_ERASE`, which overwrites in place.
+    pub secure_erase: bool,
     /// `num-queues`, 1 to 256.
     pub num_queues: u16,
     /// Largest ring size: a power of two from 2 to 32768.
@@ -61,11 +69,18 @@ impl VhostUserBlkOptions {
             address,
             writable: false,
             logical_block_size: 512,
+            physical_block_size: None,
+            writethrough: false,
+            secure_erase: false,
             num_queues: 1,
             queue_size_max: 1024,
             serial: "vhost_user_blk".to_owned(),
             iothreads: Vec::new(),
         }
+    }
+
+    fn physical_block_size(&self) -> u32 {
+        self.physical_block_size.unwrap_or(self.logical_block_size)
     }
 
     fn check(&self) -> Result<()> {
@@ -76,18 +91,14 @@ impl VhostUserBlkOptions {
         if self.num_queues > MAX_QUEUES {
             return invalid(format!("num-queues must not be greater than {MAX_QUEUES}"));
         }
-        let (id, size) = (&self.id, self.logical_block_size);
-        if !(MIN_BLOCK_SIZE..=MAX_BLOCK_SIZE).contains(&size) {
-            return invalid(format!(
-                "Property {id}.logical-block-size doesn't take value {size} \
-                 (minimum: {MIN_BLOCK_SIZE}, maximum: {MAX_BLOCK_SIZE})"
-            ));
+        check_block_size(&self.id, "logical-block-size", self.logical_block_size)?;
+        let physical = self.physical_block_size();
+        check_block_size(&self.id, "physical-block-size", physical)?;
+        if physical < self.logical_block_size {
+            return invalid("logical_block_size > physical_block_size not supported".to_owned());
         }
-        if !size.is_power_of_two() {
-            return invalid(format!(
-                "Property {id}.logical-block-size doesn't take value '{size}', \
-                 it's not a power of 2"
-            ));
+        if self.secure_erase && !self.writable {
+            return invalid("secure-erase needs a writable export".to_owned());
         }
         let size = self.queue_size_max;
         if !size.is_power_of_two() || !(2..=32768).contains(&size) {
@@ -102,8 +113,31 @@ impl VhostUserBlkOptions {
     }
 }
 
+/// Checks a block size as QEMU's device properties do.
+fn check_block_size(id: &str, name: &str, size: u32) -> Result<()> {
+    let invalid = |message: String| Err(Error::new(ErrorKind::Invalid, message));
+    if !(MIN_BLOCK_SIZE..=MAX_BLOCK_SIZE).contains(&size) {
+        return invalid(format!(
+            "Property {id}.{name} doesn't take value {size} \
+             (minimum: {MIN_BLOCK_SIZE}, maximum: {MAX_BLOCK_SIZE})"
+        ));
+    }
+    if !size.is_power_of_two() {
+        return invalid(format!(
+            "Property {id}.{name} doesn't take value '{size}', it's not a power of 2"
+        ));
+    }
+    Ok(())
+}
+
 /// A running vhost-user-blk export. Lives on the control thread.
 pub struct VhostUserBlk {
+    /// Locked while queues move or the export stops; `None` once it has.
+    served: Mutex<Option<Served>>,
+}
+
+/// What a running export holds.
+struct Served {
     server: Server,
     disk: Rc<Disk>,
 }
@@ -132,13 +166,35 @@ impl VhostUserBlk {
         })?;
         let changed = server.config_changed();
         root.on_resize(Box::new(move |_length| changed.notify_all()));
-        Ok(VhostUserBlk { server, disk })
+        Ok(VhostUserBlk {
+            served: Mutex::new(Some(Served { server, disk })),
+        })
+    }
+
+    /// Serves the queues on other threads from now on: queue `i` on number `i % len`, on the current
+    /// executor when there is none. Each queue that moves finishes what it has in flight and goes
+    /// on where it was; the others notice nothing.
+    ///
+    /// # Errors
+    /// `Invalid` when a ring cannot start on its new thread; it is stopped then.
+    pub async fn set_threads(&self, mut threads: Vec<Handle>) -> Result<()> {
+        if threads.is_empty() {
+            threads.push(Handle::current());
+        }
+        let served = self.served.lock().await;
+        let Some(Served { disk, .. }) = &*served else {
+            return Ok(());
+        };
+        let moved = disk.set_threads(threads).await;
+        moved.map_err(|error| Error::new(ErrorKind::Invalid, error.to_string()))
     }
 
     /// Ends the front-end's session, completes every request in flight, releases the node.
-    pub async fn stop(self) {
-        self.server.stop().await;
-        drop(self.disk);
+    pub async fn stop(&self) {
+        if let Some(Served { server, disk }) = self.served.lock().await.take() {
+            server.stop().await;
+            drop(disk);
+        }
     }
 }
 

@@ -11,7 +11,6 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use block::{Buffer, ByteRange, Errno, RootHandle, WriteFlags, ZeroFlags};
 use executor::TaskPool;
@@ -30,6 +29,10 @@ const HEADER_LEN: usize = 16;
 const RANGE_LEN: usize = 16;
 /// Longest read or write in bytes: QEMU's limit, below 2 GiB by a sector.
 const MAX_TRANSFER: usize = (1 << 31) - 512;
+/// Bytes that an erasure overwrites at a time.
+const ERASE_CHUNK: usize = 1 << 20;
+/// What they are overwritten with.
+const ERASE_BYTE: u8 = 0xff;
 /// Requests in flight that need no allocation.
 const POOL: usize = 256;
 
@@ -50,6 +53,7 @@ enum Operation {
     Write(Transfer),
     Flush,
     Discard(SmallVec<[Range; 1]>),
+    Erase(SmallVec<[Range; 1]>),
     WriteZeroes(SmallVec<[Range; 1]>),
 }
 
@@ -148,6 +152,7 @@ async fn serve(inner: Rc<Inner>, queue: Rc<Queue>, request: Request) {
         Operation::Write(transfer) => (inner.write(transfer).await, 0),
         Operation::Flush => (inner.root.flush().await, 0),
         Operation::Discard(ranges) => (inner.discard(&ranges).await, 0),
+        Operation::Erase(ranges) => (inner.erase(&ranges).await, 0),
         Operation::WriteZeroes(ranges) => (inner.write_zeroes(&ranges).await, 0),
     };
     let (code, written) = match result {
@@ -185,8 +190,27 @@ impl Inner {
 
     /// With the write cache off, what completes is stable.
     async fn settle(&self) -> Result<(), Errno> {
-        if self.traits.writeback.load(Ordering::Relaxed) {
-            return Ok(());
+        if self.traits.completes_stable() {
+            return self.root.flush().await;
+        }
+        Ok(())
+    }
+
+    /// Overwrites the ranges as they lie, and only completes when that is stable. Not with zeroes:
+    /// a node that detects them would note that the range is zero and leave the old bytes there.
+    async fn erase(&self, ranges: &[Range]) -> Result<(), Errno> {
+        let pattern = Buffer::zeroed(ERASE_CHUNK);
+        pattern.fill(ERASE_BYTE);
+        for range in ranges {
+            let mut done = 0;
+            while done < range.bytes.length {
+                let len = (range.bytes.length - done).min(ERASE_CHUNK as u64);
+                let part = pattern.slice(0..len as usize);
+                let offset = range.bytes.offset + done;
+                let flags = WriteFlags::default();
+                self.root.write(offset, part, flags).await?;
+                done += len;
+            }
         }
         self.root.flush().await
     }
@@ -247,6 +271,10 @@ impl Inner {
             blk::VIRTIO_BLK_T_DISCARD => {
                 let ranges = self.ranges(chain, 0)?;
                 Ok(Parsed::Start(Operation::Discard(ranges)))
+            }
+            blk::VIRTIO_BLK_T_SECURE_ERASE if self.traits.secure_erase => {
+                let ranges = self.ranges(chain, 0)?;
+                Ok(Parsed::Start(Operation::Erase(ranges)))
             }
             blk::VIRTIO_BLK_T_WRITE_ZEROES => {
                 let ranges = self.ranges(chain, blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)?;

@@ -19,6 +19,8 @@ use vhost_daemon::{Device, QueueSetup};
 use super::request::{IOERR, OK, UNSUPP};
 use super::*;
 
+mod offers;
+
 type Result<T, E = Errno> = std::result::Result<T, E>;
 
 const DISK: usize = 1 << 20;
@@ -208,6 +210,7 @@ impl Fixture {
             inflight: None,
             log: None,
             failure: Arc::default(),
+            state: vhost_daemon::RingState::Sound,
         };
         let started = self.executor.block_on(self.disk.start_queue(setup));
         started.unwrap();

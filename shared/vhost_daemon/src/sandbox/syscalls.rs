@@ -48,6 +48,8 @@ const PLAIN: &[libc::c_long] = &[
     libc::SYS_connect,
     libc::SYS_sendto,
     libc::SYS_shutdown,
+    // Whether the process that a socket's listener belonged to has ended.
+    libc::SYS_pidfd_open,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_poll,
     #[cfg(not(target_arch = "x86_64"))]

@@ -7,7 +7,7 @@ use executor::Errno;
 
 use super::{Answer, F_PROTOCOL_FEATURES, Reply, Session, SessionError};
 use crate::device::Device;
-use crate::queue::{QueueChange, QueueSetup};
+use crate::queue::{QueueChange, QueueSetup, RingState};
 use crate::ring::{RingError, RingLayout, is_mapped};
 use crate::wire::{self, Message, RingAddresses};
 
@@ -215,6 +215,7 @@ impl<D: Device> Session<D> {
             inflight: self.inflight.clone(),
             log: self.ring_log(index),
             failure: self.failure.clone(),
+            state: RingState::Sound,
         }))
     }
 

@@ -131,7 +131,7 @@ impl Device for EchoDevice {
     async fn stop_queue(&self, index: u16) -> u32 {
         let queue = self.queues.borrow_mut()[usize::from(index)].take();
         let queue = queue.expect("a running queue is stopped");
-        queue.stop().await.expect("the queue's thread runs")
+        queue.stop().await.expect("the queue's thread runs").base
     }
 
     fn reset(&self) {}
