@@ -5,6 +5,7 @@ mod front_end;
 mod hostile;
 mod life;
 mod messages;
+mod migration;
 mod packed;
 mod packed_driver;
 mod rings;
