@@ -39,11 +39,11 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) struct RingSetup {
     /// Number of descriptors.
     pub(crate) size: u16,
-    /// Descriptor table.
+    /// Descriptor table, or a packed ring's descriptors.
     pub(crate) descriptors: u64,
-    /// Available ring ("driver area").
+    /// Available ring, or a packed ring's events of the driver ("driver area").
     pub(crate) available: u64,
-    /// Used ring ("device area").
+    /// Used ring, or a packed ring's events of the device ("device area").
     pub(crate) used: u64,
 }
 

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! A split ring's base after a reconnect is the used index that the guest sees; requests beyond it are found by the back-end
-//! in the inflight region, which outlives connections here. Must not know when to connect.
+//! in the inflight region, which outlives connections here. Where a packed ring was is nowhere in the guest's memory, only in
+//! that region, so packed rings are offered only with it. Must not know when to connect.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -28,9 +29,13 @@ type Result<T> = std::result::Result<T, LinkError>;
 const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// VIRTIO_F_VERSION_1.
 pub(crate) const VERSION_1: u64 = 1 << 32;
+/// VIRTIO_F_RING_PACKED.
+pub(super) const RING_PACKED: u64 = 1 << 34;
+/// Base of a packed ring at its start: both positions 0, both wrap counters 1.
+pub(super) const PACKED_START: u32 = 0x8000_8000;
 /// What a guest may be offered: of virtio-blk SIZE_MAX, SEG_MAX, GEOMETRY, RO, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, MQ, DISCARD,
-/// WRITE_ZEROES; of the rings INDIRECT_DESC, EVENT_IDX, VERSION_1, IN_ORDER, ORDER_PLATFORM. The rest needs help of the
-/// transport (packed rings, ring reset, notification data) or more configuration space.
+/// WRITE_ZEROES; of the rings INDIRECT_DESC, EVENT_IDX, VERSION_1, RING_PACKED, IN_ORDER, ORDER_PLATFORM. The rest needs help of
+/// the transport (ring reset, notification data) or more configuration space.
 const OFFERED: u64 = 1 << 1
     | 1 << 2
     | 1 << 4
@@ -45,6 +50,7 @@ const OFFERED: u64 = 1 << 1
     | 1 << 28
     | 1 << 29
     | VERSION_1
+    | RING_PACKED
     | 1 << 35
     | 1 << 36;
 
@@ -102,7 +108,12 @@ impl Session {
 
     /// Features that the guest may be offered.
     pub(super) fn features(&self) -> u64 {
-        self.features & OFFERED
+        let offered = self.features & OFFERED;
+        if self.tracks_inflight() {
+            offered
+        } else {
+            offered & !RING_PACKED
+        }
     }
 
     /// Whether requests survive the death of the back-end.
@@ -159,7 +170,9 @@ impl Session {
         self.set_inflight(setup, &mut progress.inflight)?;
         for (index, ring) in active_rings(activation) {
             let base = progress.bases.get(index).copied().flatten();
-            self.set_ring(setup, index, ring, base)?;
+            let places = RingPlaces::find(&setup.memory, ring, activation.features)
+                .ok_or_else(|| refused("a ring is outside the guest's memory"))?;
+            self.set_ring(setup, (index, ring.size), &places, base)?;
         }
         for (index, _) in active_rings(activation) {
             self.link.order(
@@ -179,15 +192,13 @@ impl Session {
     fn set_ring(
         &mut self,
         setup: &Setup,
-        index: usize,
-        ring: &RingSetup,
-        base: Option<u16>,
+        (index, size): (usize, u16),
+        places: &RingPlaces,
+        base: Option<u32>,
     ) -> Result<()> {
         let queue = index as u32;
-        let places = RingPlaces::find(&setup.memory, ring)
-            .ok_or_else(|| refused("a ring is outside the guest's memory"))?;
-        let size = u32::from(ring.size);
-        let base = u32::from(base.unwrap_or(places.used_index));
+        let size = u32::from(size);
+        let base = base.unwrap_or(places.base);
         self.link
             .order(FrontendReq::SET_VRING_NUM, &words(&[queue, size]), &[])?;
         self.link
@@ -270,13 +281,13 @@ impl Session {
     }
 
     /// Stops all rings; returns when nothing is in flight. The result is where each ring goes on.
-    pub(super) fn drain(&mut self, activation: &Activation) -> Result<Vec<Option<u16>>> {
+    pub(super) fn drain(&mut self, activation: &Activation) -> Result<Vec<Option<u32>>> {
         let mut bases = vec![None; activation.rings.len()];
         for (index, _) in active_rings(activation) {
             let reply = self
                 .link
                 .call(FrontendReq::GET_VRING_BASE, &words(&[index as u32, 0]))?;
-            bases[index] = Some(reply.as_u64().map(|reply| (reply >> 32) as u16)?);
+            bases[index] = Some(reply.as_u64().map(|reply| (reply >> 32) as u32)?);
         }
         Ok(bases)
     }
@@ -298,7 +309,7 @@ pub(super) struct Progress {
     /// Requests that a back-end had taken.
     pub(super) inflight: Option<Inflight>,
     /// Where each drained ring goes on; empty after an undrained end.
-    pub(super) bases: Vec<Option<u16>>,
+    pub(super) bases: Vec<Option<u32>>,
 }
 
 /// A ring's three parts as addresses in this process.
@@ -306,24 +317,36 @@ struct RingPlaces {
     descriptors: u64,
     available: u64,
     used: u64,
-    used_index: u16,
+    /// Where a back-end goes on that nobody told more.
+    base: u32,
 }
 
 impl RingPlaces {
-    fn find(memory: &Memory, ring: &RingSetup) -> Option<Self> {
+    fn find(memory: &Memory, ring: &RingSetup, features: u64) -> Option<Self> {
+        const EVENT_SUPPRESSION: usize = 4;
         let size = usize::from(ring.size);
+        let descriptors = memory.host_address(ring.descriptors, 16 * size)?;
+        if features & RING_PACKED != 0 {
+            return Some(Self {
+                descriptors,
+                available: memory.host_address(ring.available, EVENT_SUPPRESSION)?,
+                used: memory.host_address(ring.used, EVENT_SUPPRESSION)?,
+                base: PACKED_START,
+            });
+        }
         Some(Self {
-            descriptors: memory.host_address(ring.descriptors, 16 * size)?,
+            descriptors,
             available: memory.host_address(ring.available, 6 + 2 * size)?,
             used: memory.host_address(ring.used, 6 + 8 * size)?,
-            used_index: memory.read_u16(ring.used.checked_add(2)?)?,
+            base: u32::from(memory.read_u16(ring.used.checked_add(2)?)?),
         })
     }
 }
 
 /// Whether each enabled ring is inside the guest's memory.
 pub(super) fn rings_are_valid(memory: &Memory, activation: &Activation) -> bool {
-    active_rings(activation).all(|(_, ring)| RingPlaces::find(memory, ring).is_some())
+    active_rings(activation)
+        .all(|(_, ring)| RingPlaces::find(memory, ring, activation.features).is_some())
 }
 
 fn active_rings(activation: &Activation) -> impl Iterator<Item = (usize, &RingSetup)> {

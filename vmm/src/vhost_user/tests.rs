@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
 
-use super::session::VERSION_1;
+use super::session::{PACKED_START, RING_PACKED, VERSION_1};
 use super::wire::{Message, NEED_REPLY, REPLY, encode, receive};
 use super::*;
 use crate::memory::Backing;
@@ -19,6 +19,7 @@ use crate::memory::Backing;
 const PROTOCOL_FEATURES: u64 = 1 << 30;
 const FLUSH: u64 = 1 << 9;
 const EVENT_IDX: u64 = 1 << 29;
+const RING_RESET: u64 = 1 << 40;
 
 /// What the back-end in the test is.
 #[derive(Clone, Copy)]
@@ -34,7 +35,7 @@ pub(crate) struct Character {
 impl Default for Character {
     fn default() -> Self {
         Self {
-            features: PROTOCOL_FEATURES | VERSION_1 | FLUSH | EVENT_IDX | 1 << 34,
+            features: PROTOCOL_FEATURES | VERSION_1 | FLUSH | EVENT_IDX | RING_PACKED | RING_RESET,
             protocol: Protocol::all(),
             capacity: 1000,
             vring_base: 7,
@@ -230,7 +231,10 @@ impl Rig {
     }
 
     fn activate(&self) {
-        let features = VERSION_1 | FLUSH;
+        self.activate_with(VERSION_1 | FLUSH);
+    }
+
+    fn activate_with(&self, features: u64) {
         self.disk.activate(Activation {
             features,
             rings: vec![Some(RING), None],
@@ -246,8 +250,8 @@ fn a_disk_waits_for_its_back_end_and_then_shows_what_that_offers() {
     let _back_end = rig.connect(Character::default());
     assert_eq!(
         rig.disk.features(),
-        Some(VERSION_1 | FLUSH | EVENT_IDX),
-        "packed rings and the like are held back"
+        Some(VERSION_1 | FLUSH | EVENT_IDX | RING_PACKED),
+        "ring reset and the like are held back"
     );
     let (config, _) = rig.disk.config().unwrap();
     assert_eq!(config[..8], 1000_u64.to_le_bytes());
@@ -322,6 +326,39 @@ fn a_restarted_back_end_gets_the_same_inflight_region_and_goes_on_at_the_used_in
         rig.disk.notifiers().kicks[0].is_raised(),
         "requests of the dead are looked for"
     );
+}
+
+#[test]
+fn packed_rings_are_offered_with_inflight_tracking_only() {
+    let rig = Rig::new();
+    let _back_end = rig.connect(Character {
+        protocol: Protocol::all() & !Protocol::INFLIGHT_SHMFD,
+        ..Character::default()
+    });
+    assert_eq!(rig.disk.features(), Some(VERSION_1 | FLUSH | EVENT_IDX));
+}
+
+#[test]
+fn a_packed_ring_starts_at_its_beginning_and_goes_on_where_it_was_drained() {
+    let rig = Rig::new();
+    let first = rig.connect(Character {
+        vring_base: 0x8007_0005,
+        ..Character::default()
+    });
+    rig.activate_with(VERSION_1 | RING_PACKED);
+    let start = PACKED_START;
+    assert_eq!(first.expect(FrontendReq::SET_VRING_BASE).word(1), start);
+    first.expect(FrontendReq::SET_VRING_ENABLE);
+    rig.disk.pause().unwrap();
+    rig.disk.resume();
+    let base = first.expect(FrontendReq::SET_VRING_BASE).word(1);
+    assert_eq!(base, 0x8007_0005);
+    first.expect(FrontendReq::SET_VRING_ENABLE);
+    first.kill();
+    // Nobody but the inflight region knows now.
+    let second = rig.back_end(Character::default());
+    assert_eq!(second.expect(FrontendReq::SET_INFLIGHT_FD).fds, 1);
+    assert_eq!(second.expect(FrontendReq::SET_VRING_BASE).word(1), start);
 }
 
 #[test]

@@ -65,7 +65,7 @@ fn features_are_not_ready_until_the_back_end_is_there_but_the_status_is() {
     assert_eq!(read(&mut device, 0x14, 1), 0);
     let _back_end = rig.connect(Character::default());
     write(&mut device, 0, 1, 4);
-    assert_eq!(read(&mut device, 4, 4), 1, "VERSION_1");
+    assert_eq!(read(&mut device, 4, 4), 5, "VERSION_1, RING_PACKED");
     assert_eq!(read(&mut device, DEVICE, 8), 1000);
     assert_eq!(read(&mut device, DEVICE + 58, 4), 0, "past the end");
 }
@@ -75,7 +75,7 @@ fn a_driver_that_wants_what_is_not_offered_does_not_get_features_ok() {
     let rig = Rig::new();
     let _back_end = rig.connect(Character::default());
     let (mut device, _) = device(&rig);
-    assert_eq!(negotiate(&mut device, 1 << 32 | 1 << 34), 3);
+    assert_eq!(negotiate(&mut device, 1 << 32 | 1 << 40), 3);
     assert_eq!(negotiate(&mut device, 1 << 9), 3, "VERSION_1 is a must");
     assert_eq!(negotiate(&mut device, 1 << 32 | 1 << 9), 11);
 }
