@@ -16,7 +16,7 @@ use super::tables::{
 };
 use super::{Qcow2, RefcountTable, State, read_bytes};
 use block::redo_log::RedoLog;
-use block::{Edge, Error, ErrorKind};
+use block::{CheckOptions, Edge, Error, ErrorKind, Repair};
 use executor::sync::{Mutex as AsyncMutex, RangeLock};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
@@ -25,6 +25,9 @@ use std::sync::{Arc, Mutex};
 const SLICE_BITS: u32 = 12;
 /// How much of a long table is read at once, in bytes.
 const READ_STEP: u64 = 1 << 20;
+
+/// Findings of a repair at open that are logged.
+const MAX_REPAIR_MESSAGES: usize = 100;
 
 /// How an image is opened.
 pub struct OpenOptions {
@@ -71,11 +74,12 @@ impl Qcow2 {
     pub(super) async fn open_parsed(
         file: Edge,
         backing: Option<Edge>,
-        header: Header,
+        mut header: Header,
         options: OpenOptions,
     ) -> Result<Self, Error> {
         if !options.read_only {
             check_writable_features(&header)?;
+            header = repaired_if_dirty(&file, header).await?;
         }
         let sizes = options.caches.sizes(&header)?;
         let geometry = with_slices(&header, &options.caches);
@@ -211,15 +215,35 @@ impl Qcow2 {
     }
 }
 
+/// A writer with lazy refcounts was cut off: refcounts are made right before anything relies on
+/// them.
+async fn repaired_if_dirty(file: &Edge, header: Header) -> Result<Header, Error> {
+    if header.incompatible & incompatible::DIRTY == 0 {
+        return Ok(header);
+    }
+    let name = file.node().name();
+    tracing::warn!(file = name, "qcow2 image was not closed cleanly; repairing");
+    let context = |error: Error| error.context("Could not repair dirty image");
+    let mut messages = Vec::new();
+    let options = CheckOptions::repairing(Repair::All);
+    let checked = super::check::check(file, options, &mut messages).await;
+    for message in messages.iter().take(MAX_REPAIR_MESSAGES) {
+        tracing::info!(file = name, "{message}");
+    }
+    let result = checked.map_err(context)?;
+    tracing::info!(file = name, ?result, "qcow2 image repaired");
+    let header = read_header(file).await?;
+    if header.incompatible & incompatible::DIRTY != 0 {
+        let message = "Could not repair dirty image: errors remain";
+        return Err(Error::new(ErrorKind::Corrupt, message));
+    }
+    Ok(header)
+}
+
 fn check_writable_features(header: &Header) -> Result<(), Error> {
     if header.incompatible & incompatible::CORRUPT != 0 {
         let message = "qcow2: Image is corrupt; cannot be opened read/write";
         return Err(Error::new(ErrorKind::Corrupt, message));
-    }
-    if header.incompatible & incompatible::DIRTY != 0 {
-        let message = "qcow2: the image was not closed cleanly by a writer with lazy refcounts; \
-                       repair it first (qemu-img check -r all) or open it read-only";
-        return Err(Error::new(ErrorKind::Unsupported, message));
     }
     if header.autoclear & AUTOCLEAR_BITMAPS != 0 {
         let message = "qcow2: persistent bitmaps are not supported; writing would invalidate \

@@ -35,8 +35,6 @@ mod rebuild;
 mod refcounts;
 mod references;
 mod snapshots;
-#[cfg(test)]
-mod tests;
 mod walk;
 
 pub(super) use node::open_node;
@@ -86,13 +84,6 @@ async fn read_layout(file: &Edge) -> Result<Layout, Error> {
     let length = super::header::Header::cluster_size_hint(&start);
     let bytes = io.read(0, length as u64).await.map_err(failed)?;
     Layout::parse(&bytes)
-}
-
-/// The layout of an image's bytes.
-#[cfg(test)]
-fn read_layout_of(bytes: &[u8]) -> Result<Layout, Error> {
-    let length = super::header::Header::cluster_size_hint(bytes);
-    Layout::parse(&bytes[..length.min(bytes.len())])
 }
 
 /// Tells findings, up to a number.

@@ -4,6 +4,7 @@
 //! A larger `OUTBOARD_SEEDS` runs more seeds, and every point of those sweeps that otherwise sample.
 
 use super::checker::Checker;
+use super::checks::check_bytes;
 use super::rig::{self, Disk, Setup};
 use super::snapshots;
 use super::workload::{History, Workload};
@@ -13,6 +14,7 @@ use executor::sim::{Config, Fault, PowerCut, Subset, World};
 use executor::{Errno, Executor, spawn};
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
+use std::cell::Cell;
 use std::ops::Range;
 use std::path::Path;
 use std::rc::Rc;
@@ -198,10 +200,26 @@ fn image_of(world: &World) -> Vec<u8> {
     world.files().remove(Path::new(IMAGE)).unwrap()
 }
 
-/// Asserts that an image's bytes are sound.
+thread_local! {
+    static JUDGED: Cell<u64> = const { Cell::new(0) };
+}
+
+/// One image in how many the driver's own check looks at, too; a soak leaves none out.
+const OWN_CHECK: u64 = 32;
+
+/// Asserts that an image's bytes are sound, and that the driver's own check agrees.
 fn assert_sound(bytes: &[u8], context: &str) {
     let findings = Checker::new(bytes).check();
     assert!(findings.corruptions.is_empty(), "{context}: {findings:#x?}");
+    let number = JUDGED.replace(JUDGED.get() + 1);
+    if !is_soak() && !number.is_multiple_of(OWN_CHECK) {
+        return;
+    }
+    let (checked, messages) = check_bytes(bytes);
+    let found = (checked.corruptions, checked.check_errors);
+    assert_eq!(found, (0, 0), "{context}: {messages:#?}");
+    // The independent reader also counts what is allocated past the end of the file.
+    assert!(checked.leaks <= findings.leaks, "{context}: {messages:#?}");
 }
 
 /// Runs a workload to its end and closes the disk.

@@ -137,7 +137,6 @@ fn header_fields_beyond_their_caps_are_refused() {
         ("compression type", 72, 8, 8),
         ("extended L2", 72, 16, 8),
         ("unknown feature", 72, 1 << 40, 8),
-        ("dirty", 72, 1, 8),
         ("corrupt", 72, 2, 8),
         ("bitmaps", 88, 1, 8),
         ("refcount width", 96, 7, 4),

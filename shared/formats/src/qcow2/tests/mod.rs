@@ -2,11 +2,12 @@
 //! with QEMU's tools as oracle, and on hostile images.
 
 mod checker;
+mod checks;
 mod compressed;
 mod crash;
 mod hostile;
 mod peers;
-pub(super) mod rig;
+mod rig;
 mod snapshots;
 mod threads;
 mod workload;

@@ -182,7 +182,7 @@ fn edge(child: &Arc<Node>, name: &'static str, role: ChildRole) -> Edge {
 }
 
 /// A file as the child of an image that is open for writing.
-pub(in super::super) fn image_edge(path: &Path) -> Edge {
+pub(super) fn image_edge(path: &Path) -> Edge {
     edge(&leaf(path), "file", ChildRole::Image)
 }
 

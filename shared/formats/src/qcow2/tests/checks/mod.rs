@@ -1,12 +1,15 @@
 //! Checks and repairs: `qemu-img check` as the oracle on damaged images, repairs under power cuts and
-//! failing I/O, and images made to harm.
+//! failing I/O.
 
+mod crash;
 mod images;
 mod peers;
 
-use super::check;
-use crate::qcow2::tests::rig;
+use super::rig;
+use crate::qcow2::check::check;
 use block::{CheckOptions, CheckResult, Edge, Error, Repair};
+use executor::Executor;
+use executor::sim::{Config, World};
 use std::path::Path;
 
 /// Exit code and counts, as `qemu-img check` has them.
@@ -50,4 +53,16 @@ async fn check_as_tool(file: &Edge, repair: Repair) -> (Result<Outcome, Error>, 
         Outcome { code, result }
     });
     (outcome, messages)
+}
+
+/// What the driver's own check finds in an image's bytes.
+pub(super) fn check_bytes(bytes: &[u8]) -> (CheckResult, Vec<String>) {
+    let path = Path::new("checked.qcow2");
+    let world = World::with_files(Config::default(), [(path.into(), bytes.to_vec())].into());
+    let mut messages = Vec::new();
+    let checked = Executor::simulated(&world).block_on(async {
+        let file = edge(path);
+        check(&file, CheckOptions::default(), &mut messages).await
+    });
+    (checked.unwrap(), messages)
 }

@@ -2,7 +2,6 @@
 
 use super::images::{self, SHAPES, Shape};
 use super::{Outcome, check_as_tool, edge};
-use crate::qcow2::check::read_layout_of;
 use block::{CheckResult, Repair};
 use executor::{Config, Executor};
 use rand::SeedableRng;
@@ -219,8 +218,8 @@ fn everything_is_repaired_that_qemu_repairs() {
         differences.compare(&context, (&claimed, &messages), (&judged, &verdict));
         let bytes = std::fs::read(&path).unwrap();
         if found.code == 0 {
-            let layout = read_layout_of(&bytes).unwrap();
-            assert_eq!(layout.incompatible & 3, 0, "{context}");
+            let marks = if bytes[7] >= 3 { bytes[79] & 3 } else { 0 };
+            assert_eq!(marks, 0, "{context}");
         }
     });
     differences.finish();

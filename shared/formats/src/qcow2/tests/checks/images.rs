@@ -1,6 +1,5 @@
 //! Images with something of everything, and random damage to their metadata.
 
-use crate::qcow2::check::read_layout_of;
 use rand::Rng;
 use rand::rngs::SmallRng;
 use std::path::Path;
@@ -119,46 +118,43 @@ pub(super) fn make(directory: &Path, name: &str, shape: &Shape) {
     }
 }
 
+fn word(bytes: &[u8], at: usize) -> u64 {
+    u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+fn cluster_size(bytes: &[u8]) -> usize {
+    1 << bytes[23]
+}
+
 /// Where metadata is in an image: the starts of clusters that hold tables.
 pub(super) fn metadata(bytes: &[u8]) -> Vec<usize> {
-    let layout = read_layout_of(bytes).unwrap();
-    let cluster = layout.cluster_size() as usize;
-    let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
-    let mut places = vec![
-        layout.l1.offset.0 as usize,
-        layout.refcount_table.offset.0 as usize,
-    ];
-    places.push(layout.snapshots_offset.0 as usize);
-    let table = |start: usize, length: usize, places: &mut Vec<usize>| {
+    let cluster = cluster_size(bytes);
+    // The L1 table, the refcount table, the snapshot table.
+    let [l1, refcounts, snapshots] = [40, 48, 64].map(|at| word(bytes, at) as usize);
+    let mut places = vec![l1, refcounts, snapshots];
+    let l1_length = (word(bytes, 36) >> 32) as usize * 8;
+    for (start, length) in [(l1, l1_length), (refcounts, cluster)] {
         for at in (start..start + length).step_by(8) {
-            let offset = (word(at) & 0x00ff_ffff_ffff_fe00) as usize;
+            let offset = (word(bytes, at) & 0x00ff_ffff_ffff_fe00) as usize;
             if offset != 0 && offset + cluster <= bytes.len() {
                 places.push(offset);
             }
         }
-    };
-    table(
-        layout.l1.offset.0 as usize,
-        layout.l1.bytes as usize,
-        &mut places,
-    );
-    table(
-        layout.refcount_table.offset.0 as usize,
-        cluster,
-        &mut places,
-    );
-    if let Some(directory) = layout.bitmaps {
-        places.push(directory.place.offset.0 as usize);
     }
+    // The bitmap directory: the last word of its header extension.
+    let bitmaps = 0x2385_2875_0000_0018_u64.to_be_bytes();
+    let extension = bytes[..cluster]
+        .windows(8)
+        .position(|bytes| bytes == bitmaps);
+    places.extend(extension.map(|at| word(bytes, at + 24) as usize));
     places.sort_unstable();
     places.dedup();
     places
 }
 
-/// Damages a few places; mostly metadata. The header is spared up to the dirty bit.
+/// Damages a few places of metadata; the header is spared.
 pub(super) fn damage(bytes: &mut [u8], places: &[usize], random: &mut SmallRng) {
-    let layout = read_layout_of(bytes).unwrap();
-    let cluster = layout.cluster_size() as usize;
+    let cluster = cluster_size(bytes);
     let clusters = bytes.len() / cluster;
     for _ in 0..random.random_range(1..4) {
         let place = places[random.random_range(0..places.len())];
@@ -174,7 +170,7 @@ pub(super) fn damage(bytes: &mut [u8], places: &[usize], random: &mut SmallRng) 
         }
         at = at.min(bytes.len() - 8);
         let word_at = at / 8 * 8;
-        let word = u64::from_be_bytes(bytes[word_at..word_at + 8].try_into().unwrap());
+        let word = word(bytes, word_at);
         let changed = match random.random_range(0..8) {
             0 => {
                 bytes[at] = random.random();
