@@ -220,18 +220,44 @@ impl<F: Format> FormatNode<F> {
         Ok(StatusExtent { length, status })
     }
 
-    /// Grows or shrinks. New space must not show what a longer backing holds there.
+    /// Grows or shrinks. New space must show neither what a longer backing holds there nor what was
+    /// cut off there before.
     async fn set_length(&self, resize: Resize) -> Result<()> {
+        let failed = |errno| Error::io("Failed to zero the new area", errno);
         let old = self.format.virtual_size();
+        let limits = self.format.limits();
+        let cluster = limits.optimal_transfer.max(limits.zero_alignment).max(1);
+        let tail_end = old.next_multiple_of(u64::from(cluster)).min(resize.length);
+        if tail_end > old {
+            // Before the length changes: a power cut between would show it.
+            self.zero_tail(old..tail_end).await.map_err(failed)?;
+        }
         self.format.resize(resize).await?;
         let backed = self
             .format
             .backing()
             .map_or(0, |backing| backing.node().length());
-        let shown = backed.min(resize.length).saturating_sub(old);
-        self.zero_pieces(ByteRange::new(old, shown), ZeroFlags::default())
+        let from = tail_end.max(old);
+        let shown = backed.min(resize.length).saturating_sub(from);
+        self.zero_pieces(ByteRange::new(from, shown), ZeroFlags::default())
             .await
-            .map_err(|errno| Error::io("Failed to zero the new area", errno))
+            .map_err(failed)
+    }
+
+    /// Zeroes what the last cluster holds beyond the end of the disk.
+    async fn zero_tail(&self, tail: std::ops::Range<u64>) -> std::result::Result<(), Errno> {
+        let mut at = tail.start;
+        while at < tail.end {
+            let range = ByteRange::new(at, tail.end - at);
+            let extent = self.status(range).await?;
+            let length = extent.length.min(range.length).max(1);
+            if !extent.status.zero {
+                let zeroes = Buffer::zeroed(length as usize);
+                self.write_pieces(at, zeroes).await?;
+            }
+            at += length;
+        }
+        Ok(())
     }
 }
 

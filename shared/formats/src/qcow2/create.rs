@@ -9,16 +9,21 @@
 //! moves back accordingly. With metadata preallocated, every guest cluster is mapped and none is
 //! written: the file is as long as if they were.
 
+use super::document::Document;
 use super::header::{
-    CLUSTER_BITS, COMPATIBLE_LAZY_REFCOUNTS, MAGIC, MAX_BACKING_NAME, V2_LENGTH, extension, field,
+    AUTOCLEAR_DATA_FILE_RAW, CLUSTER_BITS, COMPATIBLE_LAZY_REFCOUNTS, MAGIC, extension, field,
+    incompatible,
 };
 use super::tables::{Geometry, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
-use super::{OpenOptions, Qcow2, refcount};
-use block::{Buffer, ByteRange, Edge, Error, ErrorKind, Format, Preallocation, Resize, WriteFlags};
+use super::{OpenOptions, Qcow2, refcount, write_to};
+use block::{Edge, Error, ErrorKind, Format, Preallocation, Resize};
 use executor::Errno;
 
-/// Length of the version 3 headers written here.
-const NEW_V3_LENGTH: u32 = 112;
+/// Least cluster size for which the header gets a feature name table, in bytes: smaller clusters are
+/// kept for names that matter.
+pub(super) const MIN_NAMES_CLUSTER: u64 = 8192;
+/// Least cluster size with extended L2 entries, in bytes.
+const MIN_EXTENDED_CLUSTER: u64 = 16384;
 
 /// What a new image is like.
 #[derive(Clone, Debug)]
@@ -37,7 +42,15 @@ pub struct CreateOptions {
     pub backing_format: Option<String>,
     /// Sets the compatible feature bit.
     pub lazy_refcounts: bool,
-    /// `Off` or `Metadata`.
+    /// L2 entries of 128 bits, with 32 subclusters for each cluster.
+    pub extended_l2: bool,
+    /// How compressed clusters are encoded: 0 zlib, 1 zstd.
+    pub compression_type: u8,
+    /// Name of the external data file, as it is written to the header.
+    pub data_file: Option<String>,
+    /// The data file is to stay valid as a raw image.
+    pub data_file_raw: bool,
+    /// How the clusters of the disk are allocated.
     pub preallocation: Preallocation,
 }
 
@@ -52,6 +65,10 @@ impl CreateOptions {
             backing_file: None,
             backing_format: None,
             lazy_refcounts: false,
+            extended_l2: false,
+            compression_type: 0,
+            data_file: None,
+            data_file_raw: false,
             preallocation: Preallocation::Off,
         }
     }
@@ -68,32 +85,30 @@ impl CreateOptions {
         if !(2..=3).contains(&self.version) {
             return invalid("Invalid qcow2 version");
         }
-        if self.version < 3 && self.refcount_bits != 16 {
-            return invalid(
-                "Different refcount widths than 16 bits require compatibility level 1.1 or above \
-                 (use version=v3 or greater)",
-            );
-        }
-        if self.version < 3 && self.lazy_refcounts {
-            return invalid(
-                "Lazy refcounts only supported with compatibility level 1.1 and above \
-                 (use version=v3 or greater)",
-            );
-        }
+        self.check_version()?;
         if !self.size.is_multiple_of(512) {
             return invalid("Image size must be a multiple of 512 bytes");
         }
-        if self.backing_file.is_some() && self.preallocation != Preallocation::Off {
-            return invalid("Backing file and preallocation cannot be used at the same time");
+        if self.extended_l2 && self.cluster_size < MIN_EXTENDED_CLUSTER {
+            return invalid(
+                "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+            );
         }
-        if !matches!(
-            self.preallocation,
-            Preallocation::Off | Preallocation::Metadata
-        ) {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "qcow2: preallocation modes other than off and metadata are not supported",
-            ));
+        let has_backing = self.backing_file.is_some();
+        if has_backing && self.preallocation != Preallocation::Off && !self.extended_l2 {
+            return invalid(
+                "Backing file and preallocation can only be used at the same time if extended_l2 \
+                 is on",
+            );
+        }
+        if self.data_file_raw && self.data_file.is_none() {
+            return invalid("data-file-raw requires data-file");
+        }
+        if self.data_file_raw && has_backing {
+            return invalid("Backing file and data-file-raw cannot be used at the same time");
+        }
+        if self.backing_format.is_some() && !has_backing {
+            return invalid("Backing format cannot be used without backing file");
         }
         let geometry = Geometry {
             cluster_bits,
@@ -104,10 +119,54 @@ impl CreateOptions {
         };
         let l1_bytes = geometry.l1_entries_for(self.size).checked_mul(8);
         if self.size > i64::MAX as u64 || l1_bytes.is_none_or(|bytes| bytes > MAX_L1_BYTES) {
-            return invalid("The image size is too large (try using a larger cluster size)");
+            return Err(too_large());
         }
         Ok(geometry)
     }
+
+    /// What only version 3 has.
+    fn check_version(&self) -> Result<(), Error> {
+        let needs_version_3 = [
+            (
+                self.lazy_refcounts,
+                "Lazy refcounts only supported with compatibility level 1.1 and above",
+            ),
+            (
+                self.extended_l2,
+                "Extended L2 entries are only supported with compatibility level 1.1 and above",
+            ),
+            (
+                self.refcount_bits != 16,
+                "Different refcount widths than 16 bits require compatibility level 1.1 or above",
+            ),
+            (
+                self.data_file.is_some(),
+                "External data files are only supported with compatibility level 1.1 and above",
+            ),
+            (
+                self.compression_type != 0,
+                "Non-zlib compression type is only supported with compatibility level 1.1 and above",
+            ),
+        ];
+        let missing = needs_version_3.iter().find(|(is_asked, _)| *is_asked);
+        match missing {
+            Some((_, what)) if self.version < 3 => {
+                let message = format!("{what} (use version=v3 or greater)");
+                Err(Error::new(ErrorKind::Invalid, message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the metadata of all clusters is written at once. A data file that is to be a raw
+    /// image needs it: what is not mapped would read as zeroes here and as something else there.
+    fn maps_everything(&self) -> bool {
+        self.preallocation != Preallocation::Off || self.data_file_raw
+    }
+}
+
+fn too_large() -> Error {
+    Error::io("The image size is too large", Errno::EFBIG)
 }
 
 /// Places of the tables of a new image, in clusters.
@@ -157,8 +216,7 @@ impl Layout {
 /// `Invalid` for options that do not fit together, `Unsupported`, `Io`.
 pub async fn create(file: Edge, options: &CreateOptions) -> Result<(), Error> {
     let geometry = options.check()?;
-    let layout = Layout::new(&geometry, options.size)
-        .ok_or_else(|| Error::new(ErrorKind::Invalid, "The image size is too large"))?;
+    let layout = Layout::new(&geometry, options.size).ok_or_else(too_large)?;
     let header = header_cluster(options, &geometry, &layout)?;
     let empty = Resize {
         length: 0,
@@ -168,11 +226,16 @@ pub async fn create(file: Edge, options: &CreateOptions) -> Result<(), Error> {
     write_tables(&file, &geometry, &layout, header)
         .await
         .map_err(|errno| Error::io("Could not write qcow2 metadata", errno))?;
-    if options.preallocation == Preallocation::Metadata {
-        let image = Qcow2::open(file, None, OpenOptions::default()).await?;
-        image.preallocate().await?;
+    if !options.maps_everything() {
+        return Ok(());
     }
-    Ok(())
+    let image = Qcow2::open(file, None, OpenOptions::default()).await?;
+    let mapped = image
+        .preallocate(0..options.size, options.preallocation)
+        .await;
+    let closed = image.close().await;
+    mapped?;
+    closed.map_err(|errno| Error::io("Could not close the new image", errno))
 }
 
 /// The header cluster: header, extensions, backing file name.
@@ -181,75 +244,43 @@ fn header_cluster(
     geometry: &Geometry,
     layout: &Layout,
 ) -> Result<Vec<u8>, Error> {
-    let mut header = vec![0; V2_LENGTH as usize];
-    let length = if options.version >= 3 {
-        NEW_V3_LENGTH
-    } else {
-        V2_LENGTH
-    };
-    header.resize(length as usize, 0);
-    let mut put = |at: usize, bytes: &[u8]| header[at..at + bytes.len()].copy_from_slice(bytes);
-    let cluster = |number: u64| (number << geometry.cluster_bits).to_be_bytes();
-    put(field::MAGIC, &MAGIC.to_be_bytes());
-    put(field::VERSION, &options.version.to_be_bytes());
-    put(field::CLUSTER_BITS, &geometry.cluster_bits.to_be_bytes());
-    put(field::SIZE, &options.size.to_be_bytes());
-    put(field::L1_SIZE, &(layout.l1_entries as u32).to_be_bytes());
-    put(field::L1_OFFSET, &cluster(layout.l1()));
-    put(field::REFCOUNT_TABLE_OFFSET, &cluster(1));
-    put(
-        field::REFCOUNT_TABLE_CLUSTERS,
-        &(layout.refcount_table_clusters as u32).to_be_bytes(),
-    );
-    if options.version >= 3 {
-        let compatible = if options.lazy_refcounts {
-            COMPATIBLE_LAZY_REFCOUNTS
-        } else {
-            0
-        };
-        put(field::COMPATIBLE, &compatible.to_be_bytes());
-        put(
-            field::REFCOUNT_ORDER,
-            &geometry.refcount_order.to_be_bytes(),
-        );
-        put(field::HEADER_LENGTH, &length.to_be_bytes());
+    let mut header = Document::new(options.version);
+    let cluster = |number: u64| number << geometry.cluster_bits;
+    header.set_u32(field::MAGIC, MAGIC);
+    header.set_u32(field::CLUSTER_BITS, geometry.cluster_bits);
+    header.set_u64(field::SIZE, options.size);
+    header.set_u32(field::L1_SIZE, layout.l1_entries as u32);
+    header.set_u64(field::L1_OFFSET, cluster(layout.l1()));
+    header.set_u64(field::REFCOUNT_TABLE_OFFSET, cluster(1));
+    let table_clusters = layout.refcount_table_clusters as u32;
+    header.set_u32(field::REFCOUNT_TABLE_CLUSTERS, table_clusters);
+    let bit = |is_set: bool, bit: u64| if is_set { bit } else { 0 };
+    let features = bit(options.data_file.is_some(), incompatible::DATA_FILE)
+        | bit(
+            options.compression_type != 0,
+            incompatible::COMPRESSION_TYPE,
+        )
+        | bit(options.extended_l2, incompatible::EXTENDED_L2);
+    header.set_u64(field::INCOMPATIBLE, features);
+    let compatible = bit(options.lazy_refcounts, COMPATIBLE_LAZY_REFCOUNTS);
+    header.set_u64(field::COMPATIBLE, compatible);
+    let autoclear = bit(options.data_file_raw, AUTOCLEAR_DATA_FILE_RAW);
+    header.set_u64(field::AUTOCLEAR, autoclear);
+    header.set_u32(field::REFCOUNT_ORDER, geometry.refcount_order);
+    header.set_u8(field::COMPRESSION_TYPE, options.compression_type);
+    let bytes = |text: &String| text.as_bytes().to_vec();
+    let format = options.backing_format.as_ref().map(bytes);
+    header.set_extension(extension::BACKING_FORMAT, format);
+    header.set_extension(extension::DATA_FILE, options.data_file.as_ref().map(bytes));
+    if options.version >= 3 && options.cluster_size >= MIN_NAMES_CLUSTER {
+        header.set_extension(extension::FEATURE_NAMES, Some(feature_names()));
     }
-    if let Some(format) = &options.backing_format {
-        append_extension(&mut header, extension::BACKING_FORMAT, format.as_bytes());
-    }
-    let name = options.backing_file.as_deref().unwrap_or_default();
-    let cluster_size = geometry.cluster_size() as usize;
-    let names = feature_names();
-    if options.version >= 3 && header.len() + names.len() + 16 + name.len() <= cluster_size {
-        append_extension(&mut header, extension::FEATURE_NAMES, &names);
-    }
-    append_extension(&mut header, extension::END, &[]);
-    if !name.is_empty() {
-        let at = header.len();
-        header.extend_from_slice(name.as_bytes());
-        let mut put = |at: usize, bytes: &[u8]| header[at..at + bytes.len()].copy_from_slice(bytes);
-        put(field::BACKING_OFFSET, &(at as u64).to_be_bytes());
-        put(field::BACKING_LENGTH, &(name.len() as u32).to_be_bytes());
-    }
-    if name.len() > MAX_BACKING_NAME as usize || header.len() > cluster_size {
-        return Err(Error::new(
-            ErrorKind::Invalid,
-            "Backing file name too long for the image's header",
-        ));
-    }
-    header.resize(cluster_size, 0);
-    Ok(header)
-}
-
-fn append_extension(header: &mut Vec<u8>, kind: u32, data: &[u8]) {
-    header.extend_from_slice(&kind.to_be_bytes());
-    header.extend_from_slice(&(data.len() as u32).to_be_bytes());
-    header.extend_from_slice(data);
-    header.resize(header.len().next_multiple_of(8), 0);
+    header.set_backing_name(options.backing_file.as_deref())?;
+    header.encode(geometry.cluster_size() as usize)
 }
 
 /// The feature name table: type (0 incompatible, 1 compatible, 2 autoclear), bit, name.
-fn feature_names() -> Vec<u8> {
+pub(super) fn feature_names() -> Vec<u8> {
     let names = [
         (0, 0, "dirty bit"),
         (0, 1, "corrupt bit"),
@@ -285,7 +316,7 @@ async fn write_tables(
         let at = number as usize * 8;
         table[at..at + 8].copy_from_slice(&offset.to_be_bytes());
     }
-    write(file, cluster_size, &table).await?;
+    write_to(file, cluster_size, &table).await?;
     for number in 0..layout.refcount_blocks {
         let mut block = vec![0; cluster_size as usize];
         let covered = number << geometry.refcount_block_bits();
@@ -293,41 +324,11 @@ async fn write_tables(
         for position in 0..used.min(1 << geometry.refcount_block_bits()) {
             refcount::set_in_bytes(&mut block, geometry.refcount_order, position, 1);
         }
-        write(file, (first_block + number) * cluster_size, &block).await?;
+        write_to(file, (first_block + number) * cluster_size, &block).await?;
     }
     let l1 = vec![0; (layout.l1_entries * 8) as usize];
-    write(file, layout.l1() * cluster_size, &l1).await?;
+    write_to(file, layout.l1() * cluster_size, &l1).await?;
     file.node().flush().await?;
-    write(file, 0, &header).await?;
+    write_to(file, 0, &header).await?;
     file.node().flush().await
-}
-
-async fn write(file: &Edge, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
-    let buffer = Buffer::zeroed(bytes.len());
-    buffer.copy_from_slice(bytes);
-    file.node()
-        .write(offset, buffer, WriteFlags::default())
-        .await
-}
-
-impl Qcow2 {
-    /// Maps every cluster of a new image and makes the file long enough to hold them.
-    async fn preallocate(&self) -> Result<(), Error> {
-        let failed = |errno| Error::io("Could not preallocate metadata", errno);
-        let size = self.disk_size();
-        let mut offset = 0;
-        while offset < size {
-            let range = ByteRange::new(offset, size - offset);
-            let plan = self.prepare_write(range).await.map_err(failed)?;
-            offset += plan.range.length;
-            self.commit(plan).await.map_err(failed)?;
-        }
-        self.close().await.map_err(failed)?;
-        let length = self.host_end.load(std::sync::atomic::Ordering::Acquire);
-        let resize = Resize {
-            length,
-            preallocation: Preallocation::Off,
-        };
-        self.file.node().resize(resize).await
-    }
 }

@@ -1,8 +1,8 @@
 //! What `create` offers for qcow2: the options as tools and QMP spell them.
 
 use super::create::{CreateOptions, create};
+use block::Error;
 use block::create::{CreateRequest, Creator, OptionKind, OptionSpec};
-use block::{Error, ErrorKind};
 
 const fn text(name: &'static str, member: &'static str, help: &'static str) -> OptionSpec {
     OptionSpec::new((name, member), OptionKind::Text, help)
@@ -142,18 +142,11 @@ fn take_options(request: &mut CreateRequest<'_>) -> Result<CreateOptions, Error>
     options.backing_format = request.take_str("backing-fmt")?;
     options.lazy_refcounts = request.take_bool("lazy-refcounts")?.unwrap_or(false);
     options.preallocation = request.take_preallocation()?;
-    if request.take_choice("compression-type", &["zlib", "zstd"])? == Some(1) {
-        return Err(not_yet("compression types other than zlib"));
+    if let Some(number) = request.take_choice("compression-type", &["zlib", "zstd"])? {
+        options.compression_type = number as u8;
     }
-    if request.take_bool("extended-l2")? == Some(true) {
-        return Err(not_yet("extended L2 entries"));
-    }
+    options.extended_l2 = request.take_bool("extended-l2")?.unwrap_or(false);
+    options.data_file = request.take_str("data-file")?;
+    options.data_file_raw = request.take_bool("data-file-raw")?.unwrap_or(false);
     Ok(options)
-}
-
-fn not_yet(what: &str) -> Error {
-    Error::new(
-        ErrorKind::Unsupported,
-        format!("qcow2: {what} are not supported"),
-    )
 }

@@ -123,6 +123,9 @@ impl Format for Qcow2 {
         if self.is_metadata_dirty() {
             self.flush_metadata().await?;
         }
+        if self.shrunk.load(Acquire) {
+            self.trim_file().await?;
+        }
         self.log.remove();
         Ok(())
     }

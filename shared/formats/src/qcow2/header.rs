@@ -85,11 +85,17 @@ pub(super) mod incompatible {
 pub(super) const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1;
 /// Autoclear feature bit: the bitmaps extension is consistent.
 pub(super) const AUTOCLEAR_BITMAPS: u64 = 1;
+/// Autoclear feature bit: the external data file is a valid raw image.
+pub(super) const AUTOCLEAR_DATA_FILE_RAW: u64 = 1 << 1;
+/// Autoclear feature bits that this driver sees to; it clears the others when it opens an image for
+/// writing.
+pub(super) const KNOWN_AUTOCLEAR: u64 = AUTOCLEAR_BITMAPS | AUTOCLEAR_DATA_FILE_RAW;
 
 /// Types of header extensions.
 pub(super) mod extension {
     pub(in super::super) const END: u32 = 0;
     pub(in super::super) const BACKING_FORMAT: u32 = 0xe279_2aca;
+    pub(in super::super) const DATA_FILE: u32 = 0x4441_5441;
     pub(in super::super) const FEATURE_NAMES: u32 = 0x6803_f857;
 }
 
@@ -114,6 +120,8 @@ pub(super) struct Header {
     pub(super) codec: Codec,
     pub(super) backing_name: Option<String>,
     pub(super) backing_format: Option<String>,
+    /// Name of the external data file.
+    pub(super) data_file: Option<String>,
 }
 
 impl Header {
@@ -156,6 +164,7 @@ impl Header {
             codec: Codec::default(),
             backing_name: None,
             backing_format: None,
+            data_file: None,
         };
         let header_length = header.parse_version_3(&raw)?;
         let extensions = header.parse_extensions(&raw, header_length)?;
@@ -231,6 +240,9 @@ impl Header {
             match kind {
                 extension::BACKING_FORMAT => {
                     self.backing_format = Some(text(data, "backing format")?);
+                }
+                extension::DATA_FILE => {
+                    self.data_file = Some(text(data, "data file name")?);
                 }
                 extension::FEATURE_NAMES => names = FeatureNames(data),
                 _ => {}

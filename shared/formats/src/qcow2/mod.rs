@@ -30,6 +30,7 @@ mod check;
 mod compressed;
 mod create;
 mod create_entry;
+mod document;
 mod driver;
 mod entry;
 mod flush;
@@ -38,6 +39,7 @@ mod l1;
 mod mapping;
 mod open;
 mod overlap;
+mod preallocate;
 mod reclaim;
 mod redo;
 mod refcount;
@@ -46,6 +48,7 @@ mod snapshots;
 mod tables;
 #[cfg(test)]
 mod tests;
+mod width;
 mod write;
 mod zero;
 
@@ -84,6 +87,10 @@ pub struct Qcow2 {
     writable: bool,
     /// Bytes of the virtual disk.
     virtual_size: AtomicU64,
+    /// Guest bytes that may get a mapping; differs from the size while that changes.
+    mappable: AtomicU64,
+    /// The disk became smaller: the file is cut off when the image is closed.
+    shrunk: AtomicBool,
     /// Bytes of the file that hold or may hold clusters; a multiple of the cluster size.
     host_end: AtomicU64,
     l1: L1Table,
@@ -198,11 +205,7 @@ impl Qcow2 {
     }
 
     async fn write_bytes(&self, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
-        let buffer = Buffer::zeroed(bytes.len());
-        buffer.copy_from_slice(bytes);
-        let node = self.file.node();
-        node.write(offset, buffer, block::WriteFlags::default())
-            .await
+        write_to(&self.file, offset, bytes).await
     }
 
     /// Metadata makes no sense: says so, stops all writing for good, and answers with `EIO`.
@@ -226,4 +229,12 @@ async fn read_bytes(file: &Edge, offset: u64, length: usize) -> Result<Vec<u8>, 
     let buffer = Buffer::zeroed(length);
     file.node().read(offset, buffer.clone()).await?;
     Ok(buffer.to_heap().to_vec())
+}
+
+async fn write_to(file: &Edge, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
+    let buffer = Buffer::zeroed(bytes.len());
+    buffer.copy_from_slice(bytes);
+    let node = file.node();
+    node.write(offset, buffer, block::WriteFlags::default())
+        .await
 }

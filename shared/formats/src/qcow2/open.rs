@@ -7,7 +7,7 @@ use super::alloc::Allocator;
 use super::cache::options::CacheOptions;
 use super::cache::{Content, MAX_SLICES, TableCache};
 use super::compressed::{Inflated, Packing};
-use super::header::{AUTOCLEAR_BITMAPS, Header, field, incompatible};
+use super::header::{AUTOCLEAR_BITMAPS, Header, KNOWN_AUTOCLEAR, field, incompatible};
 use super::l1::L1Table;
 use super::overlap::{Fixed, MetadataMap};
 use super::snapshots::SnapshotTable;
@@ -18,7 +18,7 @@ use super::{Qcow2, RefcountTable, State, read_bytes};
 use block::redo_log::RedoLog;
 use block::{CheckOptions, Edge, Error, ErrorKind, Repair};
 use executor::sync::{Mutex as AsyncMutex, RangeLock};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 
 /// log2 of the bytes of a table that are cached as one, unless tables are smaller or too many.
@@ -104,6 +104,8 @@ impl Qcow2 {
             geometry,
             writable: !options.read_only,
             virtual_size: AtomicU64::new(header.size),
+            mappable: AtomicU64::new(header.size),
+            shrunk: AtomicBool::new(false),
             host_end: AtomicU64::new(host_end),
             l1,
             state: Mutex::new(State {
@@ -161,8 +163,8 @@ impl Qcow2 {
         .map_err(|error| error.context("Could not read refcount table"))?;
         self.state().refcount_table.entries = entries;
         self.map_metadata(&mut self.state())?;
-        if header.autoclear != 0 {
-            let cleared = 0_u64.to_be_bytes();
+        if header.autoclear & !KNOWN_AUTOCLEAR != 0 {
+            let cleared = (header.autoclear & KNOWN_AUTOCLEAR).to_be_bytes();
             self.write_bytes(field::AUTOCLEAR as u64, &cleared)
                 .await
                 .map_err(|errno| Error::io("Could not update qcow2 header", errno))?;

@@ -1,20 +1,42 @@
 //! Changing the virtual size: growing (with a larger L1 table when needed) and shrinking.
 //!
-//! Every step is durable before the next, under `structure`, so the redo log has no records of
-//! its own for it.
+//! ```text
+//!   grow     larger L1 table · nothing old beyond the end · preallocation · flush · size
+//!   shrink   size · no mapping beyond it · flush · L2 tables beyond it · flush
+//! ```
+//!
+//! The size in the header is one sector, written when everything that it shows is durable, so a
+//! power cut leaves the old size or the new one. What a shrinking that was cut short leaves mapped
+//! beyond the end goes before the disk grows again. The redo log has records of the mappings and
+//! tables, none of the size: it is durable when it changes.
+//!
+//! Requests may run meanwhile. Nothing is mapped beyond `mappable`: it is looked at under the lock
+//! of the guest clusters, which the unmapping takes too.
 
 use super::alloc::Reserved;
 use super::overlap::Fixed;
-use super::tables::{ClusterRun, GuestCluster, HostCluster, MAX_HOST_OFFSET, MAX_L1_BYTES};
+use super::redo::RedoRecord;
+use super::tables::{
+    ClusterRun, GuestCluster, HostCluster, HostOffset, MAX_HOST_OFFSET, MAX_L1_BYTES, OFFSET_MASK,
+};
 use super::{Qcow2, cache, header};
-use block::{Error, ErrorKind, Preallocation, Resize};
+use block::{ByteRange, Error, ErrorKind, Preallocation, Resize, ZeroFlags};
 use executor::Errno;
-use std::sync::atomic::Ordering::{Acquire, Release};
+use std::ops::Range;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 impl Qcow2 {
     /// Bytes of the virtual disk.
     pub(super) fn disk_size(&self) -> u64 {
         self.virtual_size.load(Acquire)
+    }
+
+    /// Whether the guest cluster at `offset` may get a mapping. Asked under its lock.
+    pub(super) fn may_map(&self, offset: u64) -> Result<(), Errno> {
+        match offset < self.mappable.load(Acquire) {
+            true => Ok(()),
+            false => Err(Errno::EINVAL),
+        }
     }
 
     pub(super) async fn resize_disk(&self, resize: Resize) -> Result<(), Error> {
@@ -25,26 +47,66 @@ impl Qcow2 {
             return Err(Error::new(ErrorKind::Invalid, message));
         }
         let old = self.disk_size();
-        if resize.length > old && resize.preallocation != Preallocation::Off {
-            let message = "qcow2: resizing with preallocation is not supported";
-            return Err(Error::new(ErrorKind::Unsupported, message));
-        }
         let has_snapshots = !self.state().snapshots.entries.is_empty();
         if has_snapshots && self.header.version < 3 {
             let message = "Can't resize a v2 image which has snapshots";
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
-        if has_snapshots && resize.length < old {
-            let message = "Can't shrink an image which has snapshots";
-            return Err(Error::new(ErrorKind::Unsupported, message));
-        }
         self.flush_metadata().await.map_err(failed)?;
-        if resize.length > old {
-            self.grow_l1(resize.length).await?;
-            self.set_size(resize.length).await.map_err(failed)
-        } else {
-            self.shrink(resize.length).await.map_err(failed)
+        match resize.length.cmp(&old) {
+            std::cmp::Ordering::Less => self.shrink(resize.length).await.map_err(failed),
+            std::cmp::Ordering::Equal => Ok(()),
+            std::cmp::Ordering::Greater => self.grow(old..resize.length, resize).await,
         }
+    }
+
+    async fn grow(&self, added: Range<u64>, resize: Resize) -> Result<(), Error> {
+        let failed = |errno| Error::io("Could not resize the image", errno);
+        self.grow_l1(added.end).await?;
+        self.mappable.store(added.end, Release);
+        let grown = self.fill_added(&added, resize.preallocation).await;
+        let grown = match grown {
+            Ok(()) => self.set_size(added.end).await.map_err(failed),
+            Err(error) => Err(error),
+        };
+        if grown.is_err() {
+            self.mappable.store(added.start, Release);
+        }
+        grown
+    }
+
+    /// Sees to it that the new part reads as zeroes, and is allocated as asked for.
+    async fn fill_added(
+        &self,
+        added: &Range<u64>,
+        preallocation: Preallocation,
+    ) -> Result<(), Error> {
+        let failed = |errno| Error::io("Failed to zero the new area", errno);
+        let cluster_size = self.geometry.cluster_size();
+        let start = added.start.next_multiple_of(cluster_size);
+        let end = added.end.next_multiple_of(cluster_size);
+        if start < end {
+            let clusters = self.geometry.guest_cluster(start)..self.geometry.guest_cluster(end);
+            self.unmap(clusters).await.map_err(failed)?;
+        }
+        let backed = self.backing.as_ref();
+        let backed = backed.map_or(0, |backing| backing.node().length());
+        let mut at = start;
+        // Version 2 has no zero clusters: there the caller writes zeroes afterwards.
+        while at < backed.min(end) && self.geometry.zero_clusters {
+            let range = ByteRange::new(
+                at,
+                (end - at).min(backed.next_multiple_of(cluster_size) - at),
+            );
+            at += self
+                .zero(range, ZeroFlags::default())
+                .await
+                .map_err(failed)?;
+        }
+        if preallocation != Preallocation::Off {
+            self.preallocate(start..added.end, preallocation).await?;
+        }
+        self.flush_metadata().await.map_err(failed)
     }
 
     async fn set_size(&self, length: u64) -> Result<(), Errno> {
@@ -55,14 +117,72 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// The size goes down first, so that no request finds what is then unmapped.
     async fn shrink(&self, length: u64) -> Result<(), Errno> {
         let cluster_size = self.geometry.cluster_size();
+        let old = self.disk_size();
         let first = GuestCluster(length.div_ceil(cluster_size));
-        let end = GuestCluster(self.disk_size().div_ceil(cluster_size));
-        self.set_size(length).await?;
+        let end = GuestCluster(old.div_ceil(cluster_size));
+        self.mappable.store(length, Release);
+        if let Err(errno) = self.set_size(length).await {
+            self.mappable.store(old, Release);
+            return Err(errno);
+        }
         self.unmap(first..end).await?;
-        self.flush_metadata().await
+        self.flush_metadata().await?;
+        self.drop_l2_tables(self.geometry.l1_entries_for(length))
+            .await?;
+        self.flush_metadata().await?;
+        self.shrunk.store(true, Relaxed);
+        Ok(())
+    }
+
+    /// Frees the L2 tables from an L1 entry on. They map nothing, nothing can be mapped in them,
+    /// and none of their slices is dirty.
+    async fn drop_l2_tables(&self, first_index: u64) -> Result<(), Errno> {
+        let _structure = self.structure.lock().await;
+        for index in first_index..self.l1.len() {
+            let table = self.l1.entry(index) & OFFSET_MASK;
+            if table == 0 {
+                continue;
+            }
+            let run = ClusterRun {
+                first: self.geometry.host_cluster(HostOffset(table)),
+                count: 1,
+            };
+            let records = [RedoRecord::L1 { index, value: 0 }, RedoRecord::Free { run }];
+            let changed = self.log_change(&records, |state| {
+                self.set_l1(state, index, 0);
+                state.free(run);
+            });
+            changed.await?;
+        }
+        Ok(())
+    }
+
+    /// Cuts the file off behind the last cluster that is counted. The image is being closed.
+    pub(super) async fn trim_file(&self) -> Result<(), Errno> {
+        let structure = self.structure.lock().await;
+        let length = self.file.node().length();
+        let mut clusters = length.div_ceil(self.geometry.cluster_size());
+        let mut pins = super::alloc::Pins::default();
+        while clusters > 0 {
+            let counted = self.refcount(&self.state(), HostCluster(clusters - 1));
+            match counted {
+                Ok(0) => clusters -= 1,
+                Ok(_) => break,
+                Err(need) => self.provide(&structure, need, &mut pins).await?,
+            }
+        }
+        let end = clusters << self.geometry.cluster_bits;
+        if end >= length {
+            return Ok(());
+        }
+        let resize = Resize {
+            length: end,
+            preallocation: Preallocation::Off,
+        };
+        let trimmed = self.file.node().resize(resize).await;
+        trimmed.map_err(|error| error.errno.unwrap_or(Errno::EIO))
     }
 
     /// Makes the L1 table large enough for `length` bytes.
@@ -71,10 +191,7 @@ impl Qcow2 {
         let needed = geometry.l1_entries_for(length);
         let slices_per_table = 1 << (geometry.cluster_bits - geometry.l2_slice_bits);
         if needed * 8 > MAX_L1_BYTES || needed * slices_per_table > cache::MAX_SLICES {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                "The image size is too large",
-            ));
+            return Err(Error::io("Failed to grow the L1 table", Errno::EFBIG));
         }
         if needed <= self.l1.len() {
             return Ok(());
@@ -150,7 +267,7 @@ impl Qcow2 {
     }
 
     /// The run of clusters that `bytes` from a cluster boundary take.
-    pub(super) fn clusters_of(&self, offset: super::HostOffset, bytes: u64) -> ClusterRun {
+    pub(super) fn clusters_of(&self, offset: HostOffset, bytes: u64) -> ClusterRun {
         let first = self.geometry.host_cluster(offset);
         ClusterRun {
             first: HostCluster(first.0),

@@ -50,6 +50,7 @@ impl Qcow2 {
         let locked_end = end.next_multiple_of(geometry.cluster_size());
         let lock = geometry.guest_offset(first)..locked_end;
         let locked = self.guest_locks.lock(lock).await;
+        self.may_map(geometry.guest_offset(first))?;
         self.make_room().await?;
         self.ensure_l2_table(geometry.l1_index(first)).await?;
         let slice = self.load_l2(first).await?.ok_or(Errno::EIO)?;

@@ -117,6 +117,9 @@ impl Qcow2 {
             .min(first.0 + MAX_ENTRIES);
         let lock = geometry.guest_offset(first)..geometry.guest_offset(GuestCluster(end));
         let _locked = self.guest_locks.lock(lock).await;
+        if erase != Erase::Unmap {
+            self.may_map(geometry.guest_offset(first))?;
+        }
         self.make_room().await?;
         self.ensure_l2_table(l1_index).await?;
         let slice = self.load_l2(first).await?.ok_or(Errno::EIO)?;

@@ -345,6 +345,7 @@ impl Qcow2 {
         let mut state = self.state();
         let state = &mut *state;
         self.virtual_size.store(prepared.disk_size, Release);
+        self.mappable.store(prepared.disk_size, Release);
         self.l1.grow(prepared.l1.len() as u64);
         for (index, entry) in prepared.l1.iter().enumerate() {
             if self.l1.entry(index as u64) != *entry {

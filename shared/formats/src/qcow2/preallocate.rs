@@ -1,0 +1,96 @@
+//! Preallocation: clusters mapped before anything is written to them.
+//!
+//! What is mapped reads as zeroes at every moment: storage that something else may have used is
+//! zeroed before the mapping that shows it can reach the disk (a flush makes data durable before
+//! mappings).
+//!
+//! | mode     | storage |
+//! |----------|---------|
+//! | metadata | holes; the file is as long as if they were written |
+//! | falloc   | allocated, unwritten |
+//! | full     | written |
+
+use super::Qcow2;
+use block::{Buffer, ByteRange, Errno, Error, Preallocation, Resize, WriteFlags, ZeroFlags};
+use std::ops::Range;
+use std::sync::atomic::Ordering::Acquire;
+
+/// Zero bytes written at a time.
+const FILL_BYTES: u64 = 1 << 20;
+
+impl Qcow2 {
+    /// Maps the guest bytes `range`, which may lie beyond the present end of the disk. Its mapping
+    /// is durable when it resolves.
+    pub(super) async fn preallocate(
+        &self,
+        range: Range<u64>,
+        mode: Preallocation,
+    ) -> Result<(), Error> {
+        let failed = |errno| Error::io("Could not preallocate metadata", errno);
+        // What lies beyond the end of the file reads as zeroes already.
+        let fresh_from = self.file.node().length();
+        let mut offset = range.start;
+        while offset < range.end {
+            let wanted = ByteRange::new(offset, range.end - offset);
+            let plan = self.prepare(wanted).await.map_err(failed)?;
+            let end = plan.range.offset + plan.range.length;
+            let storage = ByteRange::new(plan.host_offset, plan.range.length);
+            let filled = self.fill(storage, mode, fresh_from).await;
+            if let Err(errno) = filled {
+                self.abort_write(plan);
+                return Err(failed(errno));
+            }
+            self.commit_write(plan).await.map_err(failed)?;
+            offset = end;
+        }
+        self.flush_metadata().await.map_err(failed)?;
+        self.reach_host_end().await
+    }
+
+    /// Makes storage that is about to be mapped read as zeroes.
+    async fn fill(
+        &self,
+        storage: ByteRange,
+        mode: Preallocation,
+        fresh_from: u64,
+    ) -> Result<(), Errno> {
+        let node = self.file.node();
+        let zeroes = |may_unmap| ZeroFlags {
+            may_unmap,
+            ..ZeroFlags::default()
+        };
+        match mode {
+            Preallocation::Off | Preallocation::Metadata if storage.offset >= fresh_from => Ok(()),
+            Preallocation::Off | Preallocation::Metadata => {
+                node.write_zeroes(storage, zeroes(true)).await
+            }
+            Preallocation::Falloc => node.write_zeroes(storage, zeroes(false)).await,
+            Preallocation::Full => {
+                let bytes = Buffer::zeroed(FILL_BYTES.min(storage.length) as usize);
+                let mut done = 0;
+                while done < storage.length {
+                    let step = FILL_BYTES.min(storage.length - done);
+                    let piece = bytes.slice(0..step as usize);
+                    let flags = WriteFlags::default();
+                    node.write(storage.offset + done, piece, flags).await?;
+                    done += step;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Makes the file as long as the clusters in it, so that reading them is no reading past its
+    /// end.
+    async fn reach_host_end(&self) -> Result<(), Error> {
+        let length = self.host_end.load(Acquire);
+        if self.file.node().length() >= length {
+            return Ok(());
+        }
+        let resize = Resize {
+            length,
+            preallocation: Preallocation::Off,
+        };
+        self.file.node().resize(resize).await
+    }
+}
