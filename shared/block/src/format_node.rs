@@ -69,6 +69,11 @@ impl<F: Format> FormatNode<F> {
         &self.format
     }
 
+    /// The format, no longer a driver.
+    pub fn into_format(self) -> F {
+        self.format
+    }
+
     fn data(&self) -> &Node {
         self.format.data().node()
     }

@@ -147,6 +147,10 @@ impl OpenRequest<'_> {
     pub fn take(&mut self, name: &str) -> Option<Value> {
         self.options.take(name)
     }
+    /// An error for the first option that nobody took. (Opening asks for it by itself.)
+    pub fn finish(&self) -> Result<()> {
+        self.options.finish()
+    }
     /// The error for a mandatory option that is not there.
     pub fn missing(&self, name: &str) -> Error {
         self.options.missing(name)

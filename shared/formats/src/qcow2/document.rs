@@ -12,7 +12,7 @@
 //! header do not need the same sectors behind the first one (see [`write_order`]).
 
 use super::header::{MAX_BACKING_NAME, V2_LENGTH, V3_LENGTH, extension, field};
-use super::{Qcow2, SECTOR, read_bytes, write_to};
+use super::{SECTOR, read_bytes, write_to};
 use block::{Edge, Errno, Error, ErrorKind};
 
 /// Length of the version 3 headers written here.
@@ -91,10 +91,6 @@ impl Document {
         })
     }
 
-    pub(super) fn version(&self) -> u32 {
-        word(&self.fields, field::VERSION)
-    }
-
     /// Makes it a header of another version: the fields that only version 3 has come or go.
     pub(super) fn set_version(&mut self, version: u32) {
         if version < 3 {
@@ -131,12 +127,18 @@ impl Document {
         }
     }
 
+    /// A field of four bytes.
+    pub(super) fn u32(&self, at: usize) -> u32 {
+        word(&self.fields, at)
+    }
+
     /// A field of eight bytes; 0 when the version lacks it.
     pub(super) fn u64(&self, at: usize) -> u64 {
         long(&self.fields, at)
     }
 
     /// The data of an extension.
+    #[cfg(test)]
     pub(super) fn extension(&self, kind: u32) -> Option<&[u8]> {
         let found = self.extensions.iter().find(|known| known.kind == kind);
         found.map(|known| known.data.as_slice())
@@ -260,7 +262,8 @@ pub(super) async fn replace(file: &Edge, old: &[u8], new: &[u8]) -> Result<(), E
     Ok(())
 }
 
-/// Reads the header cluster of `file`, changes it, and writes it back.
+/// Reads the header cluster of `file`, changes it, and writes it back. Whoever has the image open
+/// holds `structure`, and changes in memory what it keeps of the header.
 ///
 /// # Errors
 /// `Invalid` when it does not fit its cluster any more; those of `edit`; `Io`.
@@ -279,18 +282,6 @@ pub(super) async fn edit(
     match old == new {
         true => Ok(()),
         false => replace(file, &old, &new).await.map_err(failed),
-    }
-}
-
-impl Qcow2 {
-    /// Changes the header of the open image: extensions and fields that are not kept in memory, or
-    /// are changed there by the caller.
-    pub(super) async fn edit_header(
-        &self,
-        change: impl FnOnce(&mut Document) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let _structure = self.structure.lock().await;
-        edit(&self.file, self.geometry.cluster_bits, change).await
     }
 }
 

@@ -13,7 +13,8 @@ pub const ENTRY: DriverEntry = DriverEntry::new(
     |request| -> BoxFuture<'_, Result<Box<dyn Driver>, Error>> { Box::pin(open_node(request)) },
 )
 .with_probe(probe)
-.with_create(super::create_entry::CREATOR);
+.with_create(super::create_entry::CREATOR)
+.with_amend(super::amend::AMENDER);
 
 fn probe(start: &[u8]) -> u8 {
     let known = start.starts_with(&MAGIC.to_be_bytes())
@@ -24,6 +25,32 @@ fn probe(start: &[u8]) -> u8 {
 }
 
 async fn open_node(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>, Error> {
+    let Parts {
+        file,
+        backing,
+        header,
+        options,
+    } = take_parts(request).await?;
+    let clean_interval = options.caches.clean_interval()?;
+    let image = Qcow2::open_parsed(file, backing, header, options).await?;
+    if let Some(interval) = clean_interval {
+        for cache in [&image.l2, &image.refcounts] {
+            drop(executor::spawn(clean_regularly(cache, interval)));
+        }
+    }
+    Ok(Box::new(FormatNode::new(image)))
+}
+
+/// What an image is opened from.
+pub(super) struct Parts {
+    pub(super) file: Edge,
+    pub(super) backing: Option<Edge>,
+    pub(super) header: Header,
+    pub(super) options: OpenOptions,
+}
+
+/// Takes the options and children of a node out of the request.
+pub(super) async fn take_parts(request: &mut OpenRequest<'_>) -> Result<Parts, Error> {
     let mut options = OpenOptions {
         read_only: request.node().read_only,
         ..OpenOptions::default()
@@ -50,14 +77,12 @@ async fn open_node(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>, Err
     if !options.read_only {
         options.log = request.redo_log(&file)?;
     }
-    let clean_interval = options.caches.clean_interval()?;
-    let image = Qcow2::open_parsed(file, backing, header, options).await?;
-    if let Some(interval) = clean_interval {
-        for cache in [&image.l2, &image.refcounts] {
-            drop(executor::spawn(clean_regularly(cache, interval)));
-        }
-    }
-    Ok(Box::new(FormatNode::new(image)))
+    Ok(Parts {
+        file,
+        backing,
+        header,
+        options,
+    })
 }
 
 /// The backing file that the image names. Its format is never guessed.

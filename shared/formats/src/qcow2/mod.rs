@@ -25,6 +25,7 @@
 //! an image with valid bitmaps.
 
 mod alloc;
+mod amend;
 mod cache;
 mod check;
 mod compressed;
@@ -33,6 +34,7 @@ mod create_entry;
 mod document;
 mod driver;
 mod entry;
+mod flatten;
 mod flush;
 mod header;
 mod l1;

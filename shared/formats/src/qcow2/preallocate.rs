@@ -27,24 +27,34 @@ impl Qcow2 {
         mode: Preallocation,
     ) -> Result<(), Error> {
         let failed = |errno| Error::io("Could not preallocate metadata", errno);
-        // What lies beyond the end of the file reads as zeroes already.
-        let fresh_from = self.file.node().length();
-        let mut offset = range.start;
-        while offset < range.end {
-            let wanted = ByteRange::new(offset, range.end - offset);
-            let plan = self.prepare(wanted).await.map_err(failed)?;
-            let end = plan.range.offset + plan.range.length;
-            let storage = ByteRange::new(plan.host_offset, plan.range.length);
-            let filled = self.fill(storage, mode, fresh_from).await;
-            if let Err(errno) = filled {
-                self.abort_write(plan);
-                return Err(failed(errno));
-            }
-            self.commit_write(plan).await.map_err(failed)?;
-            offset = end;
-        }
+        self.map_zeroed(range, mode).await.map_err(failed)?;
         self.flush_metadata().await.map_err(failed)?;
         self.reach_host_end().await
+    }
+
+    /// Maps the guest bytes `range` as data that is all zeroes.
+    pub(super) async fn map_zeroed(
+        &self,
+        range: Range<u64>,
+        mode: Preallocation,
+    ) -> Result<(), Errno> {
+        // What lies beyond the end of the file reads as zeroes already.
+        let fresh_from = self.file.node().length();
+        let end = range.end.next_multiple_of(self.geometry.cluster_size());
+        let mut offset = range.start;
+        while offset < end {
+            let wanted = ByteRange::new(offset, end - offset);
+            let plan = self.prepare(wanted).await?;
+            let next = plan.range.offset + plan.range.length;
+            let storage = ByteRange::new(plan.host_offset, plan.range.length);
+            if let Err(errno) = self.fill(storage, mode, fresh_from).await {
+                self.abort_write(plan);
+                return Err(errno);
+            }
+            self.commit_write(plan).await?;
+            offset = next;
+        }
+        Ok(())
     }
 
     /// Makes storage that is about to be mapped read as zeroes.
@@ -82,7 +92,7 @@ impl Qcow2 {
 
     /// Makes the file as long as the clusters in it, so that reading them is no reading past its
     /// end.
-    async fn reach_host_end(&self) -> Result<(), Error> {
+    pub(super) async fn reach_host_end(&self) -> Result<(), Error> {
         let length = self.host_end.load(Acquire);
         if self.file.node().length() >= length {
             return Ok(());

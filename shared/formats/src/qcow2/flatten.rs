@@ -1,0 +1,153 @@
+//! Turning zero clusters into what version 2 has: data, or no mapping where nothing would show.
+
+use super::Qcow2;
+use super::tables::{ClusterRun, HostOffset, L2Entry, L2Kind, OFFSET_MASK, ZERO};
+use super::{read_bytes, write_to};
+use block::{ByteRange, Errno, Error, Format, Mapping, Preallocation, ZeroFlags};
+use std::collections::BTreeMap;
+
+impl Qcow2 {
+    /// Whether a snapshot has what only version 3 can tell, for a disk of `size` bytes.
+    pub(super) fn has_snapshot_beyond_version_2(&self, size: u64) -> bool {
+        let state = self.state();
+        let mut snapshots = state.snapshots.entries.iter().map(|entry| entry.info(size));
+        snapshots.any(|info| info.vm_state_size != 0 || info.disk_size != size)
+    }
+}
+
+/// Replaces every zero cluster of the disk and of its snapshots; durable when it resolves.
+pub(super) async fn zero_clusters(
+    image: &Qcow2,
+    progress: &mut impl FnMut(u64, u64),
+) -> Result<(), Error> {
+    flatten_disk(image, progress).await?;
+    image.flush_metadata().await.map_err(failed)?;
+    for (table, references) in snapshot_tables(image).await? {
+        flatten_table(image, table, references)
+            .await
+            .map_err(failed)?;
+    }
+    image.file.node().flush().await.map_err(failed)
+}
+
+async fn flatten_disk(image: &Qcow2, progress: &mut impl FnMut(u64, u64)) -> Result<(), Error> {
+    let cluster_size = image.geometry.cluster_size();
+    let size = image.disk_size();
+    let mut at = 0;
+    while at < size {
+        progress(at, size);
+        let range = ByteRange::new(at, size - at);
+        let extent = image.resolve(range).await.map_err(failed)?;
+        let end = (at + extent.length).next_multiple_of(cluster_size);
+        if let Mapping::Zero(storage) = extent.mapping {
+            if storage.is_some() || image.backing.is_some() {
+                let mapped = image.map_zeroed(at..end.min(size), Preallocation::Metadata);
+                mapped.await.map_err(failed)?;
+            } else {
+                let clusters = image.geometry.guest_cluster(at)..image.geometry.guest_cluster(end);
+                image.unmap(clusters).await.map_err(failed)?;
+            }
+        }
+        at = end;
+    }
+    image.reach_host_end().await
+}
+
+/// The L2 tables that snapshots refer to, with the number of references. Those that the disk uses
+/// too have no zero clusters any more: they were copied to change them.
+async fn snapshot_tables(image: &Qcow2) -> Result<BTreeMap<u64, u64>, Error> {
+    let l1_tables: Vec<_> = {
+        let state = image.state();
+        let entries = state.snapshots.entries.iter();
+        entries
+            .map(|entry| (entry.l1_offset, u64::from(entry.l1_entries)))
+            .collect()
+    };
+    let file_length = image.host_end.load(std::sync::atomic::Ordering::Acquire);
+    let mut tables = BTreeMap::new();
+    for (offset, entries) in l1_tables {
+        let bytes = read_bytes(&image.file, offset.0, entries as usize * 8)
+            .await
+            .map_err(failed)?;
+        for word in words(&bytes) {
+            let table = word & OFFSET_MASK;
+            let end = table + image.geometry.cluster_size();
+            if table != 0 && image.geometry.is_aligned(table) && end <= file_length {
+                *tables.entry(table).or_insert(0) += 1;
+            }
+        }
+    }
+    for entry in image.l1.iter() {
+        tables.remove(&(entry & OFFSET_MASK));
+    }
+    Ok(tables)
+}
+
+/// Replaces the zero clusters of one table where it is. The entries of a sector become what they
+/// are to be together or not at all, and read as the same in any case.
+async fn flatten_table(image: &Qcow2, table: u64, references: u64) -> Result<(), Errno> {
+    let cluster_size = image.geometry.cluster_size();
+    let mut bytes = read_bytes(&image.file, table, cluster_size as usize).await?;
+    let mut changed = false;
+    for word in bytes.chunks_exact_mut(8) {
+        let entry = L2Entry(u64::from_be_bytes(
+            (&*word).try_into().expect("eight bytes"),
+        ));
+        let new = match entry.kind(&image.geometry) {
+            L2Kind::ZeroPlain if image.backing.is_none() => 0,
+            L2Kind::ZeroPlain => zeroed_cluster(image, references).await?,
+            L2Kind::ZeroAllocated(host) => {
+                zero_storage(image, host).await?;
+                entry.0 & !ZERO
+            }
+            _ => continue,
+        };
+        word.copy_from_slice(&new.to_be_bytes());
+        changed = true;
+    }
+    if changed {
+        // Refcounts and zeroes are durable before the entries that refer to them.
+        image.flush_metadata().await?;
+        image.file.node().flush().await?;
+        write_to(&image.file, table, &bytes).await?;
+    }
+    Ok(())
+}
+
+/// A new cluster of zeroes that counts `references`; the L2 entry for it.
+async fn zeroed_cluster(image: &Qcow2, references: u64) -> Result<u64, Errno> {
+    let (run, _) = image.allocate(1).await?;
+    let host = image.geometry.host_offset(run.first);
+    zero_storage(image, host).await?;
+    if references == 1 {
+        return Ok(L2Entry::data(host).0);
+    }
+    count(image, run, references).await?;
+    Ok(host.0)
+}
+
+async fn count(image: &Qcow2, run: ClusterRun, references: u64) -> Result<(), Errno> {
+    let structure = image.structure.lock().await;
+    let mut pins = super::alloc::Pins::default();
+    loop {
+        let attempt = image.set_refcounts(run, references);
+        let Err(need) = attempt else { return Ok(()) };
+        image.provide(&structure, need, &mut pins).await?;
+    }
+}
+
+async fn zero_storage(image: &Qcow2, host: HostOffset) -> Result<(), Errno> {
+    let range = ByteRange::new(host.0, image.geometry.cluster_size());
+    let flags = ZeroFlags::default();
+    image.file.node().write_zeroes(range, flags).await
+}
+
+fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
+    bytes
+        .chunks_exact(8)
+        .map(|word| u64::from_be_bytes(word.try_into().expect("chunks of eight bytes")))
+}
+
+fn failed(errno: Errno) -> Error {
+    Error::io("Failed to turn zero into data clusters", errno)
+}
