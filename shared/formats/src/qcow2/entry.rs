@@ -30,7 +30,13 @@ async fn open_node(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>, Err
         backing,
         header,
         options,
-    } = take_parts(request).await?;
+    } = match request.purpose() {
+        Purpose::Check => {
+            take_options(request)?;
+            return check::open_node(request).await;
+        }
+        Purpose::Serve | Purpose::Describe => take_parts(request).await?,
+    };
     let clean_interval = options.caches.clean_interval()?;
     let image = Qcow2::open_parsed(file, backing, header, options).await?;
     if let Some(interval) = clean_interval {
@@ -49,8 +55,7 @@ pub(super) struct Parts {
     pub(super) options: OpenOptions,
 }
 
-/// Takes the options and children of a node out of the request.
-pub(super) async fn take_parts(request: &mut OpenRequest<'_>) -> Result<Parts, Error> {
+fn take_options(request: &mut OpenRequest<'_>) -> Result<OpenOptions, Error> {
     let mut options = OpenOptions {
         read_only: request.node().read_only,
         ..OpenOptions::default()
@@ -64,9 +69,12 @@ pub(super) async fn take_parts(request: &mut OpenRequest<'_>) -> Result<Parts, E
     };
     // Refcounts are kept exact whatever the image or the user asks: it costs nothing here.
     request.take_bool("lazy-refcounts")?;
-    if request.purpose() == Purpose::Check {
-        return check::open_node(request).await;
-    }
+    Ok(options)
+}
+
+/// Takes the options and children of a node out of the request.
+pub(super) async fn take_parts(request: &mut OpenRequest<'_>) -> Result<Parts, Error> {
+    let mut options = take_options(request)?;
     let file = request.required_child("file", ChildRole::Image).await?;
     let header = read_header(&file).await?;
     let backing = match request.child("backing", ChildRole::Backing).await? {
