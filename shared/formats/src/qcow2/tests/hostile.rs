@@ -11,6 +11,8 @@ use std::path::Path;
 
 const IMAGE: &str = "a.qcow2";
 const CLUSTER: usize = 4096;
+/// A cluster whose header has room for the names of features.
+const NAMES_CLUSTER: u64 = 8192;
 
 fn run<T>(files: Image, future: impl Future<Output = T>) -> T {
     let world = World::with_files(Config::default(), files);
@@ -158,7 +160,7 @@ fn header_fields_beyond_their_caps_are_refused() {
 
 #[test]
 fn an_unknown_feature_is_named_by_the_image() {
-    let mut bytes = patched(&sample(CLUSTER as u64), 72, 1 << 5, 8);
+    let mut bytes = patched(&sample(NAMES_CLUSTER), 72, 1 << 5, 8);
     let name = b"external data file";
     let at = bytes.windows(name.len()).position(|window| window == name);
     let entry = at.unwrap();
@@ -196,7 +198,7 @@ fn metadata_that_counts_as_free_is_not_overwritten() {
 
 #[test]
 fn unknown_autoclear_bits_are_cleared_and_unknown_extensions_kept() {
-    let good = sample(CLUSTER as u64);
+    let good = sample(NAMES_CLUSTER);
     let mut bytes = patched(&good, 88, 1 << 9, 8);
     let names = 0x6803_f857_u32.to_be_bytes();
     let at = bytes.windows(4).position(|window| window == names).unwrap();
