@@ -206,6 +206,13 @@ pub trait Driver: Send + Sync {
     /// Whether a write past the end grows the node (protocol files). What then lies between the old
     /// end and the write reads as zeroes.
     fn grows(&self) -> bool;
+    /// The byte at `offset` is read or written soon: what that takes may be brought near. A hint, for
+    /// any offset, which must neither wait nor change anything.
+    fn prefetch(&self, _offset: u64) {}
+    /// Whether [`Driver::prefetch`] does anything.
+    fn can_prefetch(&self) -> bool {
+        false
+    }
     /// Fills `buffer` from `offset`.
     fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_>;
     /// Whether writes may ask to be stored compressed.

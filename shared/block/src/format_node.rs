@@ -279,6 +279,19 @@ impl<F: Format> Driver for FormatNode<F> {
     fn grows(&self) -> bool {
         false
     }
+    #[inline]
+    fn prefetch(&self, offset: u64) {
+        if let Lookup::Hit(Extent {
+            mapping: Mapping::Data(host_offset),
+            ..
+        }) = self.format.lookup(ByteRange::new(offset, 1))
+        {
+            self.format.data().node().prefetch(host_offset);
+        }
+    }
+    fn can_prefetch(&self) -> bool {
+        self.format.data().node().driver().can_prefetch()
+    }
     fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_> {
         let range = ByteRange::new(offset, buffer.len() as u64);
         let target = (buffer, Memory::Anything);

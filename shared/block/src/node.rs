@@ -154,6 +154,11 @@ impl Node {
     pub fn grows(&self) -> bool {
         self.grows
     }
+    /// See [`Driver::prefetch`].
+    #[inline]
+    pub fn prefetch(&self, offset: u64) {
+        self.driver.prefetch(offset);
+    }
     /// Reads; bytes past the end are zeroes.
     #[inline]
     pub fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_> {

@@ -147,6 +147,14 @@ impl Driver for Raw {
         self.size.is_none() && self.child().driver().grows()
     }
     #[inline]
+    fn prefetch(&self, offset: u64) {
+        if let Some(range) = self.shift(ByteRange::new(offset, 1)) {
+            self.child().prefetch(range.offset);
+        }
+    }
+    fn can_prefetch(&self) -> bool {
+        self.child().driver().can_prefetch()
+    }
     fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_> {
         let range = ByteRange::new(offset, buffer.len() as u64);
         self.forward(range, |child, range| child.read(range.offset, buffer))

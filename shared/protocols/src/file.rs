@@ -307,6 +307,12 @@ impl Driver for FileNode {
     fn grows(&self) -> bool {
         true
     }
+    fn prefetch(&self, offset: u64) {
+        self.file.prefetch(offset);
+    }
+    fn can_prefetch(&self) -> bool {
+        self.file.is_mapped()
+    }
     fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_> {
         self.file.read_at(buffer, offset).into()
     }

@@ -174,6 +174,9 @@ pub trait Handler: 'static {
     /// Starts a request. Exactly one [`Queue::complete`] with the chain's head has to follow, now
     /// or later on this thread.
     fn handle(&self, queue: &Rc<Queue>, chain: &Chain);
+    /// The request is handled after the current one: what it needs may be brought near. A hint; what
+    /// the chain says now may not be what it says then.
+    fn prepare(&self, _chain: &Chain) {}
 }
 
 /// A ring being served, as a device's requests see it. Stays on its thread.
@@ -390,7 +393,10 @@ impl<H: Handler> Poller for Worker<H> {
         }
         let mut chains = self.chains.borrow_mut();
         let (count, error) = self.queue.ring.borrow_mut().fetch(&mut chains);
-        for chain in &chains[..count] {
+        for (at, chain) in chains[..count].iter().enumerate() {
+            if let Some(next) = chains[..count].get(at + 1) {
+                self.handler.prepare(next);
+            }
             self.handler.handle(&self.queue, chain);
         }
         drop(chains);

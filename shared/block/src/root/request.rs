@@ -18,6 +18,8 @@ pub struct RootHandle {
     thread: Rc<Thread>,
     epoch: ThreadEpoch,
     writes: bool,
+    /// Requests gain by being announced: so it was when this handle was made.
+    prefetches: bool,
 }
 
 impl Drop for RootHandle {
@@ -40,10 +42,13 @@ enum Request {
 impl RootHandle {
     pub(super) fn new(root: Arc<Shared>) -> Self {
         let permissions = root.permissions;
+        let thread = root.threads.attach();
         Self {
-            thread: root.threads.attach(),
             epoch: ThreadEpoch::current(),
             writes: permissions.write || permissions.write_unchanged,
+            // While paused, edges may change under us.
+            prefetches: !thread.is_paused() && root.edge.node().driver().can_prefetch(),
+            thread,
             root,
         }
     }
@@ -51,6 +56,21 @@ impl RootHandle {
     /// Length of the node in bytes.
     pub fn length(&self) -> u64 {
         self.node().length()
+    }
+    /// Whether to call [`RootHandle::prefetch`].
+    #[inline]
+    pub fn can_prefetch(&self) -> bool {
+        self.prefetches
+    }
+    /// Announces a read or write at `offset` that comes soon.
+    #[inline]
+    pub fn prefetch(&self, offset: u64) {
+        // Paused means that edges may change; without an epoch, that cached tables may go.
+        if !self.thread.is_paused() {
+            let parity = self.epoch.enter();
+            self.node().prefetch(offset);
+            self.epoch.unpin(parity);
+        }
     }
     /// Fills `buffer` from `offset`. `EINVAL` beyond the end.
     #[inline]

@@ -118,6 +118,21 @@ impl File {
         }
     }
 
+    /// Whether parts of it may be reached through a mapping.
+    pub fn is_mapped(&self) -> bool {
+        matches!(&*self.kind, Kind::Host(host) if host.mappings.is_some())
+    }
+
+    /// Brings the first bytes at `offset` near when they are in mapped memory: a hint.
+    #[inline]
+    pub fn prefetch(&self, offset: u64) {
+        if let Kind::Host(host) = &*self.kind
+            && let Some(mappings) = &host.mappings
+        {
+            mappings.prefetch(offset);
+        }
+    }
+
     /// Fills `buffer` from `offset`; bytes past the end of file are zeroes.
     ///
     /// The operation begins here, not at the first poll.

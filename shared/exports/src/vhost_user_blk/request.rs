@@ -116,6 +116,23 @@ fn spawner(inner: Rc<Inner>) -> Box<dyn Fn(Rc<Queue>, Request)> {
 
 impl vhost_daemon::Handler for BlkHandler {
     #[inline]
+    fn prepare(&self, chain: &Chain) {
+        if !self.inner.root.can_prefetch() {
+            return;
+        }
+        let header: Option<[u8; HEADER_LEN]> = chain.read_head();
+        let Some([t0, t1, t2, t3, _, _, _, _, sector @ ..]) = header else {
+            return;
+        };
+        let kind = u32::from_le_bytes([t0, t1, t2, t3]);
+        if let (blk::VIRTIO_BLK_T_IN | blk::VIRTIO_BLK_T_OUT, Some(offset)) =
+            (kind, u64::from_le_bytes(sector).checked_mul(SECTOR))
+        {
+            self.inner.root.prefetch(offset);
+        }
+    }
+
+    #[inline]
     fn handle(&self, queue: &Rc<Queue>, chain: &Chain) {
         let head = chain.head();
         let Some(status) = chain.writable_tail(1) else {
