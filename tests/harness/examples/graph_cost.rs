@@ -49,6 +49,12 @@ async fn open(definition: Value) -> (Graph, RootHandle) {
 
 async fn read_and_write(name: &str, definition: Value) {
     let (_graph, root) = open(definition).await;
+    let data = Buffer::zeroed(1 << 20);
+    data.fill(1);
+    for offset in (0..LENGTH).step_by(data.len()) {
+        let write = root.write(offset, data.clone(), WriteFlags::default());
+        write.await.unwrap();
+    }
     let buffer = Buffer::zeroed(BLOCK);
     measure(&format!("{name}: read"), async |offset| {
         black_box(root.read(offset, buffer.clone()).await).unwrap();
@@ -82,22 +88,19 @@ fn main() {
         read_and_write("raw on null-co", raw).await;
         measure("epoch pin", async |_| drop(black_box(block::epoch::pin()))).await;
         let memory = tempfile::TempDir::new_in("/dev/shm").unwrap();
-        read_and_write("raw on tmpfs", image(&memory, json!({}))).await;
+        let on_tmpfs = |format| image(&memory, format, false);
+        read_and_write("raw on tmpfs", on_tmpfs("raw")).await;
+        read_and_write("qcow2 on tmpfs", on_tmpfs("qcow2")).await;
         if let Some(directory) = directory {
             let disk = tempfile::TempDir::new_in(directory).unwrap();
-            let direct = json!({"cache": {"direct": true}});
-            read_and_write("raw on O_DIRECT", image(&disk, direct)).await;
+            read_and_write("raw on O_DIRECT", image(&disk, "raw", true)).await;
         }
     });
 }
 
-fn image(directory: &tempfile::TempDir, extra: Value) -> Value {
-    let path = directory.path().join("image");
-    std::fs::write(&path, vec![1; LENGTH as usize]).unwrap();
-    let mut definition = json!({"driver": "raw", "node-name": "r",
-        "file": {"driver": "file", "filename": path}});
-    if let (Value::Object(definition), Value::Object(extra)) = (&mut definition, extra) {
-        definition.extend(extra);
-    }
-    definition
+fn image(directory: &tempfile::TempDir, format: &str, direct: bool) -> Value {
+    let path = directory.path().join(format);
+    harness::peer::create(format, &path, LENGTH, "").unwrap();
+    json!({"driver": format, "node-name": "r", "cache": {"direct": direct},
+        "file": {"driver": "file", "filename": path}})
 }
