@@ -135,7 +135,7 @@ impl Migration {
     /// Pages whose bits were set, which are cleared.
     fn take_bits(&self) -> BTreeSet<usize> {
         let bytes = self.log.read(PAGE, LOG_LEN);
-        self.log.write(PAGE, &vec![0; LOG_LEN]);
+        self.log.write(PAGE, &[0; LOG_LEN]);
         let first = GUEST_BASE as usize / PAGE;
         let set = |page: &usize| bytes[page / 8] & 1 << (page % 8) != 0;
         (0..8 * LOG_LEN)
