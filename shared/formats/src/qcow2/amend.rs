@@ -198,10 +198,15 @@ struct Amended {
 }
 
 async fn amend(open: &mut OpenRequest<'_>, changes: &mut AmendRequest<'_>) -> Result<(), Error> {
-    let wanted = Wanted::take(changes)?;
-    changes.finish()?;
     let parts = take_parts(open).await?;
     open.finish()?;
+    amend_parts(parts, changes).await
+}
+
+/// Makes the changes to an image that nothing has open.
+pub(super) async fn amend_parts(parts: Parts, changes: &mut AmendRequest<'_>) -> Result<(), Error> {
+    let wanted = Wanted::take(changes)?;
+    changes.finish()?;
     wanted.check(&parts.header)?;
     let image = Amended::begin(parts).await?;
     changes.progress(0, 1);
