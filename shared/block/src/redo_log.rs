@@ -9,8 +9,11 @@
 //!
 //! ```text
 //!   words  0 magic  1 device  2 inode  3,4 boot id  5 head  6 tail  7 alive until
-//!         8 born  16 record 0 (kind, table, index, value)  20 record 1  ...      a ring of `capacity`
+//!         8 born  9 capacity  16 record 0 (kind, table, index, value)  20 record 1  ...
 //! ```
+//!
+//! The records are a ring of `capacity`, which doubles when it is full, up to a limit: records whose
+//! place differs in the larger ring are copied to its upper half, then one store makes it valid.
 //!
 //! `head` and `tail` count records since the log was made. A unit of records is published by one
 //! store of `tail`, so a kill leaves all of it or nothing. The log belongs to one image (device,
@@ -66,7 +69,8 @@ pub struct RedoLog {
 
 struct Inner {
     memory: SharedMemory,
-    capacity: u64,
+    /// Most records that it grows to.
+    most: u64,
     path: Option<PathBuf>,
     appending: Mutex<()>,
     /// Told when the log is no longer empty, and when it goes.
@@ -79,6 +83,8 @@ const HEADER_WORDS: usize = 16;
 const RECORD_WORDS: usize = 4;
 /// Records in a log made by [`RedoLog::open`]: 1 MiB of memory.
 const DEFAULT_CAPACITY: usize = 32_768;
+/// Records in a log that has grown as far as it does: 4 MiB of memory.
+const MAX_CAPACITY: usize = 131_072;
 /// How often a log that holds something is stamped.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// How much later than the last stamp the dying process may still have modified the image.
@@ -93,6 +99,7 @@ mod word {
     pub(super) const TAIL: usize = 6;
     pub(super) const ALIVE: usize = 7;
     pub(super) const BORN: usize = 8;
+    pub(super) const CAPACITY: usize = 9;
 }
 
 impl RedoLog {
@@ -104,8 +111,14 @@ impl RedoLog {
     /// A log in anonymous memory shared by its handles: in the simulated world a killed
     /// process's log is handed to the next through [`RedoLog::share`].
     pub fn in_memory(capacity: usize) -> RedoLog {
-        let memory = SharedMemory::anonymous(HEADER_WORDS + capacity * RECORD_WORDS);
-        RedoLog::over(memory, capacity, None)
+        RedoLog::in_memory_growing(capacity, capacity)
+    }
+
+    /// [`RedoLog::in_memory`] that grows up to `most` records.
+    pub fn in_memory_growing(capacity: usize, most: usize) -> RedoLog {
+        let memory = SharedMemory::anonymous(words_for(most));
+        memory[word::CAPACITY].store(capacity as u64, Relaxed);
+        RedoLog::over(memory, most, None)
     }
 
     /// Opens the log of `image` in `directory` (private to the daemon, on tmpfs), making it when
@@ -117,22 +130,22 @@ impl RedoLog {
     /// the image was modified by another program since.
     pub fn open(directory: &Path, image: &ImageIdentity) -> Result<RedoLog> {
         let path = directory.join(format!("redo-{:x}-{:x}", image.device, image.inode));
-        let words = HEADER_WORDS + DEFAULT_CAPACITY * RECORD_WORDS;
-        let memory = SharedMemory::open(&path, words).map_err(|error| {
+        let (words, most) = (words_for(DEFAULT_CAPACITY), words_for(MAX_CAPACITY));
+        let memory = SharedMemory::open(&path, words, most).map_err(|error| {
             Error::new(
                 ErrorKind::Io,
                 format!("cannot open redo log {}: {error}", path.display()),
             )
         })?;
-        let log = RedoLog::over(memory, DEFAULT_CAPACITY, Some(path));
+        let log = RedoLog::over(memory, MAX_CAPACITY, Some(path));
         log.adopt(image)?;
         Ok(log)
     }
 
-    fn over(memory: SharedMemory, capacity: usize, path: Option<PathBuf>) -> RedoLog {
+    fn over(memory: SharedMemory, most: usize, path: Option<PathBuf>) -> RedoLog {
         let inner = Inner {
             memory,
-            capacity: capacity as u64,
+            most: most as u64,
             path,
             appending: Mutex::new(()),
             filled: Arc::new(Notify::new()),
@@ -167,6 +180,7 @@ impl RedoLog {
         memory[word::BOOT_ID + 1].store(boot[1], Relaxed);
         memory[word::HEAD].store(0, Relaxed);
         memory[word::TAIL].store(0, Relaxed);
+        memory[word::CAPACITY].store(DEFAULT_CAPACITY as u64, Relaxed);
         memory[word::MAGIC].store(MAGIC, Release);
         Ok(())
     }
@@ -190,7 +204,7 @@ impl RedoLog {
         let (head, tail) = inner.bounds();
         if tail
             .checked_sub(head)
-            .is_none_or(|held| held > inner.capacity)
+            .is_none_or(|held| held > inner.capacity())
         {
             return Err(inner.corrupt(&format!("impossible bounds {head}..{tail}")));
         }
@@ -212,8 +226,10 @@ impl RedoLog {
             .unwrap_or_else(PoisonError::into_inner);
         let (head, tail) = inner.bounds();
         let end = tail + records.len() as u64;
-        if end - head > inner.capacity {
-            return false;
+        while end - head > inner.capacity() {
+            if !inner.grow(head, tail) {
+                return false;
+            }
         }
         for (position, record) in (tail..end).zip(records) {
             inner.store(position, record);
@@ -224,6 +240,14 @@ impl RedoLog {
         }
         inner.memory[word::TAIL].store(end, Release);
         true
+    }
+
+    /// Whether a flush should begin before the log is full.
+    pub fn is_half_full(&self) -> bool {
+        self.inner.as_ref().is_some_and(|inner| {
+            let (head, tail) = inner.bounds();
+            tail.wrapping_sub(head) > inner.capacity() / 2
+        })
     }
 
     /// A mark of what is in the log now.
@@ -299,10 +323,28 @@ impl Inner {
         )
     }
 
+    fn capacity(&self) -> u64 {
+        self.memory[word::CAPACITY].load(Acquire)
+    }
+
+    /// Doubles the ring, which holds `head..tail`; false when that is not to be. A kill at any
+    /// moment leaves the old ring or the new one.
+    fn grow(&self, head: u64, tail: u64) -> bool {
+        let old = self.capacity();
+        let new = old * 2;
+        if new > self.most || self.memory.grow(words_for(new as usize)).is_err() {
+            return false;
+        }
+        for position in (head..tail).filter(|position| position % new >= old) {
+            let record = self.record(position);
+            store(slot(&self.memory, position % new), &record);
+        }
+        self.memory[word::CAPACITY].store(new, Release);
+        true
+    }
+
     fn words(&self, position: u64) -> &[AtomicU64] {
-        let slot = (position % self.capacity) as usize;
-        let first = HEADER_WORDS + slot * RECORD_WORDS;
-        &self.memory[first..first + RECORD_WORDS]
+        slot(&self.memory, position % self.capacity())
     }
 
     fn record(&self, position: u64) -> Record {
@@ -317,10 +359,7 @@ impl Inner {
     }
 
     fn store(&self, position: u64, record: &Record) {
-        let values = [record.kind, record.table, record.index, record.value];
-        for (word, value) in self.words(position).iter().zip(values) {
-            word.store(value, Relaxed);
-        }
+        store(self.words(position), record);
     }
 
     fn stamp(&self) {
@@ -329,6 +368,11 @@ impl Inner {
 
     /// Checks a log of this boot against the image it is opened for.
     fn check(&self, image: &ImageIdentity) -> Result<()> {
+        let capacity = self.capacity();
+        if !(1..=self.most).contains(&capacity) || words_for(capacity as usize) > self.memory.len()
+        {
+            return Err(self.corrupt(&format!("impossible capacity {capacity}")));
+        }
         if self.memory[word::DEVICE].load(Relaxed) != image.device
             || self.memory[word::INODE].load(Relaxed) != image.inode
         {
@@ -352,6 +396,23 @@ impl Inner {
             .as_deref()
             .map_or("(in memory)".into(), Path::to_string_lossy);
         Error::new(ErrorKind::Corrupt, format!("redo log {name}: {reason}"))
+    }
+}
+
+const fn words_for(records: usize) -> usize {
+    HEADER_WORDS + records * RECORD_WORDS
+}
+
+/// The words of the record in the ring's `place`-th slot.
+fn slot(memory: &SharedMemory, place: u64) -> &[AtomicU64] {
+    let first = words_for(place as usize);
+    &memory[first..first + RECORD_WORDS]
+}
+
+fn store(words: &[AtomicU64], record: &Record) {
+    let values = [record.kind, record.table, record.index, record.value];
+    for (word, value) in words.iter().zip(values) {
+        word.store(value, Relaxed);
     }
 }
 
@@ -416,6 +477,37 @@ mod tests {
             log.append(&[record(2), record(3)]),
             "room again after the reset"
         );
+    }
+
+    #[test]
+    fn a_full_log_grows_and_keeps_its_records_wherever_they_lie() {
+        for emptied in 0..9 {
+            let log = RedoLog::in_memory_growing(4, 16);
+            for value in 0..emptied {
+                assert!(log.append(&[record(value)]));
+                log.reset(log.mark());
+            }
+            let held: Vec<Record> = (100..116).map(record).collect();
+            for unit in held.chunks(3) {
+                assert!(log.append(unit));
+            }
+            assert_eq!(log.recover().unwrap(), held, "begun at {emptied}");
+            assert!(log.is_half_full());
+            assert!(!log.append(&[record(1)]), "it grows to 16 records");
+        }
+    }
+
+    #[test]
+    fn a_log_that_had_grown_is_recovered() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = RedoLog::open(dir.path(), &identity(0)).unwrap();
+        let held: Vec<Record> = (0..DEFAULT_CAPACITY as u64 + 5).map(record).collect();
+        for unit in held.chunks(1000) {
+            assert!(log.append(unit));
+        }
+        drop(log);
+        let again = RedoLog::open(dir.path(), &identity(0)).unwrap();
+        assert_eq!(again.recover().unwrap(), held);
     }
 
     #[test]

@@ -1,10 +1,10 @@
-//! Words in memory that outlive the process: a file on tmpfs, mapped shared.
+//! Words in memory that outlive the process: a file on tmpfs, mapped shared. It may grow where it is.
 //!
 //! Owns the mapping only. What a killed process stored is there for the next one, in program
 //! order; a power cut loses it. All access is by atomics, because both a predecessor that is
 //! still dying and several threads may look at it.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Deref;
@@ -12,10 +12,13 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{AcqRel, Acquire};
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
+const WORD: usize = size_of::<AtomicU64>();
 
 /// A shared array of 64-bit words. Clones refer to the same memory.
 #[derive(Clone)]
@@ -30,7 +33,11 @@ enum Words {
 
 struct Mapping {
     base: NonNull<AtomicU64>,
-    words: usize,
+    /// Words of address space.
+    reserved: usize,
+    /// Words that the file has room for; only grows.
+    words: AtomicUsize,
+    file: File,
 }
 
 #[expect(
@@ -51,7 +58,7 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: `base` and the length are those of a mapping that this value made and alone
         // owns; no reference into it outlives `self`.
-        let _ = unsafe { munmap(self.base.cast(), self.words * size_of::<AtomicU64>()) };
+        let _ = unsafe { munmap(self.base.cast(), self.reserved * WORD) };
     }
 }
 
@@ -65,11 +72,12 @@ impl SharedMemory {
     }
 
     /// Maps the file at `path` (made with mode 0600 when absent), reserving room for `words`
-    /// words so that a store never faults for lack of space.
+    /// words so that a store never faults for lack of space. It may grow up to `most` words; one that
+    /// had grown keeps its length.
     ///
     /// # Errors
     /// The host's error; `InvalidInput` for a length of zero or a path that is not a file.
-    pub fn open(path: &Path, words: usize) -> io::Result<Self> {
+    pub fn open(path: &Path, words: usize, most: usize) -> io::Result<Self> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -78,28 +86,55 @@ impl SharedMemory {
             .mode(0o600)
             .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
             .open(path)?;
-        let bytes = words
-            .checked_mul(size_of::<AtomicU64>())
+        let most = most.max(words);
+        let reserved = most
+            .checked_mul(WORD)
             .and_then(NonZeroUsize::new)
             .ok_or(io::ErrorKind::InvalidInput)?;
-        if !file.metadata()?.is_file() {
+        let metadata = file.metadata()?;
+        if !metadata.is_file() || words == 0 {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "not a regular file",
             ));
         }
-        file.set_len(bytes.get() as u64)?;
-        fallocate(&file, FallocateFlags::empty(), 0, bytes.get() as i64)?;
+        let grown = (metadata.len() / WORD as u64).min(most as u64) as usize;
+        let words = words.max(grown);
+        file.set_len((words * WORD) as u64)?;
+        fallocate(&file, FallocateFlags::empty(), 0, (words * WORD) as i64)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         #[expect(unsafe_code, reason = "mapping a file that this type then owns")]
         // SAFETY: a fresh mapping at an address that the kernel chooses aliases no Rust object.
-        let base = unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, &file, 0)? };
+        let base = unsafe { mmap(None, reserved, protection, MapFlags::MAP_SHARED, &file, 0)? };
         Ok(Self {
             words: Arc::new(Words::Mapped(Mapping {
                 base: base.cast(),
-                words,
+                reserved: most,
+                words: AtomicUsize::new(words),
+                file,
             })),
         })
+    }
+
+    /// Makes room for at least `words` words, where they are; new ones are zero.
+    ///
+    /// # Errors
+    /// The host's error, with the length as it was; `InvalidInput` beyond what was reserved.
+    pub fn grow(&self, words: usize) -> io::Result<()> {
+        let (len, reserved) = match &*self.words {
+            Words::Heap(heap) => (heap.len(), heap.len()),
+            Words::Mapped(map) => (map.words.load(Acquire), map.reserved),
+        };
+        if words > reserved {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        if words > len
+            && let Words::Mapped(map) = &*self.words
+        {
+            fallocate(&map.file, FallocateFlags::empty(), 0, (words * WORD) as i64)?;
+            map.words.fetch_max(words, AcqRel);
+        }
+        Ok(())
     }
 }
 
@@ -110,11 +145,11 @@ impl Deref for SharedMemory {
     fn deref(&self) -> &[AtomicU64] {
         match &*self.words {
             Words::Heap(words) => words,
-            // SAFETY: the mapping is page-aligned, `words` long, zero-initialised by the kernel
-            // and lives as long as `self`; a file that another process truncates below it would
+            // SAFETY: the mapping is page-aligned, at least `words` long, as is the file, was zeroed
+            // by the kernel and lives as long as `self`; a file that another process truncates below it would
             // fault, which is why its directory is private to the daemon.
             Words::Mapped(map) => unsafe {
-                std::slice::from_raw_parts(map.base.as_ptr(), map.words)
+                std::slice::from_raw_parts(map.base.as_ptr(), map.words.load(Acquire))
             },
         }
     }
@@ -128,12 +163,29 @@ mod tests {
     #[test]
     fn a_second_mapping_sees_what_the_first_stored() {
         let path = std::env::temp_dir().join(format!("outboard-shm-{}", std::process::id()));
-        let first = SharedMemory::open(&path, 1000).unwrap();
+        let first = SharedMemory::open(&path, 1000, 1000).unwrap();
         first[999].store(7, Ordering::Release);
         drop(first);
-        let second = SharedMemory::open(&path, 1000).unwrap();
-        assert_eq!(second[999].load(Ordering::Acquire), 7);
+        let second = SharedMemory::open(&path, 1000, 1000).unwrap();
+        assert_eq!(second[999].load(Acquire), 7);
         assert_eq!(second.len(), 1000);
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_grown_memory_is_found_grown() {
+        let path = std::env::temp_dir().join(format!("outboard-grown-{}", std::process::id()));
+        let first = SharedMemory::open(&path, 100, 5000).unwrap();
+        first[99].store(7, Ordering::Release);
+        assert_eq!(first.len(), 100);
+        first.grow(3000).unwrap();
+        first[2999].store(8, Ordering::Release);
+        assert!(first.grow(5001).is_err());
+        drop(first);
+        let second = SharedMemory::open(&path, 100, 5000).unwrap();
+        assert_eq!(second.len(), 3000);
+        assert_eq!(second[99].load(Acquire), 7);
+        assert_eq!(second[2999].load(Acquire), 8);
         std::fs::remove_file(&path).unwrap();
     }
 }
