@@ -228,6 +228,10 @@ pub trait Driver: Send + Sync {
     fn discard(&self, range: ByteRange) -> IoFuture<'_>;
     /// Every write completed before this call is durable when it resolves.
     fn flush(&self) -> IoFuture<'_>;
+    /// Does what the driver put off when it called [`crate::upkeep::want`].
+    fn upkeep(&self) -> IoFuture<'_> {
+        IoFuture::done()
+    }
     /// What is known about the start of `range` (at least one byte of it).
     fn block_status(&self, range: ByteRange) -> BoxFuture<'_, Result<StatusExtent, Errno>>;
     /// Changes the length.

@@ -165,6 +165,10 @@ pub trait Format: Send + Sync + 'static {
     }
     /// Everything completed before the call is durable: data and metadata, in order.
     async fn flush(&self) -> Result<(), Errno>;
+    /// Does what the format put off when it called [`crate::upkeep::want`].
+    async fn upkeep(&self) -> Result<(), Errno> {
+        Ok(())
+    }
     /// Whether `flush` has metadata to write; when false, flushing the data child is enough.
     fn metadata_dirty(&self) -> bool;
     /// Changes the virtual size.

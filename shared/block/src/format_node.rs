@@ -337,6 +337,9 @@ impl<F: Format> Driver for FormatNode<F> {
     fn discard(&self, range: ByteRange) -> IoFuture<'_> {
         IoFuture::boxed(self.format.discard(range))
     }
+    fn upkeep(&self) -> IoFuture<'_> {
+        IoFuture::boxed(self.format.upkeep())
+    }
     fn flush(&self) -> IoFuture<'_> {
         let one_file = std::ptr::eq(self.format.file(), self.format.data());
         if one_file && !self.format.metadata_dirty() {

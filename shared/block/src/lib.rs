@@ -34,6 +34,7 @@ pub mod open;
 pub mod redo_log;
 pub mod root;
 pub mod snapshot;
+pub mod upkeep;
 
 pub use amend::{AmendRequest, Amender};
 pub use bitmap::{BitmapSet, BitmapStore, DirtyBitmap};

@@ -5,6 +5,7 @@ use super::drain::Thread;
 use crate::driver::{ByteRange, IoFuture, WriteFlags, ZeroFlags};
 use crate::epoch::ThreadEpoch;
 use crate::node::Node;
+use crate::upkeep;
 use executor::{Buffer, Errno};
 use std::future::Future;
 use std::pin::Pin;
@@ -37,6 +38,7 @@ enum Request {
     WriteZeroes(ByteRange, ZeroFlags),
     Discard(ByteRange),
     Flush,
+    Upkeep,
 }
 
 impl RootHandle {
@@ -145,6 +147,17 @@ impl RootHandle {
         }
     }
 
+    /// Begins upkeep as a request of its own, beside those of this thread.
+    #[cold]
+    fn begin_upkeep(&self) {
+        let root = Arc::clone(&self.root);
+        drop(executor::spawn(async move {
+            let handle = RootHandle::new(root);
+            let done = handle.start_or_wait(Request::Upkeep).await;
+            debug_assert_eq!(done, Ok(()), "failures stay with the drivers");
+        }));
+    }
+
     fn issue(&self, request: Request) -> IoFuture<'_> {
         match request {
             Request::Read(offset, buffer) => self.issue_read(offset, buffer),
@@ -158,6 +171,10 @@ impl RootHandle {
                 Err(errno) => IoFuture::error(errno),
             },
             Request::Flush => self.node().flush(),
+            Request::Upkeep => IoFuture::boxed(async {
+                self.node().upkeep().await;
+                Ok(())
+            }),
         }
     }
 
@@ -232,7 +249,11 @@ impl Future for RootFuture<'_> {
             match &mut this.state {
                 State::Ready(result) => return Poll::Ready(*result),
                 State::InFlight { future, parity } => {
-                    let Poll::Ready(result) = Pin::new(future).poll(cx) else {
+                    let polled = Pin::new(future).poll(cx);
+                    if upkeep::take_wanted() {
+                        this.handle.begin_upkeep();
+                    }
+                    let Poll::Ready(result) = polled else {
                         return Poll::Pending;
                     };
                     let parity = *parity;

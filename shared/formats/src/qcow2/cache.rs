@@ -123,7 +123,7 @@ impl TableCache {
     }
 
     /// Bytes of memory that the cache takes now.
-    #[cfg(test)]
+    #[cfg(all(test, not(loom)))]
     fn memory_bytes(&self) -> usize {
         self.lock().segments.bytes(&self.memory)
     }
@@ -255,6 +255,11 @@ impl TableCache {
     /// Whether so much is dirty that writers should flush before adding to it.
     pub(super) fn is_mostly_dirty(&self) -> bool {
         self.dirty_count() > self.memory.sizes.wide_slots() / 4 * 3
+    }
+
+    /// Whether so much is dirty that a flush should begin before anybody has to wait for it.
+    pub(super) fn is_half_dirty(&self) -> bool {
+        self.dirty_count() > self.memory.sizes.wide_slots() / 2
     }
 
     /// Hands every dirty slice to a flush, which ends in [`TableCache::written`] for each. The

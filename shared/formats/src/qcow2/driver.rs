@@ -2,7 +2,7 @@
 
 use super::Qcow2;
 use super::header::{COMPATIBLE_LAZY_REFCOUNTS, incompatible};
-use super::reclaim::Requests;
+use super::reclaim::{RECLAIM_PER_FLUSH, Requests};
 use super::write::Token;
 use block::{
     Buffer, ByteRange, CheckOptions, CheckResult, CheckSink, Edge, Encoded, Errno, Error,
@@ -10,9 +10,6 @@ use block::{
 };
 use serde_json::{Map, Value, json};
 use std::sync::atomic::Ordering::Acquire;
-
-/// Freed runs given back in the course of one flush.
-const RECLAIM_PER_FLUSH: usize = 64;
 
 impl Format for Qcow2 {
     type Token<'a> = Token<'a>;
@@ -98,6 +95,10 @@ impl Format for Qcow2 {
         self.flush_metadata().await?;
         self.reclaim(Requests::MayRun, RECLAIM_PER_FLUSH).await;
         Ok(())
+    }
+
+    async fn upkeep(&self) -> Result<(), Errno> {
+        self.flush_early().await
     }
 
     fn metadata_dirty(&self) -> bool {

@@ -14,7 +14,7 @@
 //! at a time; those that waited share the result of one that began after they asked.
 
 use super::cache::{DirtySlice, TableCache};
-use super::reclaim::Freed;
+use super::reclaim::{Freed, RECLAIM_PER_FLUSH, Requests};
 use super::tables::{HostOffset, OFFSET_MASK};
 use super::{Qcow2, SECTOR, State};
 use block::redo_log::Mark;
@@ -22,7 +22,7 @@ use block::{IoFuture, WriteFlags};
 use executor::{Buffer, Errno};
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use std::task::Poll;
 
 /// Most writes of one step in flight at once.
@@ -79,6 +79,8 @@ impl Qcow2 {
             return Err(Errno::EIO);
         }
         let mut snapshot = self.take_snapshot();
+        // What fills up from here on belongs to the next flush, which may be asked for.
+        self.early_flush.store(false, Release);
         let result = snapshot.write().await;
         match result {
             Ok(()) => {
@@ -92,6 +94,31 @@ impl Qcow2 {
             }
         }
         result
+    }
+
+    /// Sees to it that caches and redo log can take a change. At half it has a flush begun beside
+    /// the requests; only when that does not keep up a writer waits for one.
+    pub(super) async fn make_room(&self) -> Result<(), Errno> {
+        let caches = [&self.l2, &self.refcounts];
+        let half_full = self.log.is_half_full() || caches.iter().any(|cache| cache.is_half_dirty());
+        if half_full && !self.early_flush.swap(true, AcqRel) {
+            block::upkeep::want();
+        }
+        if caches.iter().any(|cache| cache.is_mostly_dirty()) {
+            self.stalls.fetch_add(1, Relaxed);
+            self.flush_metadata().await?;
+        }
+        Ok(())
+    }
+
+    /// The flush that [`Qcow2::make_room`] asked for.
+    pub(super) async fn flush_early(&self) -> Result<(), Errno> {
+        if !self.early_flush.load(Acquire) {
+            return Ok(());
+        }
+        self.flush_metadata().await?;
+        self.reclaim(Requests::MayRun, RECLAIM_PER_FLUSH).await;
+        Ok(())
     }
 
     fn take_snapshot(&self) -> Snapshot<'_> {

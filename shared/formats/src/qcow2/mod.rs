@@ -102,6 +102,10 @@ pub struct Qcow2 {
     /// Serialises what adds tables: L2 tables, refcount blocks, the refcount table, resizing.
     structure: AsyncMutex<()>,
     flushing: AsyncMutex<FlushHistory>,
+    /// A flush was asked for before anybody needs it, and has not begun.
+    early_flush: AtomicBool,
+    /// How often a writer had to wait for a flush.
+    stalls: Arc<AtomicU64>,
     /// Guest bytes whose mapping is about to change.
     guest_locks: RangeLock,
     /// Held shared while L2 slices are read for a request that holds no guest lock.

@@ -132,6 +132,8 @@ impl Qcow2 {
             header,
             structure: AsyncMutex::new(()),
             flushing: AsyncMutex::new(Default::default()),
+            early_flush: AtomicBool::new(false),
+            stalls: Arc::default(),
             guest_locks: RangeLock::new(),
             table_loads: RangeLock::new(),
             snapshotting: AsyncMutex::new(()),

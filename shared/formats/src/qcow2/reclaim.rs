@@ -16,6 +16,9 @@ use block::ByteRange;
 use block::epoch::{self, Epoch};
 use executor::Errno;
 
+/// Freed runs given back in the course of one flush.
+pub(super) const RECLAIM_PER_FLUSH: usize = 64;
+
 /// Clusters that lost a reference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Freed {

@@ -185,14 +185,6 @@ impl Qcow2 {
         (entry.is_copied() && end <= self.host_end.load(Relaxed)).then_some((host, reuse))
     }
 
-    /// Flushes when so much metadata is dirty that the caches could not take a change.
-    pub(super) async fn make_room(&self) -> Result<(), Errno> {
-        if self.l2.is_mostly_dirty() || self.refcounts.is_mostly_dirty() {
-            self.flush_metadata().await?;
-        }
-        Ok(())
-    }
-
     /// Sees to it that the L1 entry refers to an L2 table of its own.
     pub(super) async fn ensure_l2_table(&self, l1_index: u64) -> Result<(), Errno> {
         let owned = |entry: u64| entry & OFFSET_MASK != 0 && entry & COPIED != 0;
@@ -263,6 +255,7 @@ impl Qcow2 {
             if self.log_and(records, &mut change) {
                 return Ok(());
             }
+            self.stalls.fetch_add(1, Relaxed);
             self.flush_metadata().await?;
         }
         Err(Errno::ENOSPC)

@@ -120,7 +120,8 @@ impl Directory {
             Used::No => 0,
         };
         let form = u64::from(place.form.0) << FORM_SHIFT;
-        entry.store(generation | used | form | place.offset as u64, Release);
+        // Not a plain store: those have no place among the readers' marks that loom knows of.
+        entry.swap(generation | used | form | place.offset as u64, Release);
         grown
     }
 
@@ -128,7 +129,7 @@ impl Directory {
     /// cache's lock.
     pub(super) fn retract(&self, index: u64) {
         if let Some(entry) = self.entry(index) {
-            entry.store(next_generation(entry.load(Relaxed)), Relaxed);
+            entry.swap(next_generation(entry.load(Relaxed)), Relaxed);
             fence(Release);
         }
     }

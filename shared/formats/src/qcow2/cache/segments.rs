@@ -166,7 +166,7 @@ impl Segments {
     }
 
     /// Bytes that slices and directory take.
-    #[cfg(test)]
+    #[cfg(all(test, not(loom)))]
     pub(super) fn bytes(&self, memory: &Memory) -> usize {
         self.in_use() * memory.sizes.segment_words * 8 + self.directory_bytes
     }

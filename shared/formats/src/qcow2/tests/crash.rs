@@ -165,7 +165,7 @@ impl Case {
         Setup {
             log,
             cache: self.cache,
-            backing: None,
+            ..Setup::default()
         }
     }
 }

@@ -7,6 +7,7 @@ mod checks;
 mod compressed;
 mod crash;
 mod hostile;
+mod pace;
 mod peers;
 mod rig;
 mod snapshots;

@@ -198,6 +198,8 @@ pub(super) struct Setup {
     pub(super) log: RedoLog,
     /// Memory for each cache in bytes.
     pub(super) cache: u64,
+    /// Bytes of an L2 table that are cached as one.
+    pub(super) l2_entry: Option<u64>,
 }
 
 impl Default for Setup {
@@ -206,6 +208,7 @@ impl Default for Setup {
             backing: None,
             log: RedoLog::in_memory(1024),
             cache: 1 << 20,
+            l2_entry: None,
         }
     }
 }
@@ -217,6 +220,8 @@ pub(super) struct Disk {
     pub(super) root: Rc<RootHandle>,
     /// Otherwise a discard changes nothing.
     pub(super) discard_reads_zero: bool,
+    /// How often a writer had to wait for a flush.
+    pub(super) stalls: Arc<AtomicU64>,
 }
 
 impl Disk {
@@ -230,12 +235,14 @@ impl Disk {
             read_only: false,
             caches: CacheOptions {
                 l2: Some(setup.cache),
+                l2_entry: setup.l2_entry,
                 refcounts: Some(setup.cache),
                 ..CacheOptions::default()
             },
             log: setup.log,
         };
         let image = Qcow2::open(file, backing, options).await?;
+        let stalls = Arc::clone(&image.stalls);
         let options = NodeOptions {
             node_name: "disk".into(),
             discard: Discard::Unmap,
@@ -250,6 +257,7 @@ impl Disk {
             node,
             root,
             discard_reads_zero,
+            stalls,
         })
     }
 
