@@ -57,7 +57,7 @@ enum Memory {
 impl<F: Format> FormatNode<F> {
     /// Wraps an opened format.
     pub fn new(format: F) -> Self {
-        let cluster = format.limits().zero_alignment.max(1) as usize;
+        let cluster = format.limits().optimal_transfer.max(1) as usize;
         let copies = (COPY_BYTES / 2 / cluster).clamp(4, 64);
         Self {
             format,

@@ -21,6 +21,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::graph::Graph;
 use crate::node::{Node, NodeOptions};
 use crate::redo_log::RedoLog;
+use names::Access;
 pub(crate) use names::FileId;
 pub(crate) use options::{Inherited, Options};
 use serde_json::{Map, Value};
@@ -203,6 +204,33 @@ impl OpenRequest<'_> {
         self.attach(&child, "backing", ChildRole::Backing)
     }
 
+    /// Opens the file that an image names for its data, under the policy for backing files, and for
+    /// writing when this node writes.
+    pub async fn data_file_named(&mut self, image_file: &Edge, name: &str) -> Result<Edge> {
+        let context = |error: Error| error.context("Could not open data file");
+        let child = self.open_data_file(image_file, name).await;
+        self.attach(&child.map_err(context)?, "data-file", ChildRole::Data)
+    }
+
+    async fn open_data_file(&self, image_file: &Edge, name: &str) -> Result<Arc<Node>> {
+        let access = match self.node.read_only {
+            true => Access::Read,
+            false => Access::ReadWrite,
+        };
+        let image = image_file.node().filename();
+        let found = names::resolve(&image, (name, access), &self.graph.policy())?;
+        let mut place = self.below("data-file")?;
+        place.chain.extend(FileId::of_path(&image));
+        place.enter(found.id, name)?;
+        let definition = Definition {
+            options: as_map([("driver", FILE_PROTOCOL), ("filename", &found.path)]),
+            inherited: Some(Inherited::of(&self.node, ChildRole::Data)),
+            place,
+            descriptor: Some(found.descriptor),
+        };
+        self.graph.open(definition).await
+    }
+
     /// The redo log of the image in `image_file`, with what a killed process left in it. Keeps
     /// nothing for read-only nodes, and where the graph has no directory for redo logs.
     pub fn redo_log(&self, image_file: &Edge) -> Result<RedoLog> {
@@ -327,7 +355,7 @@ impl Graph {
             );
             return Err(Error::new(ErrorKind::Invalid, message));
         }
-        let found = names::resolve(image, name, &self.policy())?;
+        let found = names::resolve(image, (name, Access::Read), &self.policy())?;
         place.chain.extend(FileId::of_path(image));
         place.enter(found.id, name)?;
         let mut file_place = place.clone();
@@ -375,7 +403,7 @@ impl Place {
     /// Adds a file to the chain; an error when it is there already.
     fn enter(&mut self, id: FileId, name: &str) -> Result<()> {
         if self.chain.contains(&id) {
-            let message = format!("backing file '{name}' is an image above it in the chain");
+            let message = format!("the file '{name}' is an image above it in the chain");
             return Err(Error::new(ErrorKind::Corrupt, message));
         }
         self.chain.push(id);

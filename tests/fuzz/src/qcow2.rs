@@ -81,6 +81,7 @@ impl Disk {
                 ..CacheOptions::default()
             },
             log: RedoLog::in_memory(LOG_RECORDS),
+            ..OpenOptions::default()
         };
         let image = Qcow2::open(file, backing, options).await.ok()?;
         let options = NodeOptions {

@@ -36,7 +36,14 @@ impl FileId {
     }
 }
 
-/// A file that a name was allowed to open, for reading.
+/// What a file is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read,
+    ReadWrite,
+}
+
+/// A file that a name was allowed to open.
 #[derive(Debug)]
 pub(crate) struct Found {
     pub(crate) path: String,
@@ -45,7 +52,11 @@ pub(crate) struct Found {
 }
 
 /// Opens `name`, which the image at the path `image` holds.
-pub(crate) fn resolve(image: &str, name: &str, policy: &NamePolicy) -> Result<Found> {
+pub(crate) fn resolve(
+    image: &str,
+    (name, access): (&str, Access),
+    policy: &NamePolicy,
+) -> Result<Found> {
     check_form(name)?;
     if image.is_empty() {
         return Err(forbidden(name, "the image is not in a plain file"));
@@ -56,7 +67,7 @@ pub(crate) fn resolve(image: &str, name: &str, policy: &NamePolicy) -> Result<Fo
     };
     let mut refusal = None;
     if !name.starts_with('/') {
-        match open_beneath(&directory, Path::new(name)) {
+        match open_beneath(&directory, Path::new(name), access) {
             Err(Errno::EXDEV) => refusal = Some("it leads out of the directory of the image"),
             result => {
                 // The path as users know it: no "./" before what is beside the image.
@@ -69,7 +80,7 @@ pub(crate) fn resolve(image: &str, name: &str, policy: &NamePolicy) -> Result<Fo
         let Some(inner) = beneath(allowed, &directory, name) else {
             continue;
         };
-        match open_beneath(allowed, &inner) {
+        match open_beneath(allowed, &inner, access) {
             Err(Errno::EXDEV) => refusal = Some("it leads out of the allowed directory"),
             result => return finish(result, &allowed.join(inner), name),
         }
@@ -110,15 +121,19 @@ fn beneath(allowed: &Path, directory: &Path, name: &str) -> Option<PathBuf> {
     (inner != Path::new("")).then(|| inner.to_owned())
 }
 
-fn open_beneath(directory: &Path, name: &Path) -> nix::Result<OwnedFd> {
+fn open_beneath(directory: &Path, name: &Path, access: Access) -> nix::Result<OwnedFd> {
     let directory = nix::fcntl::open(
         directory,
         OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
         nix::sys::stat::Mode::empty(),
     )?;
+    let mode = match access {
+        Access::Read => OFlag::O_RDONLY,
+        Access::ReadWrite => OFlag::O_RDWR,
+    };
     // Without O_NONBLOCK a FIFO would block here, before its type is known.
     let how = OpenHow::new()
-        .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)
+        .flags(mode | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)
         .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
     openat2(directory.as_fd(), name, how)
 }

@@ -17,6 +17,7 @@
 
 use super::cache::Pinned;
 use super::overlap::Fixed;
+use super::reclaim::DiscardKind;
 use super::redo::RedoRecord;
 use super::tables::{
     ClusterRun, HostCluster, HostOffset, MAX_HOST_OFFSET, MAX_REFCOUNT_TABLE_BYTES,
@@ -43,8 +44,6 @@ pub(super) struct Allocator {
 /// What the storage of a planned write holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Storage {
-    /// The data of the clusters: they are written where they are.
-    InPlace,
     /// Zeroes: clusters that nobody ever wrote to, in a file that a write past its end fills with
     /// zeroes. A predecessor that was killed may have written to clusters that nothing refers to,
     /// but not beyond the end the file had when this process opened it; an earlier write of this
@@ -427,7 +426,7 @@ impl Qcow2 {
         state.allocator.append = state.allocator.append.max(all.end());
         self.host_end
             .fetch_max(all.end() << geometry.cluster_bits, AcqRel);
-        state.free(old);
+        state.free(old, DiscardKind::Other);
     }
 }
 

@@ -114,6 +114,8 @@ impl CreateOptions {
             cluster_bits,
             refcount_order: self.refcount_bits.trailing_zeros(),
             zero_clusters: self.version >= 3,
+            extended_l2: false,
+            external_data: false,
             l2_slice_bits: cluster_bits,
             refcount_slice_bits: cluster_bits,
         };

@@ -1,7 +1,7 @@
 //! [`Format`] for qcow2: which part of the driver does what.
 
 use super::Qcow2;
-use super::header::{COMPATIBLE_LAZY_REFCOUNTS, incompatible};
+use super::header::{AUTOCLEAR_DATA_FILE_RAW, COMPATIBLE_LAZY_REFCOUNTS, incompatible};
 use super::reclaim::{RECLAIM_PER_FLUSH, Requests};
 use super::write::Token;
 use block::{
@@ -26,7 +26,7 @@ impl Format for Qcow2 {
         let cluster_size = self.geometry.cluster_size() as u32;
         Limits {
             optimal_transfer: cluster_size,
-            zero_alignment: cluster_size,
+            zero_alignment: self.geometry.subcluster_size() as u32,
             ..Limits::default()
         }
     }
@@ -36,7 +36,7 @@ impl Format for Qcow2 {
     }
 
     fn data(&self) -> &Edge {
-        &self.file
+        self.data_file.as_ref().unwrap_or(&self.file)
     }
 
     fn backing(&self) -> Option<&Edge> {
@@ -81,7 +81,7 @@ impl Format for Qcow2 {
     }
 
     fn can_encode(&self) -> bool {
-        self.writable
+        self.writable && !self.geometry.external_data
     }
 
     async fn write_encoded(&self, range: ByteRange, buffer: Buffer) -> Result<Encoded, Errno> {
@@ -160,7 +160,14 @@ impl Format for Qcow2 {
             let lazy = header.compatible & COMPATIBLE_LAZY_REFCOUNTS != 0;
             data.insert("lazy-refcounts".into(), json!(lazy));
             data.insert("corrupt".into(), json!(corrupt));
-            data.insert("extended-l2".into(), json!(false));
+            data.insert("extended-l2".into(), json!(self.geometry.extended_l2));
+            if self.geometry.external_data {
+                if let Some(name) = &header.data_file {
+                    data.insert("data-file".into(), json!(name));
+                }
+                let raw = header.autoclear & AUTOCLEAR_DATA_FILE_RAW != 0;
+                data.insert("data-file-raw".into(), json!(raw));
+            }
         } else {
             data.insert("compat".into(), json!("0.10"));
         }

@@ -1,11 +1,15 @@
 //! The driver's line in the table of formats: options and children of a qcow2 node.
 
 use super::cache::clean_regularly;
-use super::header::{Header, MAGIC};
-use super::open::{OpenOptions, read_header};
+use super::header::{Header, MAGIC, incompatible};
+use super::open::{OpenOptions, check_data_file, read_header};
+use super::reclaim::DiscardPolicy;
 use super::{CacheOptions, Qcow2, check};
 use block::open::ChildRole;
-use block::{BoxFuture, Driver, DriverEntry, Edge, Error, FormatNode, OpenRequest, Purpose};
+use block::{
+    BoxFuture, Discard, Driver, DriverEntry, Edge, Error, ErrorKind, FormatNode, OpenRequest,
+    Purpose,
+};
 
 /// The qcow2 driver.
 pub const ENTRY: DriverEntry = DriverEntry::new(
@@ -69,6 +73,7 @@ fn take_options(request: &mut OpenRequest<'_>) -> Result<OpenOptions, Error> {
     };
     // Refcounts are kept exact whatever the image or the user asks: it costs nothing here.
     request.take_bool("lazy-refcounts")?;
+    options.discards = discard_policy(request)?;
     Ok(options)
 }
 
@@ -77,6 +82,11 @@ pub(super) async fn take_parts(request: &mut OpenRequest<'_>) -> Result<Parts, E
     let mut options = take_options(request)?;
     let file = request.required_child("file", ChildRole::Image).await?;
     let header = read_header(&file).await?;
+    if options.discards.keeps_clusters && header.version < 3 {
+        let message = "discard-no-unref is only supported since qcow2 version 3";
+        return Err(Error::new(ErrorKind::Invalid, message));
+    }
+    options.data_file = data_file(request, &file, &header).await?;
     let backing = match request.child("backing", ChildRole::Backing).await? {
         Some(given) => given,
         None if request.purpose() == Purpose::Describe => None,
@@ -91,6 +101,37 @@ pub(super) async fn take_parts(request: &mut OpenRequest<'_>) -> Result<Parts, E
         header,
         options,
     })
+}
+
+/// What becomes of discards, by default as the node's own `discard` says.
+fn discard_policy(request: &mut OpenRequest<'_>) -> Result<DiscardPolicy, Error> {
+    let unmaps = request.node().discard == Discard::Unmap;
+    Ok(DiscardPolicy {
+        request: request.take_bool("pass-discard-request")?.unwrap_or(unmaps),
+        snapshot: request.take_bool("pass-discard-snapshot")?.unwrap_or(true),
+        other: request.take_bool("pass-discard-other")?.unwrap_or(false),
+        keeps_clusters: request.take_bool("discard-no-unref")?.unwrap_or(false),
+    })
+}
+
+/// The external data file: the one given, or the one that the image names.
+async fn data_file(
+    request: &mut OpenRequest<'_>,
+    file: &Edge,
+    header: &Header,
+) -> Result<Option<Edge>, Error> {
+    let given = request.child("data-file", ChildRole::Data).await?.flatten();
+    let needed = header.incompatible & incompatible::DATA_FILE != 0;
+    if request.purpose() == Purpose::Describe {
+        return Ok(given);
+    }
+    match (given, &header.data_file) {
+        (None, Some(name)) if needed => request.data_file_named(file, name).await.map(Some),
+        (given, _) => {
+            check_data_file(header, given.is_some())?;
+            Ok(given)
+        }
+    }
 }
 
 /// The backing file that the image names. Its format is never guessed.

@@ -1,7 +1,7 @@
 //! Turning zero clusters into what version 2 has: data, or no mapping where nothing would show.
 
 use super::Qcow2;
-use super::tables::{ClusterRun, HostOffset, L2Entry, L2Kind, OFFSET_MASK, ZERO};
+use super::tables::{COPIED, ClusterRun, HostOffset, L2Entry, L2Kind, OFFSET_MASK, ZERO};
 use super::{read_bytes, write_to};
 use block::{ByteRange, Errno, Error, Format, Mapping, Preallocation, ZeroFlags};
 use std::collections::BTreeMap;
@@ -120,7 +120,7 @@ async fn zeroed_cluster(image: &Qcow2, references: u64) -> Result<u64, Errno> {
     let host = image.geometry.host_offset(run.first);
     zero_storage(image, host).await?;
     if references == 1 {
-        return Ok(L2Entry::data(host).0);
+        return Ok(host.0 | COPIED);
     }
     count(image, run, references).await?;
     Ok(host.0)

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   copy what is dirty, note the redo log's mark           (under the state lock)
-//!   1 refcount blocks      2 flush: data, refcounts and new tables are durable
+//!   1 refcount blocks      2 flush: data (its own file first), refcounts and new tables are durable
 //!   3 refcount table, flush (only when it changed)
 //!   4 L2 tables            5 flush
 //!   6 L1 table, flush      (only when it changed)
@@ -224,6 +224,9 @@ impl Snapshot<'_> {
             slices.map(|slice| (place(slice), slice)).collect()
         };
         image.write_slices(&image.refcounts, refcounts).await?;
+        if let Some(data) = &image.data_file {
+            data.node().flush().await?;
+        }
         file.flush().await?;
         if !self.refcount_table.sectors.is_empty() {
             image.write_pieces(self.refcount_table.pieces()).await?;

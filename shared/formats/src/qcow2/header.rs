@@ -25,6 +25,9 @@ pub(super) const V3_LENGTH: u32 = 104;
 /// Smallest and largest log2 of the cluster size.
 pub(super) const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 
+/// Least log2 of the cluster size with extended L2 entries: subclusters are sectors or larger.
+const EXTENDED_L2_CLUSTER_BITS: u32 = 14;
+
 /// Byte offsets of the header's fields. All are big-endian.
 pub(super) mod field {
     /// u32
@@ -255,17 +258,11 @@ impl Header {
     }
 
     fn check_features(&self, names: &FeatureNames<'_>) -> Result<(), Error> {
-        let supported =
-            incompatible::DIRTY | incompatible::CORRUPT | incompatible::COMPRESSION_TYPE;
-        let refused = [
-            (incompatible::DATA_FILE, "external data files are"),
-            (incompatible::EXTENDED_L2, "extended L2 entries are"),
-        ];
-        for (bit, what) in refused {
-            if self.incompatible & bit != 0 {
-                return Err(unsupported(format!("qcow2: {what} not supported")));
-            }
-        }
+        let supported = incompatible::DIRTY
+            | incompatible::CORRUPT
+            | incompatible::DATA_FILE
+            | incompatible::COMPRESSION_TYPE
+            | incompatible::EXTENDED_L2;
         let unknown = self.incompatible & !supported;
         if unknown != 0 {
             let listed: Vec<String> = (0..64)
@@ -302,6 +299,13 @@ impl Header {
     }
 
     fn check_tables(&self) -> Result<(), Error> {
+        let extended = self.incompatible & incompatible::EXTENDED_L2 != 0;
+        if extended && self.cluster_bits < EXTENDED_L2_CLUSTER_BITS {
+            return Err(invalid(format!(
+                "Extended L2 entries are only supported with cluster sizes of at least {} bytes",
+                1 << EXTENDED_L2_CLUSTER_BITS
+            )));
+        }
         let cluster_size = 1_u64 << self.cluster_bits;
         let geometry = self.geometry();
         let table = |what: &str, offset: HostOffset, bytes: u64| {
@@ -343,6 +347,8 @@ impl Header {
             cluster_bits: self.cluster_bits,
             refcount_order: self.refcount_order,
             zero_clusters: self.version >= 3,
+            extended_l2: self.incompatible & incompatible::EXTENDED_L2 != 0,
+            external_data: self.incompatible & incompatible::DATA_FILE != 0,
             l2_slice_bits: self.cluster_bits,
             refcount_slice_bits: self.cluster_bits,
         }

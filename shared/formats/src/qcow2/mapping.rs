@@ -1,7 +1,11 @@
 //! Where the guest's bytes are: the synchronous lookup on cached L2 slices, and its slow twin.
+//!
+//! Standard entries are read as they are, a word each; extended ones go through their subclusters
+//! (`extended_extent`), which is as lock-free and a little longer.
 
 use super::Qcow2;
 use super::cache::{Pinned, ReadClaim, View};
+use super::cluster::{Cluster, EntryWords, SubclusterKind, Subclusters};
 use super::tables::{GuestCluster, HostOffset, L2Entry, L2Kind, OFFSET_MASK};
 use block::{ByteRange, Extent, Lookup, Mapping};
 use executor::{Buffer, Errno};
@@ -17,9 +21,19 @@ impl Qcow2 {
         if self.l1.entry(l1_index) & OFFSET_MASK == 0 {
             return Lookup::Hit(self.unmapped_by_l1(range));
         }
-        let Some(view) = self.l2.view(geometry.entry_position(cluster).slice) else {
+        let slice = geometry.entry_position(cluster).slice;
+        let Some(view) = self.l2.view(slice) else {
             return Lookup::Miss;
         };
+        if geometry.extended_l2 {
+            let Some(pairs) = self.pairs.read(slice) else {
+                return Lookup::Miss;
+            };
+            return match self.extended_extent(range, &view) {
+                Some(extent) if view.is_valid() && pairs.is_valid() => Lookup::Hit(extent),
+                _ => Lookup::Miss,
+            };
+        }
         match self.extent(range, &view) {
             Some(extent) if view.is_valid() => Lookup::Hit(extent),
             _ => Lookup::Miss,
@@ -70,13 +84,20 @@ impl Qcow2 {
         range: ByteRange,
         entries: &(impl Entries + ?Sized),
     ) -> Result<Extent, Errno> {
-        match self.extent(range, entries) {
+        let geometry = &self.geometry;
+        let cluster = geometry.guest_cluster(range.offset);
+        let (extent, words) = {
+            // Keeps the two words of extended entries together.
+            let _state = geometry.extended_l2.then(|| self.state());
+            let extent = match geometry.extended_l2 {
+                true => self.extended_extent(range, entries),
+                false => self.extent(range, entries),
+            };
+            (extent, self.words_of(cluster, entries))
+        };
+        match extent {
             Some(extent) => Ok(extent),
-            None => {
-                let cluster = self.geometry.guest_cluster(range.offset);
-                let entry = entries.word(self.geometry.entry_position(cluster).entry);
-                Err(self.invalid_entry(cluster, entry).await)
-            }
+            None => Err(self.invalid_entry(cluster, words).await),
         }
     }
 
@@ -105,10 +126,15 @@ impl Qcow2 {
         Ok(Some(HostOffset(offset)))
     }
 
-    pub(super) async fn invalid_entry(&self, cluster: GuestCluster, entry: u64) -> Errno {
+    pub(super) async fn invalid_entry(&self, cluster: GuestCluster, words: EntryWords) -> Errno {
         let offset = self.geometry.guest_offset(cluster);
+        let entry = words.descriptor.0;
+        let bitmap = match self.geometry.extended_l2 {
+            true => format!(", subclusters {:#x},", words.bitmap),
+            false => String::new(),
+        };
         self.corruption(format!(
-            "invalid L2 entry {entry:#x} for guest offset {offset:#x}"
+            "invalid L2 entry {entry:#x}{bitmap} for guest offset {offset:#x}"
         ))
         .await
     }
@@ -151,9 +177,11 @@ impl Qcow2 {
         };
         let in_place = match first.kind(geometry) {
             L2Kind::Data(host) => {
-                first.is_copied()
+                if geometry.external_data && host.0 != geometry.guest_offset(cluster) {
+                    return None;
+                }
+                self.is_owned(first.is_copied(), (host, count))
                     && self.health.not_in_place.load(Acquire) == 0
-                    && host.0 + count * cluster_size <= self.host_end.load(Relaxed)
             }
             _ => false,
         };
@@ -162,6 +190,90 @@ impl Qcow2 {
             mapping,
             in_place,
         })
+    }
+
+    /// Whether the clusters at `host`, as many as said, may be written where they are, given their
+    /// COPIED flag. Those of an external data file belong to the guest clusters of the same place.
+    #[inline]
+    pub(super) fn is_owned(&self, copied: bool, (host, clusters): (HostOffset, u64)) -> bool {
+        let end = host.0 + (clusters << self.geometry.cluster_bits);
+        self.geometry.external_data || (copied && end <= self.host_end.load(Relaxed))
+    }
+
+    /// [`Qcow2::extent`] of extended entries: the longest extent of one kind of subclusters.
+    fn extended_extent(
+        &self,
+        range: ByteRange,
+        entries: &(impl Entries + ?Sized),
+    ) -> Option<Extent> {
+        let geometry = &self.geometry;
+        let first = geometry.guest_cluster(range.offset);
+        let decode = |cluster: GuestCluster| {
+            Cluster::decode(self.words_of(cluster, entries), cluster, geometry)
+        };
+        let in_cluster = range.offset - geometry.guest_offset(first);
+        let subclusters = match decode(first)? {
+            Cluster::Standard(subclusters) => subclusters,
+            Cluster::Compressed(descriptor) => {
+                return Some(Extent {
+                    length: range.length.min(geometry.cluster_size() - in_cluster),
+                    mapping: Mapping::Encoded(descriptor),
+                    in_place: false,
+                });
+            }
+        };
+        let all = geometry.subclusters();
+        let start = (in_cluster >> geometry.subcluster_bits()) as u32;
+        let kind = subclusters.kind(start);
+        let mut end_subcluster = start + subclusters.run(start, all);
+        let mut count = 1;
+        let slice_end = geometry.l2_slice_end(first).0;
+        let wanted_end = range.offset.saturating_add(range.length);
+        while end_subcluster == all
+            && first.0 + count < slice_end
+            && geometry.guest_offset(GuestCluster(first.0 + count)) < wanted_end
+            && let Some(Cluster::Standard(next)) = decode(GuestCluster(first.0 + count))
+            && next.kind(0) == kind
+            && self.continues(&subclusters, &next, count)
+        {
+            end_subcluster = next.run(0, all);
+            count += 1;
+        }
+        let last = geometry.guest_offset(GuestCluster(first.0 + count - 1));
+        let end = last + (u64::from(end_subcluster) << geometry.subcluster_bits());
+        let host = subclusters.host;
+        let mapping = match (kind, host) {
+            (SubclusterKind::Data, Some(host)) => Mapping::Data(host.0 + in_cluster),
+            (SubclusterKind::Zero, host) => Mapping::Zero(host.map(|host| host.0 + in_cluster)),
+            (SubclusterKind::Unallocated | SubclusterKind::Data, _) => Mapping::Unallocated,
+        };
+        let in_place = kind == SubclusterKind::Data
+            && host.is_some_and(|host| self.is_owned(subclusters.copied, (host, count)))
+            && self.health.not_in_place.load(Acquire) == 0;
+        Some(Extent {
+            length: range.length.min(end - range.offset),
+            mapping,
+            in_place,
+        })
+    }
+
+    /// The entry of `cluster` in the slice that maps it.
+    fn words_of(&self, cluster: GuestCluster, entries: &(impl Entries + ?Sized)) -> EntryWords {
+        let geometry = &self.geometry;
+        let at = geometry.l2_word(geometry.entry_position(cluster).entry);
+        EntryWords {
+            descriptor: L2Entry(entries.word(at)),
+            bitmap: match geometry.extended_l2 {
+                true => entries.word(at + 1),
+                false => 0,
+            },
+        }
+    }
+
+    /// Whether `next`, the `distance`-th cluster after `first`, continues its extent.
+    fn continues(&self, first: &Subclusters, next: &Subclusters, distance: u64) -> bool {
+        let host = |host: HostOffset| HostOffset(host.0 + (distance << self.geometry.cluster_bits));
+        next.host == first.host.map(host) && next.copied == first.copied
     }
 }
 

@@ -5,6 +5,7 @@
 //!   prepare, commit       write.rs     allocation of clusters, mapping changes
 //!   compressed clusters   compressed/  read, packed and written as the format encodes them
 //!   zeroes, discard       zero.rs      mapping changes without data
+//!   subclusters           cluster.rs   what an L2 entry says, one or two words of it
 //!   allocation            alloc.rs     free clusters, new refcount blocks, a larger refcount table
 //!   giving back           reclaim.rs   when a freed cluster may be used again
 //!   flush                 flush.rs     refcounts → data → L2 → L1, each durable before the next
@@ -21,13 +22,13 @@
 //! - Lock order: guest clusters, `placing`, `structure`, `flushing`, `state`. I/O is never done under
 //!   `state`. Who holds `structure` loads refcount blocks but no L2 tables.
 //!
-//! Refused with the feature's name: extended L2 entries, encryption, external data files, writing
-//! an image with valid bitmaps.
+//! Refused with the feature's name: encryption, writing an image with valid bitmaps.
 
 mod alloc;
 mod amend;
 mod cache;
 mod check;
+mod cluster;
 mod compressed;
 mod create;
 mod create_entry;
@@ -59,11 +60,13 @@ pub use compressed::Codec;
 pub use create::{CreateOptions, create};
 pub use entry::ENTRY;
 pub use open::OpenOptions;
+pub use reclaim::DiscardPolicy;
 
 use alloc::Allocator;
 use block::Edge;
 use block::redo_log::RedoLog;
 use cache::{Claim, Pinned, TableCache};
+use cluster::PairSequence;
 use compressed::{Inflated, Packing};
 use executor::sync::{Mutex as AsyncMutex, RangeLock};
 use executor::{Buffer, Errno};
@@ -83,6 +86,8 @@ use tables::{ClusterRun, Geometry, HostOffset};
 /// An open qcow2 image.
 pub struct Qcow2 {
     file: Edge,
+    /// The external data file.
+    data_file: Option<Edge>,
     backing: Option<Edge>,
     geometry: Geometry,
     header: Header,
@@ -97,7 +102,10 @@ pub struct Qcow2 {
     host_end: AtomicU64,
     l1: L1Table,
     l2: Arc<TableCache>,
+    /// Tells readers of extended L2 entries what changed meanwhile.
+    pairs: PairSequence,
     refcounts: Arc<TableCache>,
+    discards: DiscardPolicy,
     state: Mutex<State>,
     /// Serialises what adds tables: L2 tables, refcount blocks, the refcount table, resizing.
     structure: AsyncMutex<()>,
@@ -208,6 +216,11 @@ impl Qcow2 {
                 Claim::AllDirty => self.flush_metadata().await?,
             }
         }
+    }
+
+    /// Whether the external data file has to read as the disk does by itself.
+    fn is_raw_data_file(&self) -> bool {
+        self.data_file.is_some() && self.header.autoclear & header::AUTOCLEAR_DATA_FILE_RAW != 0
     }
 
     async fn write_bytes(&self, offset: u64, bytes: &[u8]) -> Result<(), Errno> {

@@ -6,10 +6,12 @@
 use super::alloc::Allocator;
 use super::cache::options::CacheOptions;
 use super::cache::{Content, MAX_SLICES, TableCache};
+use super::cluster::PairSequence;
 use super::compressed::{Inflated, Packing};
 use super::header::{AUTOCLEAR_BITMAPS, Header, KNOWN_AUTOCLEAR, field, incompatible};
 use super::l1::L1Table;
 use super::overlap::{Fixed, MetadataMap};
+use super::reclaim::DiscardPolicy;
 use super::snapshots::SnapshotTable;
 use super::tables::{
     Geometry, HostCluster, HostOffset, MAX_HOST_OFFSET, OFFSET_MASK, REFCOUNT_BLOCK_MASK,
@@ -37,6 +39,10 @@ pub struct OpenOptions {
     pub caches: CacheOptions,
     /// Where metadata changes survive a kill.
     pub log: RedoLog,
+    /// Which discards reach the host.
+    pub discards: DiscardPolicy,
+    /// The external data file of an image that has one.
+    pub data_file: Option<Edge>,
 }
 
 impl Default for OpenOptions {
@@ -45,6 +51,8 @@ impl Default for OpenOptions {
             read_only: false,
             caches: CacheOptions::default(),
             log: RedoLog::disabled(),
+            discards: DiscardPolicy::default(),
+            data_file: None,
         }
     }
 }
@@ -68,6 +76,7 @@ impl Qcow2 {
         options: OpenOptions,
     ) -> Result<Self, Error> {
         let header = read_header(&file).await?;
+        check_data_file(&header, options.data_file.is_some())?;
         Self::open_parsed(file, backing, header, options).await
     }
 
@@ -92,13 +101,18 @@ impl Qcow2 {
             .checked_next_multiple_of(cluster_size)
             .filter(|end| *end <= MAX_HOST_OFFSET)
             .ok_or_else(|| Error::new(ErrorKind::Invalid, "qcow2: the file is too long"))?;
-        let entries = Content::L2Entries {
-            cluster_bits: geometry.cluster_bits,
+        let cluster_bits = geometry.cluster_bits;
+        let entries = match geometry.extended_l2 {
+            true => Content::ExtendedL2Entries { cluster_bits },
+            false => Content::L2Entries { cluster_bits },
         };
         let refcounts = geometry.refcount_slice_bits;
         let image = Self {
             l2: new_cache(geometry.l2_slice_bits, sizes.l2, entries)?,
             refcounts: new_cache(refcounts, sizes.refcounts, Content::Opaque)?,
+            pairs: PairSequence::new(),
+            discards: options.discards,
+            data_file: options.data_file,
             file,
             backing,
             geometry,
@@ -242,6 +256,16 @@ async fn repaired_if_dirty(file: &Edge, header: Header) -> Result<Header, Error>
         return Err(Error::new(ErrorKind::Corrupt, message));
     }
     Ok(header)
+}
+
+/// Whether an image is given a data file exactly when it has one.
+pub(super) fn check_data_file(header: &Header, is_given: bool) -> Result<(), Error> {
+    let message = match (header.incompatible & incompatible::DATA_FILE != 0, is_given) {
+        (true, false) => "'data-file' is required for this image",
+        (false, true) => "'data-file' can only be set for images with an external data file",
+        _ => return Ok(()),
+    };
+    Err(Error::new(ErrorKind::Invalid, message))
 }
 
 fn check_writable_features(header: &Header) -> Result<(), Error> {

@@ -25,6 +25,72 @@ pub(super) struct Freed {
     run: ClusterRun,
     /// Requests begun up to here may still use them.
     epoch: Epoch,
+    pass: DiscardKind,
+}
+
+/// Why clusters are given up: whether the host is told depends on it (the `pass-discard-*` options).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum DiscardKind {
+    /// The guest discarded or zeroed them.
+    Request,
+    /// A snapshot was deleted.
+    Snapshot,
+    /// The image's own structures moved.
+    Other,
+    /// Their place was taken by a write, or they were never used: the space is wanted again soon.
+    Never,
+}
+
+impl DiscardKind {
+    const ALL: [Self; 4] = [Self::Other, Self::Request, Self::Snapshot, Self::Never];
+
+    /// For the redo log.
+    pub(super) fn number(self) -> u64 {
+        Self::ALL.iter().position(|kind| *kind == self).unwrap_or(0) as u64
+    }
+
+    pub(super) fn from_number(number: u64) -> Self {
+        let known = usize::try_from(number)
+            .ok()
+            .and_then(|number| Self::ALL.get(number));
+        known.copied().unwrap_or(Self::Other)
+    }
+}
+
+/// Which discards reach the host (`pass-discard-request`, `-snapshot`, `-other`), and what guests'
+/// discards leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiscardPolicy {
+    /// Of clusters that the guest discarded.
+    pub request: bool,
+    /// Of clusters that only a deleted snapshot used.
+    pub snapshot: bool,
+    /// Of other clusters.
+    pub other: bool,
+    /// The guest's discards leave clusters where they are, marked as zero (`discard-no-unref`).
+    pub keeps_clusters: bool,
+}
+
+impl Default for DiscardPolicy {
+    fn default() -> Self {
+        Self {
+            request: true,
+            snapshot: true,
+            other: false,
+            keeps_clusters: false,
+        }
+    }
+}
+
+impl DiscardPolicy {
+    pub(super) const fn passes(&self, kind: DiscardKind) -> bool {
+        match kind {
+            DiscardKind::Request => self.request,
+            DiscardKind::Snapshot => self.snapshot,
+            DiscardKind::Other => self.other,
+            DiscardKind::Never => false,
+        }
+    }
 }
 
 /// Whether requests may be under way.
@@ -37,15 +103,16 @@ pub(super) enum Requests {
 
 impl State {
     /// A reference to `run` is gone from the metadata in memory.
-    pub(super) fn free(&mut self, run: ClusterRun) {
+    pub(super) fn free(&mut self, run: ClusterRun, pass: DiscardKind) {
         let epoch = epoch::current();
-        self.freed.push(Freed { run, epoch });
+        self.freed.push(Freed { run, epoch, pass });
     }
 
     /// `run` was allocated and nothing on disk ever referred to it.
     pub(super) fn give_back(&mut self, run: ClusterRun) {
         let epoch = epoch::current();
-        self.reclaimable.push_back(Freed { run, epoch });
+        let pass = DiscardKind::Never;
+        self.reclaimable.push_back(Freed { run, epoch, pass });
     }
 }
 
@@ -77,9 +144,10 @@ impl Qcow2 {
     async fn reclaim_one(&self, structure: &Structure<'_>) -> Result<(), Errno> {
         let mut pins = Pins::default();
         loop {
-            let Some(rest) = self.state().reclaimable.front().map(|freed| freed.run) else {
+            let Some(oldest) = self.state().reclaimable.front().copied() else {
                 return Ok(());
             };
+            let rest = oldest.run;
             let last_references = match self.last_references(rest) {
                 Ok(run) => run,
                 Err(need) => {
@@ -87,7 +155,7 @@ impl Qcow2 {
                     continue;
                 }
             };
-            if last_references.count > 0 {
+            if last_references.count > 0 && self.discards.passes(oldest.pass) {
                 self.discard_on_host(last_references).await;
             }
             let count = last_references.count.max(1);

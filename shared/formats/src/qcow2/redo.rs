@@ -8,7 +8,9 @@
 //! the tables (L1, refcount table), then refcounts, then L2 entries, so that a flush forced by a
 //! full cache in between is ordered as any other.
 
-use super::tables::{COPIED, ClusterRun, GuestCluster, HostCluster, OFFSET_MASK};
+use super::cluster::EntryWords;
+use super::reclaim::DiscardKind;
+use super::tables::{COPIED, ClusterRun, GuestCluster, HostCluster, L2Entry, OFFSET_MASK};
 use super::{Qcow2, SECTOR, State};
 use block::redo_log::Record;
 use block::{Error, ErrorKind};
@@ -23,10 +25,10 @@ pub(super) enum RedoRecord {
     RefcountTable { index: u64, value: u64 },
     /// The refcounts of a run of clusters.
     Refcount { run: ClusterRun, value: u64 },
-    /// L2 entries: `value`, `value + step`, ...
+    /// L2 entries: `value`, `value` one step further, ...
     L2(L2Run),
-    /// A reference to a run of clusters is gone.
-    Free { run: ClusterRun },
+    /// A reference to a run of clusters is gone; whether the host is told.
+    Free { run: ClusterRun, pass: DiscardKind },
 }
 
 /// Consecutive L2 entries with evenly spaced values.
@@ -34,9 +36,22 @@ pub(super) enum RedoRecord {
 pub(super) struct L2Run {
     pub(super) first: GuestCluster,
     pub(super) count: u64,
-    pub(super) value: u64,
+    pub(super) value: EntryWords,
     /// Whether each entry is one cluster further than the one before, or the same.
     pub(super) contiguous: bool,
+}
+
+impl L2Run {
+    /// Adds the entry of the next cluster; false when it does not continue the run.
+    pub(super) fn extend(&mut self, cluster: GuestCluster, words: EntryWords, step: u64) -> bool {
+        let step = if self.contiguous { step } else { 0 };
+        let next = self.value.descriptor.0.wrapping_add(self.count * step);
+        let continues = self.first.0 + self.count == cluster.0
+            && words.descriptor.0 == next
+            && words.bitmap == self.value.bitmap;
+        self.count += u64::from(continues);
+        continues
+    }
 }
 
 const L1: u64 = 1;
@@ -45,6 +60,11 @@ const REFCOUNT: u64 = 3;
 const L2_SAME: u64 = 4;
 const L2_CONTIGUOUS: u64 = 5;
 const FREE: u64 = 6;
+const EXTENDED_SAME: u64 = 7;
+const EXTENDED_CONTIGUOUS: u64 = 8;
+/// The records of extended entries need their last field for the bitmap: the number of entries is in
+/// the kind's upper half.
+const COUNT_SHIFT: u32 = 32;
 
 impl RedoRecord {
     pub(super) fn encode(self) -> Record {
@@ -52,15 +72,8 @@ impl RedoRecord {
             Self::L1 { index, value } => (L1, 0, index, value),
             Self::RefcountTable { index, value } => (REFCOUNT_TABLE, 0, index, value),
             Self::Refcount { run, value } => (REFCOUNT, run.first.0, run.count, value),
-            Self::L2(run) => {
-                let kind = if run.contiguous {
-                    L2_CONTIGUOUS
-                } else {
-                    L2_SAME
-                };
-                (kind, run.first.0, run.count, run.value)
-            }
-            Self::Free { run } => (FREE, run.first.0, run.count, 0),
+            Self::L2(run) => return run.encode(),
+            Self::Free { run, pass } => (FREE, run.first.0, run.count, pass.number()),
         };
         Record {
             kind,
@@ -80,14 +93,69 @@ impl RedoRecord {
             L1 => Self::L1 { index, value },
             REFCOUNT_TABLE => Self::RefcountTable { index, value },
             REFCOUNT => Self::Refcount { run, value },
-            L2_SAME | L2_CONTIGUOUS => Self::L2(L2Run {
-                first: GuestCluster(record.table),
+            FREE => Self::Free {
+                run,
+                pass: DiscardKind::from_number(value),
+            },
+            _ => Self::L2(L2Run::decode(record)?),
+        })
+    }
+}
+
+impl L2Run {
+    fn encode(self) -> Record {
+        let (first, descriptor) = (self.first.0, self.value.descriptor.0);
+        if self.value.bitmap == 0 {
+            return Record {
+                kind: if self.contiguous {
+                    L2_CONTIGUOUS
+                } else {
+                    L2_SAME
+                },
+                table: first,
+                index: self.count,
+                value: descriptor,
+            };
+        }
+        let kind = if self.contiguous {
+            EXTENDED_CONTIGUOUS
+        } else {
+            EXTENDED_SAME
+        };
+        Record {
+            kind: kind | self.count << COUNT_SHIFT,
+            table: first,
+            index: descriptor,
+            value: self.value.bitmap,
+        }
+    }
+
+    fn decode(record: &Record) -> Option<Self> {
+        let first = GuestCluster(record.table);
+        let contiguous = |even, odd| match record.kind & ((1 << COUNT_SHIFT) - 1) {
+            kind if kind == even => Some(false),
+            kind if kind == odd => Some(true),
+            _ => None,
+        };
+        if record.kind >> COUNT_SHIFT == 0 {
+            return Some(Self {
+                first,
                 count: record.index,
-                value,
-                contiguous: record.kind == L2_CONTIGUOUS,
-            }),
-            FREE => Self::Free { run },
-            _ => return None,
+                value: EntryWords {
+                    descriptor: L2Entry(record.value),
+                    bitmap: 0,
+                },
+                contiguous: contiguous(L2_SAME, L2_CONTIGUOUS)?,
+            });
+        }
+        Some(Self {
+            first,
+            count: record.kind >> COUNT_SHIFT,
+            value: EntryWords {
+                descriptor: L2Entry(record.index),
+                bitmap: record.value,
+            },
+            contiguous: contiguous(EXTENDED_SAME, EXTENDED_CONTIGUOUS)?,
         })
     }
 }
@@ -135,8 +203,8 @@ impl Qcow2 {
             }
         }
         for record in &records {
-            if let RedoRecord::Free { run } = *record {
-                self.state().free(run);
+            if let RedoRecord::Free { run, pass } = *record {
+                self.state().free(run, pass);
             }
         }
         self.health.replaying.store(false, Release);
@@ -156,7 +224,7 @@ impl Qcow2 {
             RedoRecord::RefcountTable { index, .. } => {
                 *index < self.state().refcount_table.entries.len() as u64
             }
-            RedoRecord::Refcount { run, .. } | RedoRecord::Free { run } => within(run),
+            RedoRecord::Refcount { run, .. } | RedoRecord::Free { run, .. } => within(run),
             RedoRecord::L2(run) => {
                 let end = run.first.0.checked_add(run.count);
                 let most = self.l1.len() << self.geometry.l2_bits();
@@ -223,16 +291,16 @@ impl Qcow2 {
                 ));
             };
             let slice_end = self.geometry.l2_slice_end(cluster).0.min(end);
-            let _state = self.state();
+            let step = match run.contiguous {
+                true => self.geometry.cluster_size(),
+                false => 0,
+            };
+            let mut state = self.state();
             for number in cluster.0..slice_end {
-                let step = if run.contiguous {
-                    self.geometry.cluster_size()
-                } else {
-                    0
-                };
-                let value = run.value + (number - run.first.0) * step;
-                let position = self.geometry.entry_position(GuestCluster(number));
-                slice.set_word(position.entry, value);
+                let mut words = run.value;
+                let distance = (number - run.first.0) * step;
+                words.descriptor.0 = words.descriptor.0.wrapping_add(distance);
+                self.set_entry(&mut state, &slice, (GuestCluster(number), words));
             }
             cluster = GuestCluster(slice_end);
         }

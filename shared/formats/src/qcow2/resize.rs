@@ -15,6 +15,7 @@
 
 use super::alloc::Reserved;
 use super::overlap::Fixed;
+use super::reclaim::DiscardKind;
 use super::redo::RedoRecord;
 use super::tables::{
     ClusterRun, GuestCluster, HostCluster, HostOffset, MAX_HOST_OFFSET, MAX_L1_BYTES, OFFSET_MASK,
@@ -149,10 +150,14 @@ impl Qcow2 {
                 first: self.geometry.host_cluster(HostOffset(table)),
                 count: 1,
             };
-            let records = [RedoRecord::L1 { index, value: 0 }, RedoRecord::Free { run }];
+            let pass = DiscardKind::Other;
+            let records = [
+                RedoRecord::L1 { index, value: 0 },
+                RedoRecord::Free { run, pass },
+            ];
             let changed = self.log_change(&records, |state| {
                 self.set_l1(state, index, 0);
-                state.free(run);
+                state.free(run, pass);
             });
             changed.await?;
         }
@@ -227,7 +232,7 @@ impl Qcow2 {
         reserved.keep();
         self.l1.grow(entries);
         if old.count != 0 {
-            state.free(old);
+            state.free(old, DiscardKind::Other);
         }
         Ok(())
     }

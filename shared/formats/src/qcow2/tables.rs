@@ -7,6 +7,9 @@
 //!   L2 entry  63 COPIED  62 compressed    55..9 host cluster offset   8..1 reserved  0 zero
 //! ```
 //!
+//! An extended L2 entry has a second word, the state of the cluster's 32 subclusters: see
+//! [`super::cluster`].
+//!
 //! Owns the arithmetic between guest offsets, clusters, tables and *slices* (the part of a table
 //! that is cached as one). Knows no I/O.
 
@@ -72,6 +75,10 @@ pub(super) struct Geometry {
     pub(super) refcount_order: u32,
     /// Whether the image is version 3 or later (zero clusters exist).
     pub(super) zero_clusters: bool,
+    /// Whether L2 entries have a second word.
+    pub(super) extended_l2: bool,
+    /// Whether guest clusters are in an external data file, each at its guest offset.
+    pub(super) external_data: bool,
     /// log2 of the bytes of an L2 table that are cached as one.
     pub(super) l2_slice_bits: u32,
     /// log2 of the bytes of a refcount block that are cached as one.
@@ -84,11 +91,27 @@ impl Geometry {
     }
     /// log2 of the entries of an L2 table.
     pub(super) const fn l2_bits(&self) -> u32 {
-        self.cluster_bits - 3
+        self.cluster_bits - 3 - self.extended_l2 as u32
     }
     /// log2 of the entries of a cached L2 slice.
     pub(super) const fn l2_slice_entry_bits(&self) -> u32 {
-        self.l2_slice_bits - 3
+        self.l2_slice_bits - 3 - self.extended_l2 as u32
+    }
+    /// Index of the first word of an entry of an L2 slice.
+    #[inline]
+    pub(super) const fn l2_word(&self, entry: usize) -> usize {
+        entry << self.extended_l2 as u32
+    }
+    /// Subclusters of a cluster: the unit of allocation within it.
+    pub(super) const fn subclusters(&self) -> u32 {
+        if self.extended_l2 { 32 } else { 1 }
+    }
+    /// log2 of the subcluster size.
+    pub(super) const fn subcluster_bits(&self) -> u32 {
+        self.cluster_bits - self.subclusters().trailing_zeros()
+    }
+    pub(super) const fn subcluster_size(&self) -> u64 {
+        1 << self.subcluster_bits()
     }
     /// Bytes of the virtual disk that one L1 entry maps.
     pub(super) const fn l1_entry_coverage(&self) -> u64 {
@@ -193,20 +216,16 @@ pub(super) enum L2Kind {
     Invalid,
 }
 
-/// A standard (64-bit) L2 entry in host byte order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A standard L2 entry, or the first word of an extended one, in host byte order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct L2Entry(pub(super) u64);
 
 impl L2Entry {
-    /// An entry for a plain data cluster whose refcount is one.
-    pub(super) const fn data(offset: HostOffset) -> Self {
-        Self(offset.0 | COPIED)
-    }
     pub(super) const fn is_copied(self) -> bool {
         self.0 & COPIED != 0
     }
     pub(super) const fn kind(self, geometry: &Geometry) -> L2Kind {
-        if self.0 & COMPRESSED != 0 {
+        if self.0 & COMPRESSED != 0 && !geometry.external_data {
             return L2Kind::Compressed(self.0 & !(COMPRESSED | COPIED));
         }
         let offset = self.0 & OFFSET_MASK;
@@ -214,15 +233,20 @@ impl L2Entry {
             return L2Kind::Invalid;
         }
         match (self.0 & ZERO != 0, offset) {
+            _ if self.0 & COMPRESSED != 0 => L2Kind::Invalid,
             (true, _) if !geometry.zero_clusters => L2Kind::Invalid,
-            (true, 0) => L2Kind::ZeroPlain,
+            // In an external data file, 0 is the place of the first cluster.
+            (true, 0) if !geometry.external_data || !self.is_copied() => L2Kind::ZeroPlain,
             (true, offset) => L2Kind::ZeroAllocated(HostOffset(offset)),
-            (false, 0) => L2Kind::Unallocated,
+            (false, 0) if !geometry.external_data || !self.is_copied() => L2Kind::Unallocated,
             (false, offset) => L2Kind::Data(HostOffset(offset)),
         }
     }
-    /// The host clusters that the entry holds a reference to.
+    /// The host clusters that the entry holds a counted reference to: none in an external data file.
     pub(super) fn references(self, geometry: &Geometry) -> Option<ClusterRun> {
+        if geometry.external_data {
+            return None;
+        }
         match self.kind(geometry) {
             L2Kind::Unallocated | L2Kind::ZeroPlain | L2Kind::Invalid => None,
             L2Kind::ZeroAllocated(offset) | L2Kind::Data(offset) => Some(ClusterRun {
@@ -244,6 +268,8 @@ mod tests {
         cluster_bits: 16,
         refcount_order: 4,
         zero_clusters: true,
+        extended_l2: false,
+        external_data: false,
         l2_slice_bits: 12,
         refcount_slice_bits: 12,
     };

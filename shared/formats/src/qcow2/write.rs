@@ -1,41 +1,69 @@
 //! Writes that change the mapping: prepare (allocate), commit (map) and abort.
 //!
 //! A prepared write covers guest clusters of one kind in one L2 slice:
-//! - data clusters that are in place after all: nothing to change;
-//! - zero clusters with reserved storage: written there, the zero flag goes;
-//! - everything else: new clusters, and whatever the entries referred to is freed.
+//! - data that is in place after all: nothing to change;
+//! - host clusters of our own whose subclusters are zero or unallocated: written there, and the
+//!   entries say so afterwards;
+//! - everything else: new host clusters, and whatever the entries referred to is freed.
+//!
+//! What the plan fills around the data ends where a subcluster does (the cluster, without extended
+//! entries), and in a new host cluster where the data ends that the old one had: an entry refers to
+//! one host cluster only.
 //!
 //! The guest clusters are locked and the L2 slice is pinned from prepare to commit, so a commit
 //! does no I/O but for a full redo log.
 
 use super::alloc::{Reserved, Storage};
 use super::cache::Pinned;
-use super::reclaim::Requests;
+use super::cluster::{Cluster, EntryWords, Subclusters, mask};
+use super::reclaim::{DiscardKind, Requests};
 use super::redo::{L2Run, RedoRecord};
-use super::tables::{COPIED, ClusterRun, GuestCluster, HostOffset, L2Entry, L2Kind, OFFSET_MASK};
+use super::tables::{COPIED, ClusterRun, GuestCluster, HostOffset, OFFSET_MASK};
 use super::{Qcow2, State};
-use block::{ByteRange, Fill, WritePlan};
+use block::{ByteRange, Fill, Format, WritePlan};
 use executor::sync::RangeGuard;
 use executor::{Buffer, Errno};
 use smallvec::SmallVec;
+use std::ops::Range;
 use std::sync::atomic::Ordering::Relaxed;
 
 /// State of a prepared write.
 pub struct Token<'a> {
     slice: Pinned<'a>,
-    first: GuestCluster,
-    change: Change<'a>,
+    change: Option<Change<'a>>,
     /// Released at once when nothing changes: such a write is like any other in place.
     _locked: Option<RangeGuard<'a>>,
 }
 
-enum Change<'a> {
+/// What a commit changes.
+struct Change<'a> {
+    first: GuestCluster,
+    /// Clusters.
+    count: u64,
+    host: HostOffset,
+    /// The entries of the first and the last cluster; those between are all data.
+    ends: [Subclusters; 2],
+    /// New host clusters, which take the place of whatever was there.
+    replaces: bool,
+    reserved: Option<Reserved<'a>>,
+}
+
+/// Where a write goes.
+struct Placement<'a> {
+    host: HostOffset,
+    /// Clusters.
+    count: u64,
+    storage: Storage,
+    target: Target<'a>,
+}
+
+enum Target<'a> {
     /// The mapping stays.
-    None,
-    /// Zero clusters become data where they are.
-    Reuse(ClusterRun),
-    /// New clusters take the place of whatever was there.
-    Map(Reserved<'a>),
+    InPlace,
+    /// Host clusters that the entries have already.
+    Present,
+    /// New ones; the guest's own place in an external data file has no reservation.
+    New(Option<Reserved<'a>>),
 }
 
 impl Qcow2 {
@@ -54,135 +82,199 @@ impl Qcow2 {
         self.make_room().await?;
         self.ensure_l2_table(geometry.l1_index(first)).await?;
         let slice = self.load_l2(first).await?.ok_or(Errno::EIO)?;
-        let entry = geometry.entry_position(first).entry;
-        let clusters =
-            ((locked_end - geometry.guest_offset(first)) >> geometry.cluster_bits) as usize;
-        let entries: SmallVec<[L2Entry; 32]> = (entry..entry + clusters)
-            .map(|entry| L2Entry(slice.word(entry)))
-            .collect();
-        let placement = self.place(first, &entries).await?;
-        let range = ByteRange::new(range.offset, end - range.offset);
-        Ok(self.plan(range, placement, (slice, first), locked))
-    }
-
-    fn plan<'a>(
-        &self,
-        range: ByteRange,
-        placement: Placement<'a>,
-        (slice, first): (Pinned<'a>, GuestCluster),
-        locked: RangeGuard<'a>,
-    ) -> WritePlan<Token<'a>> {
-        let cluster_size = self.geometry.cluster_size();
-        let start = range.offset & !(cluster_size - 1);
-        let covered_end = start + placement.count * cluster_size;
-        let end = (range.offset + range.length).min(covered_end);
-        let head = range.offset - start;
-        let entry = self.geometry.entry_position(first).entry;
-        let last = L2Entry(slice.word(entry + placement.count as usize - 1));
-        let fill = |entry, offset, length| match placement.storage {
-            _ if length == 0 => Fill::Nothing,
-            Storage::InPlace => Fill::Nothing,
-            Storage::Zeroes if self.reads_zero(entry, offset) => Fill::Nothing,
-            _ if self.reads_zero(entry, offset) => Fill::Zeroes(length),
-            _ => Fill::Copy(length),
-        };
-        let (head_fill, tail_fill) = (
-            fill(L2Entry(slice.word(entry)), start, head),
-            fill(last, end, covered_end - end),
-        );
-        let is_in_place = placement.storage == Storage::InPlace;
-        WritePlan {
-            range: ByteRange::new(range.offset, end - range.offset),
-            host_offset: placement.host.0 + head,
-            head: head_fill,
-            tail: tail_fill,
+        let mut clusters: SmallVec<[Cluster; 8]> = SmallVec::new();
+        for number in first.0..locked_end >> geometry.cluster_bits {
+            let cluster = GuestCluster(number);
+            let words = self.entry_words(&slice, cluster);
+            clusters.push(self.decode_entry(words, cluster).await?);
+        }
+        let guest = range.offset..end;
+        let placement = self.place(&guest, first, &clusters).await?;
+        let (plan, change) = self.fit(guest, (first, &clusters), placement);
+        let is_in_place = change.is_none();
+        Ok(WritePlan {
+            range: plan.range,
+            host_offset: plan.host_offset,
+            head: plan.head,
+            tail: plan.tail,
             token: Token {
                 slice,
-                first,
-                change: placement.change,
+                change,
                 _locked: (!is_in_place || self.is_still()).then_some(locked),
             },
-        }
+        })
     }
 
-    /// Whether the cluster of `entry` reads as zeroes from `offset` on.
-    fn reads_zero(&self, entry: L2Entry, offset: u64) -> bool {
-        match entry.kind(&self.geometry) {
-            L2Kind::ZeroPlain | L2Kind::ZeroAllocated(_) => true,
-            L2Kind::Unallocated => {
-                let backing = self.backing.as_ref();
-                backing.is_none_or(|backing| backing.node().length() <= offset)
-            }
-            _ => false,
-        }
-    }
-
-    /// Decides where the write to the clusters of `entries` goes.
+    /// Decides where a write of the guest bytes `guest`, which begin in the first of `clusters`, goes.
     async fn place(
         &self,
+        guest: &Range<u64>,
         first: GuestCluster,
-        entries: &[L2Entry],
+        clusters: &[Cluster],
     ) -> Result<Placement<'_>, Errno> {
-        let cluster_size = self.geometry.cluster_size();
-        let run_of = |step: u64| {
-            let same = |(number, entry): &(usize, &L2Entry)| {
-                entry.0 == entries[0].0.wrapping_add(step * *number as u64)
-            };
-            entries.iter().enumerate().take_while(same).count() as u64
+        let cluster = |index: u64| GuestCluster(first.0 + index);
+        let is_all_data = |index: u64, state: &Subclusters| {
+            self.geometry.touched(cluster(index), guest) & !state.allocated == 0
         };
-        match self.reusable(entries[0]) {
-            Some((host, change)) => {
-                let count = run_of(cluster_size);
-                let owned = host.0 + count * cluster_size <= self.host_end.load(Relaxed);
-                let run = ClusterRun {
-                    first: self.geometry.host_cluster(host),
-                    count: if owned { count } else { 1 },
-                };
-                Ok(Placement {
-                    host,
-                    count: run.count,
-                    storage: match change {
-                        Reuse::Data => Storage::InPlace,
-                        Reuse::Zero => Storage::Anything,
-                    },
-                    change: match change {
-                        Reuse::Data => Change::None,
-                        Reuse::Zero => Change::Reuse(run),
-                    },
+        if let Some((host, state)) = self.present(&clusters[0]) {
+            let in_place = is_all_data(0, &state);
+            let follows = |index: &u64| {
+                let next = self.present(&clusters[*index as usize]);
+                next.is_some_and(|(next, state)| {
+                    next.0 == host.0 + (index << self.geometry.cluster_bits)
+                        && is_all_data(*index, &state) == in_place
                 })
+            };
+            let more = (1..clusters.len() as u64).take_while(follows).count() as u64;
+            return Ok(Placement {
+                host,
+                count: 1 + more,
+                storage: Storage::Anything,
+                target: if in_place {
+                    Target::InPlace
+                } else {
+                    Target::Present
+                },
+            });
+        }
+        let absent = |state: &&Cluster| self.present(state).is_none();
+        let want = clusters.iter().take_while(absent).count() as u64;
+        if self.geometry.external_data {
+            return Ok(Placement {
+                host: HostOffset(self.geometry.guest_offset(first)),
+                count: want,
+                storage: Storage::Anything,
+                target: Target::New(None),
+            });
+        }
+        self.reclaim(Requests::MayRun, 1).await;
+        let (run, storage) = self.allocate(want).await?;
+        Ok(Placement {
+            host: self.geometry.host_offset(run.first),
+            count: run.count,
+            // Where data is encrypted, zero bytes on disk do not read as zeroes.
+            storage: if self.cipher().is_some() {
+                Storage::Anything
+            } else {
+                storage
+            },
+            target: Target::New(Some(Reserved::new(self, run))),
+        })
+    }
+
+    /// The host cluster of a cluster that may be written where it is.
+    fn present(&self, cluster: &Cluster) -> Option<(HostOffset, Subclusters)> {
+        let Cluster::Standard(state) = cluster else {
+            return None;
+        };
+        let host = state.host?;
+        self.is_owned(state.copied, (host, 1))
+            .then_some((host, *state))
+    }
+
+    /// Fits a write to its place: what is filled around it, and what its entries say then.
+    fn fit<'a>(
+        &self,
+        guest: Range<u64>,
+        (first, clusters): (GuestCluster, &[Cluster]),
+        placement: Placement<'a>,
+    ) -> (WritePlan<()>, Option<Change<'a>>) {
+        let geometry = &self.geometry;
+        let covered_end = geometry.guest_offset(GuestCluster(first.0 + placement.count));
+        let guest = guest.start..guest.end.min(covered_end);
+        let last = GuestCluster(first.0 + placement.count - 1);
+        let states = [&clusters[0], &clusters[placement.count as usize - 1]];
+        let start = geometry.guest_offset(first);
+        let mut plan = WritePlan {
+            range: ByteRange::new(guest.start, guest.end - guest.start),
+            host_offset: placement.host.0 + (guest.start - start),
+            head: Fill::Nothing,
+            tail: Fill::Nothing,
+            token: (),
+        };
+        let (replaces, reserved) = match placement.target {
+            Target::InPlace => return (plan, None),
+            Target::Present => (false, None),
+            Target::New(reserved) => (true, reserved),
+        };
+        let written = |cluster: GuestCluster, state: &Cluster| {
+            let touched = geometry.touched(cluster, &guest);
+            match replaces {
+                true => self.filled(state, touched),
+                false => touched,
             }
-            None => {
-                let fresh = entries
-                    .iter()
-                    .take_while(|entry| self.reusable(**entry).is_none());
-                let mut want = 0;
-                for entry in fresh {
-                    if entry.kind(&self.geometry) == L2Kind::Invalid {
-                        return Err(self.invalid_entry(first, entry.0).await);
-                    }
-                    want += 1;
-                }
-                self.reclaim(Requests::MayRun, 1).await;
-                let (run, storage) = self.allocate(want).await?;
-                Ok(Placement {
-                    host: self.geometry.host_offset(run.first),
-                    count: run.count,
-                    storage,
-                    change: Change::Map(Reserved::new(self, run)),
-                })
+        };
+        let masks = [written(first, states[0]), written(last, states[1])];
+        let bits = geometry.subcluster_bits();
+        let head_start = start + (u64::from(masks[0].trailing_zeros()) << bits);
+        let tail_end =
+            geometry.guest_offset(last) + (u64::from(32 - masks[1].leading_zeros()) << bits);
+        let fill = |cluster, state, range| match self.old_content(cluster, state, &range) {
+            // What is there stays there.
+            Old::Data if !replaces => Fill::Nothing,
+            _ if range.is_empty() => Fill::Nothing,
+            Old::Zeroes if placement.storage == Storage::Zeroes => Fill::Nothing,
+            Old::Zeroes => Fill::Zeroes(range.end - range.start),
+            Old::Data | Old::Other => Fill::Copy(range.end - range.start),
+        };
+        plan.head = fill(first, states[0], head_start..guest.start);
+        plan.tail = fill(last, states[1], guest.end..tail_end);
+        let ends = [0, 1].map(|end| self.changed(states[end], masks[end]));
+        let change = Change {
+            first,
+            count: placement.count,
+            host: placement.host,
+            ends,
+            replaces,
+            reserved,
+        };
+        (plan, Some(change))
+    }
+
+    /// The subclusters that a new host cluster gets, so that no data of the old one is lost, when
+    /// `touched` ones are written.
+    fn filled(&self, old: &Cluster, touched: u32) -> u32 {
+        match old {
+            Cluster::Compressed(_) => self.geometry.all_subclusters(),
+            Cluster::Standard(state) => {
+                let data = state.allocated | touched;
+                mask(data.trailing_zeros()..32 - data.leading_zeros())
             }
         }
     }
 
-    /// The host cluster of an entry that may be written where it is.
-    fn reusable(&self, entry: L2Entry) -> Option<(HostOffset, Reuse)> {
-        let (host, reuse) = match entry.kind(&self.geometry) {
-            L2Kind::Data(host) => (host, Reuse::Data),
-            L2Kind::ZeroAllocated(host) => (host, Reuse::Zero),
-            _ => return None,
+    /// What a cluster says when `written` subclusters of it have become data.
+    fn changed(&self, old: &Cluster, written: u32) -> Subclusters {
+        let old = match old {
+            Cluster::Compressed(_) => Subclusters::default(),
+            Cluster::Standard(state) => *state,
         };
-        let end = host.0 + self.geometry.cluster_size();
-        (entry.is_copied() && end <= self.host_end.load(Relaxed)).then_some((host, reuse))
+        Subclusters {
+            host: None,
+            copied: true,
+            allocated: old.allocated | written,
+            zero: old.zero & !written,
+        }
+    }
+
+    /// What the guest bytes `range` of one cluster read as.
+    fn old_content(&self, cluster: GuestCluster, state: &Cluster, range: &Range<u64>) -> Old {
+        let Cluster::Standard(state) = state else {
+            return Old::Other;
+        };
+        let touched = self.geometry.touched(cluster, range);
+        if touched & !state.allocated == 0 {
+            return Old::Data;
+        }
+        let backed = self
+            .backing
+            .as_ref()
+            .map_or(0, |backing| backing.node().length());
+        let from_backing = touched & !(state.zero | state.allocated);
+        if touched & state.allocated == 0 && (from_backing == 0 || backed <= range.start) {
+            return Old::Zeroes;
+        }
+        Old::Other
     }
 
     /// Sees to it that the L1 entry refers to an L2 table of its own.
@@ -214,11 +306,12 @@ impl Qcow2 {
             index: l1_index,
             value,
         });
-        records.extend(shared.map(|run| RedoRecord::Free { run }));
+        let pass = DiscardKind::Other;
+        records.extend(shared.map(|run| RedoRecord::Free { run, pass }));
         let changed = self.log_change(&records, |state| {
             self.set_l1(state, l1_index, value);
             if let Some(run) = shared {
-                state.free(run);
+                state.free(run, pass);
             }
         });
         let result = changed.await;
@@ -262,38 +355,47 @@ impl Qcow2 {
     }
 
     pub(super) async fn commit_write(&self, plan: WritePlan<Token<'_>>) -> Result<(), Errno> {
-        let token = plan.token;
-        let (run, reserved) = match token.change {
-            Change::None => return Ok(()),
-            Change::Reuse(run) => (run, None),
-            Change::Map(reserved) => (reserved.run(), Some(reserved)),
+        let Some(change) = plan.token.change else {
+            return Ok(());
         };
-        let slice = &token.slice;
-        let entry = self.geometry.entry_position(token.first).entry;
-        let host = self.geometry.host_offset(run.first);
+        let slice = &plan.token.slice;
+        let clusters = || (change.first.0..change.first.0 + change.count).map(GuestCluster);
         let mut records: SmallVec<[RedoRecord; 4]> = SmallVec::new();
         let mut freed: SmallVec<[ClusterRun; 4]> = SmallVec::new();
-        if reserved.is_some() {
+        if let Some(reserved) = &change.reserved {
+            let run = reserved.run();
             records.push(RedoRecord::Refcount { run, value: 1 });
-            let old = (entry..entry + run.count as usize).map(|entry| L2Entry(slice.word(entry)));
+        }
+        if change.replaces {
+            let old = clusters().map(|cluster| self.entry_words(slice, cluster).descriptor);
             freed.extend(old.filter_map(|entry| entry.references(&self.geometry)));
         }
-        records.push(RedoRecord::L2(L2Run {
-            first: token.first,
-            count: run.count,
-            value: L2Entry::data(host).0,
-            contiguous: true,
-        }));
-        records.extend(freed.iter().map(|&run| RedoRecord::Free { run }));
-        let committed = self.log_change(&records, |state| {
-            for number in 0..run.count {
-                let offset = HostOffset(host.0 + (number << self.geometry.cluster_bits));
-                slice.set_word(entry + number as usize, L2Entry::data(offset).0);
+        let step = self.geometry.cluster_size();
+        for cluster in clusters() {
+            let words = self.new_entry(&change, cluster);
+            if let Some(RedoRecord::L2(run)) = records.last_mut()
+                && run.extend(cluster, words, step)
+            {
+                continue;
             }
-            freed.iter().for_each(|&run| state.free(run));
+            records.push(RedoRecord::L2(L2Run {
+                first: cluster,
+                count: 1,
+                value: words,
+                contiguous: true,
+            }));
+        }
+        let pass = DiscardKind::Never;
+        records.extend(freed.iter().map(|&run| RedoRecord::Free { run, pass }));
+        let committed = self.log_change(&records, |state| {
+            for cluster in clusters() {
+                let words = self.new_entry(&change, cluster);
+                self.set_entry(state, slice, (cluster, words));
+            }
+            freed.iter().for_each(|&run| state.free(run, pass));
         });
         let result = committed.await;
-        match (reserved, &result) {
+        match (change.reserved, &result) {
             (Some(reserved), Ok(())) => reserved.keep(),
             (Some(reserved), Err(_)) => reserved.give_back(),
             (None, _) => {}
@@ -301,28 +403,44 @@ impl Qcow2 {
         result
     }
 
+    /// The entry that a commit gives `cluster`.
+    fn new_entry(&self, change: &Change<'_>, cluster: GuestCluster) -> EntryWords {
+        let number = cluster.0 - change.first.0;
+        let state = match number {
+            0 => change.ends[0],
+            number if number + 1 == change.count => change.ends[1],
+            _ => Subclusters {
+                host: None,
+                copied: true,
+                allocated: self.geometry.all_subclusters(),
+                zero: 0,
+            },
+        };
+        let host = change.host.0 + (number << self.geometry.cluster_bits);
+        Subclusters {
+            host: Some(HostOffset(host)),
+            ..state
+        }
+        .encode(&self.geometry)
+    }
+
     pub(super) fn abort_write(&self, plan: WritePlan<Token<'_>>) {
-        if let Change::Map(reserved) = plan.token.change {
+        if let Some(reserved) = plan.token.change.and_then(|change| change.reserved) {
             reserved.give_back();
         }
     }
+}
+
+/// What a range reads as before a write.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Old {
+    /// Data in the cluster's own host cluster, all of it.
+    Data,
+    Zeroes,
+    Other,
 }
 
 /// Most clusters of one prepared write.
 const MAX_PLAN_CLUSTERS: u64 = 256;
 /// How often a change that does not fit into the redo log is tried again after a flush.
 pub(super) const MAX_LOG_ATTEMPTS: usize = 64;
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Reuse {
-    Data,
-    Zero,
-}
-
-struct Placement<'a> {
-    host: HostOffset,
-    /// Clusters.
-    count: u64,
-    storage: Storage,
-    change: Change<'a>,
-}

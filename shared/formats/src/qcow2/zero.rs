@@ -1,28 +1,38 @@
 //! Zeroes and discards: mapping changes without data.
 //!
-//! Both work on whole clusters of one L2 slice at a time, a bounded number of entries per redo
-//! unit. Version 3 has zero clusters. In version 2 a cluster can only lose its mapping, which
-//! reads as zeroes when there is no backing; with one, zeroes are written by the caller and a
-//! discard does nothing, because it would let the backing's content show through.
+//! Both work on whole subclusters (clusters, without extended entries) of one L2 slice at a time,
+//! a bounded number of entries per redo unit. Version 3 has zero clusters. In version 2 a cluster
+//! can only lose its mapping, which reads as zeroes when there is no backing; with one, zeroes are
+//! written by the caller and a discard does nothing, because it would let the backing's content show
+//! through.
+//!
+//! A host cluster is given up when none of its subclusters holds data any more. In an external data
+//! file there is nothing to give up: its storage is discarded while the guest clusters are locked,
+//! since the guest's next write goes to the same place. A raw one has to read as zeroes by itself.
 
-use super::Qcow2;
+use super::cluster::{Cluster, EntryWords, Subclusters};
+use super::reclaim::DiscardKind;
 use super::redo::{L2Run, RedoRecord};
-use super::tables::{ClusterRun, GuestCluster, L2Entry, L2Kind, OFFSET_MASK, ZERO};
+use super::tables::{ClusterRun, GuestCluster, HostOffset, OFFSET_MASK};
+use super::{Qcow2, cache::Pinned};
 use block::{ByteRange, ZeroFlags};
 use executor::Errno;
 use smallvec::SmallVec;
+use std::ops::Range;
 
 /// Entries changed as one unit of the redo log.
 const MAX_ENTRIES: u64 = 256;
 
-/// What becomes of a cluster.
+/// What becomes of subclusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Erase {
-    /// It reads as zeroes and keeps its storage.
+    /// They read as zeroes and keep their storage.
     ZeroKeeping,
-    /// It reads as zeroes without storage.
+    /// They read as zeroes; storage is given up.
     ZeroUnmapping,
-    /// It loses its mapping, whatever it reads as then.
+    /// The guest needs them no more: zeroes, unless that takes an effort.
+    Discard,
+    /// Whole clusters lose their mapping, whatever they read as then.
     Unmap,
 }
 
@@ -30,12 +40,10 @@ impl Qcow2 {
     /// See [`block::Format::write_zeroes`].
     pub(super) async fn zero(&self, range: ByteRange, flags: ZeroFlags) -> Result<u64, Errno> {
         self.check_writable()?;
-        let Some(clusters) = self.whole_clusters(range) else {
+        let Some(whole) = self.whole_subclusters(range) else {
             return Err(Errno::EOPNOTSUPP);
         };
-        if clusters.start != self.geometry.guest_cluster(range.offset)
-            || !self.geometry.is_aligned(range.offset)
-        {
+        if whole.start != range.offset {
             return Err(Errno::EOPNOTSUPP);
         }
         let erase = match (self.geometry.zero_clusters, flags.may_unmap) {
@@ -44,10 +52,7 @@ impl Qcow2 {
             (false, _) if self.backing.is_none() => Erase::Unmap,
             (false, _) => return Err(Errno::EOPNOTSUPP),
         };
-        let done = self.erase_some(clusters.clone(), erase).await?;
-        let end = self
-            .geometry
-            .guest_offset(GuestCluster(clusters.start.0 + done));
+        let end = self.erase_some(whole, erase).await?;
         Ok((end - range.offset).min(range.length))
     }
 
@@ -55,67 +60,59 @@ impl Qcow2 {
     pub(super) async fn discard_range(&self, range: ByteRange) -> Result<(), Errno> {
         self.check_writable()?;
         let erase = match (self.geometry.zero_clusters, &self.backing) {
-            (true, _) => Erase::ZeroUnmapping,
+            (true, _) => Erase::Discard,
             (false, None) => Erase::Unmap,
             (false, Some(_)) => return Ok(()),
         };
-        match self.whole_clusters(range) {
-            Some(clusters) => self.erase(clusters, erase).await,
+        match self.whole_subclusters(range) {
+            Some(whole) => self.erase(whole, erase).await,
             None => Ok(()),
         }
     }
 
     /// Drops every mapping in `clusters`, which no longer belong to the disk.
-    pub(super) async fn unmap(&self, clusters: std::ops::Range<GuestCluster>) -> Result<(), Errno> {
-        self.erase(clusters, Erase::Unmap).await
+    pub(super) async fn unmap(&self, clusters: Range<GuestCluster>) -> Result<(), Errno> {
+        let offset = |cluster| self.geometry.guest_offset(cluster);
+        let whole = offset(clusters.start)..offset(clusters.end);
+        self.erase(whole, Erase::Unmap).await
     }
 
-    async fn erase(
-        &self,
-        clusters: std::ops::Range<GuestCluster>,
-        erase: Erase,
-    ) -> Result<(), Errno> {
-        let mut first = clusters.start;
-        while first < clusters.end {
-            let done = self.erase_some(first..clusters.end, erase).await?;
-            first = GuestCluster(first.0 + done);
+    async fn erase(&self, mut whole: Range<u64>, erase: Erase) -> Result<(), Errno> {
+        while !whole.is_empty() {
+            whole.start = self.erase_some(whole.clone(), erase).await?;
         }
         Ok(())
     }
 
-    /// The clusters that lie wholly in `range`; the disk's last cluster ends where the disk ends.
-    fn whole_clusters(&self, range: ByteRange) -> Option<std::ops::Range<GuestCluster>> {
-        let geometry = &self.geometry;
+    /// The guest bytes of the subclusters that lie wholly in `range`; the disk's last one ends where
+    /// the disk ends.
+    fn whole_subclusters(&self, range: ByteRange) -> Option<Range<u64>> {
+        let size = self.geometry.subcluster_size();
         let end = range.checked_end()?;
-        let start = range.offset.div_ceil(geometry.cluster_size());
+        let start = range.offset.checked_next_multiple_of(size)?;
         let end = if end >= self.disk_size() {
-            end.div_ceil(geometry.cluster_size())
+            end.checked_next_multiple_of(size)?
         } else {
-            end >> geometry.cluster_bits
+            end / size * size
         };
-        (start < end).then_some(GuestCluster(start)..GuestCluster(end))
+        (start < end).then_some(start..end)
     }
 
-    /// Erases at least one cluster at the start of a range; answers with how many.
-    async fn erase_some(
-        &self,
-        clusters: std::ops::Range<GuestCluster>,
-        erase: Erase,
-    ) -> Result<u64, Errno> {
+    /// Erases some of the whole subclusters of the guest bytes `range`; answers with where it ended.
+    async fn erase_some(&self, range: Range<u64>, erase: Erase) -> Result<u64, Errno> {
         let geometry = &self.geometry;
-        let first = clusters.start;
+        let first = geometry.guest_cluster(range.start);
         let l1_index = geometry.l1_index(first);
-        let shows_backing = self.backing.is_some() && erase != Erase::Unmap;
-        if self.l1.entry(l1_index) & OFFSET_MASK == 0 && !shows_backing {
-            let covered_end = (l1_index + 1) << geometry.l2_bits();
-            return Ok(clusters.end.0.min(covered_end) - first.0);
+        let shows_something = self.backing.is_some() || self.is_raw_data_file();
+        if self.l1.entry(l1_index) & OFFSET_MASK == 0 && (!shows_something || erase == Erase::Unmap)
+        {
+            let covered_end = GuestCluster((l1_index + 1) << geometry.l2_bits());
+            return Ok(range.end.min(geometry.guest_offset(covered_end)));
         }
-        let end = clusters
-            .end
-            .0
-            .min(geometry.l2_slice_end(first).0)
-            .min(first.0 + MAX_ENTRIES);
-        let lock = geometry.guest_offset(first)..geometry.guest_offset(GuestCluster(end));
+        let limit = geometry.l2_slice_end(first).0.min(first.0 + MAX_ENTRIES);
+        let range = range.start..range.end.min(geometry.guest_offset(GuestCluster(limit)));
+        let end = GuestCluster(range.end.div_ceil(geometry.cluster_size()));
+        let lock = geometry.guest_offset(first)..geometry.guest_offset(end);
         let _locked = self.guest_locks.lock(lock).await;
         if erase != Erase::Unmap {
             self.may_map(geometry.guest_offset(first))?;
@@ -123,43 +120,153 @@ impl Qcow2 {
         self.make_room().await?;
         self.ensure_l2_table(l1_index).await?;
         let slice = self.load_l2(first).await?.ok_or(Errno::EIO)?;
-        let entry = geometry.entry_position(first).entry;
-        let mut changes = Changes::default();
-        for number in 0..end - first.0 {
-            let old = L2Entry(slice.word(entry + number as usize));
-            if old.kind(geometry) == L2Kind::Invalid {
-                return Err(self.invalid_entry(first, old.0).await);
-            }
-            let new = self.erased(old, erase);
-            if new != old {
-                let kept = erase == Erase::ZeroKeeping && new.0 != ZERO;
-                let freed = old.references(geometry).filter(|_| !kept);
-                changes.push(GuestCluster(first.0 + number), new, freed);
-            }
+        let changes = self.changes(&slice, &range, erase).await?;
+        if !self.erase_data(&changes.range, erase).await? {
+            return Ok(changes.range.end);
         }
         let records = changes.records();
         if !records.is_empty() {
             let changed = self.log_change(&records, |state| {
-                for &(cluster, new) in &changes.entries {
-                    slice.set_word(geometry.entry_position(cluster).entry, new.0);
+                for &entry in &changes.entries {
+                    self.set_entry(state, &slice, entry);
                 }
-                changes.freed.iter().for_each(|&run| state.free(run));
+                for &run in &changes.freed {
+                    state.free(run, DiscardKind::Request);
+                }
             });
             changed.await?;
         }
-        Ok(end - first.0)
+        self.discard_kept(&changes.kept).await;
+        Ok(changes.range.end)
     }
 
-    /// The entry that takes the place of `old`.
-    fn erased(&self, old: L2Entry, erase: Erase) -> L2Entry {
-        let reads_zero_anyway = self.backing.is_none();
-        match (erase, old.kind(&self.geometry)) {
-            (Erase::Unmap, _) => L2Entry(0),
-            (_, L2Kind::Unallocated) if reads_zero_anyway => old,
-            (_, L2Kind::ZeroPlain) => old,
-            (Erase::ZeroKeeping, L2Kind::ZeroAllocated(_)) => old,
-            (Erase::ZeroKeeping, L2Kind::Data(_)) => L2Entry(old.0 | ZERO),
-            _ => L2Entry(ZERO),
+    /// What erasing the start of `range` changes in the slice that maps it.
+    async fn changes(
+        &self,
+        slice: &Pinned<'_>,
+        range: &Range<u64>,
+        erase: Erase,
+    ) -> Result<Changes, Errno> {
+        let geometry = &self.geometry;
+        let mut changes = Changes {
+            range: range.start..range.start,
+            ..Changes::default()
+        };
+        while changes.range.end < range.end {
+            let cluster = geometry.guest_cluster(changes.range.end);
+            let cluster_end = geometry.guest_offset(GuestCluster(cluster.0 + 1));
+            let part = changes.range.end..range.end.min(cluster_end);
+            let touched = geometry.touched(cluster, &part);
+            let words = self.entry_words(slice, cluster);
+            let old = self.decode_entry(words, cluster).await?;
+            let new = match self.erased(&old, touched, erase) {
+                Ok(new) => new,
+                // What comes before is done; the caller comes back for this.
+                Err(_) if !changes.range.is_empty() => break,
+                Err(_) if erase == Erase::Discard => words,
+                Err(errno) => return Err(errno),
+            };
+            if new != words {
+                let kept = new.descriptor.references(geometry);
+                let freed = words.descriptor.references(geometry);
+                changes.push(cluster, new, freed.filter(|run| kept != Some(*run)));
+                if let (Some(run), true, true) =
+                    (kept, new.descriptor.is_copied(), self.keeps(erase))
+                {
+                    changes.kept.push((run, touched));
+                }
+            }
+            changes.range.end = part.end;
+        }
+        Ok(changes)
+    }
+
+    /// Whether host clusters stay with their entries though their storage is given up.
+    fn keeps(&self, erase: Erase) -> bool {
+        matches!(erase, Erase::Discard | Erase::ZeroUnmapping) && self.discards.keeps_clusters
+    }
+
+    /// The entry that takes the place of `old` when `touched` subclusters are erased.
+    fn erased(&self, old: &Cluster, touched: u32, erase: Erase) -> Result<EntryWords, Errno> {
+        if erase == Erase::Unmap {
+            return Ok(EntryWords::default());
+        }
+        let is_whole = touched == self.geometry.all_subclusters();
+        let old = match old {
+            // Its subclusters cannot be told apart.
+            Cluster::Compressed(_) if !is_whole => return Err(Errno::EOPNOTSUPP),
+            Cluster::Compressed(_) => Subclusters {
+                allocated: touched,
+                ..Subclusters::default()
+            },
+            Cluster::Standard(old) => *old,
+        };
+        // What is unallocated reads as zeroes anyway when there is nothing below.
+        let marked = match self.backing {
+            Some(_) => touched,
+            None => touched & (old.allocated | old.zero),
+        };
+        let mut new = Subclusters {
+            allocated: old.allocated & !touched,
+            zero: old.zero | marked,
+            ..old
+        };
+        let unmaps = erase != Erase::ZeroKeeping && !self.keeps(erase);
+        if unmaps && new.allocated == 0 && !self.is_raw_data_file() {
+            new.host = None;
+            new.copied = false;
+        }
+        Ok(new.encode(&self.geometry))
+    }
+
+    /// Does to an external data file what its content needs, before the mapping changes. False when
+    /// the mapping must stay.
+    async fn erase_data(&self, range: &Range<u64>, erase: Erase) -> Result<bool, Errno> {
+        let Some(data) = &self.data_file else {
+            return Ok(true);
+        };
+        let end = range.end.min(self.disk_size());
+        let bytes = ByteRange::new(range.start, end.saturating_sub(range.start));
+        let is_raw = self.is_raw_data_file();
+        let unmaps = erase != Erase::ZeroKeeping;
+        let is_wanted = is_raw || (unmaps && self.discards.request);
+        if bytes.length == 0 || erase == Erase::Unmap || !is_wanted {
+            return Ok(true);
+        }
+        let flags = ZeroFlags {
+            may_unmap: unmaps && self.discards.request,
+            // Giving space up is not worth writing for.
+            no_fallback: !is_raw || erase == Erase::Discard,
+            ..ZeroFlags::default()
+        };
+        match data.node().write_zeroes(bytes, flags).await {
+            Err(Errno::EOPNOTSUPP) if erase == Erase::Discard => Ok(!is_raw),
+            Err(Errno::EOPNOTSUPP) if !is_raw => Ok(true),
+            result => result.map(|()| true),
+        }
+    }
+
+    /// Gives up the storage of host clusters that stay mapped. They are locked, so nobody writes to
+    /// them; their subclusters read as zeroes already.
+    async fn discard_kept(&self, kept: &[(ClusterRun, u32)]) {
+        if !self.discards.request {
+            return;
+        }
+        let geometry = &self.geometry;
+        for &(run, touched) in kept {
+            let HostOffset(host) = geometry.host_offset(run.first);
+            let bits = geometry.subcluster_bits();
+            let start = host + (u64::from(touched.trailing_zeros()) << bits);
+            let end = host + (u64::from(32 - touched.leading_zeros()) << bits);
+            let range = ByteRange::new(start, end - start);
+            // Zeroes and not anything: a power cut may bring the old mapping back, of a range that
+            // was not discarded but zeroed. Losing the space is all that a failure means.
+            let flags = ZeroFlags {
+                may_unmap: true,
+                no_fallback: true,
+                ..ZeroFlags::default()
+            };
+            let _ = self.file.node().write_zeroes(range, flags).await;
         }
     }
 }
@@ -167,12 +274,16 @@ impl Qcow2 {
 /// Entry changes of one unit.
 #[derive(Default)]
 struct Changes {
-    entries: SmallVec<[(GuestCluster, L2Entry); 16]>,
+    /// Guest bytes.
+    range: Range<u64>,
+    entries: SmallVec<[(GuestCluster, EntryWords); 16]>,
     freed: SmallVec<[ClusterRun; 16]>,
+    /// Host clusters that stay, and the subclusters whose storage is not needed.
+    kept: SmallVec<[(ClusterRun, u32); 4]>,
 }
 
 impl Changes {
-    fn push(&mut self, cluster: GuestCluster, new: L2Entry, freed: Option<ClusterRun>) {
+    fn push(&mut self, cluster: GuestCluster, new: EntryWords, freed: Option<ClusterRun>) {
         self.entries.push((cluster, new));
         let Some(run) = freed else { return };
         match self.freed.last_mut() {
@@ -185,21 +296,20 @@ impl Changes {
     fn records(&self) -> SmallVec<[RedoRecord; 16]> {
         let mut records: SmallVec<[RedoRecord; 16]> = SmallVec::new();
         for &(cluster, new) in &self.entries {
-            match records.last_mut() {
-                Some(RedoRecord::L2(run))
-                    if run.value == new.0 && run.first.0 + run.count == cluster.0 =>
-                {
-                    run.count += 1;
-                }
-                _ => records.push(RedoRecord::L2(L2Run {
-                    first: cluster,
-                    count: 1,
-                    value: new.0,
-                    contiguous: false,
-                })),
+            if let Some(RedoRecord::L2(run)) = records.last_mut()
+                && run.extend(cluster, new, 0)
+            {
+                continue;
             }
+            records.push(RedoRecord::L2(L2Run {
+                first: cluster,
+                count: 1,
+                value: new,
+                contiguous: false,
+            }));
         }
-        let freed = self.freed.iter().map(|&run| RedoRecord::Free { run });
+        let pass = DiscardKind::Request;
+        let freed = self.freed.iter().map(|&run| RedoRecord::Free { run, pass });
         records.extend(freed);
         records
     }

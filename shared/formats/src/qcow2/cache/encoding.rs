@@ -45,7 +45,6 @@ pub(in crate::qcow2) enum Content {
         cluster_bits: u32,
     },
     /// Extended L2 entries: a standard one and its subclusters' bitmap in turns.
-    #[cfg_attr(not(test), expect(dead_code, reason = "no image with them is opened"))]
     ExtendedL2Entries {
         /// log2 of the cluster size.
         cluster_bits: u32,
@@ -81,7 +80,7 @@ impl Layout {
         }
     }
 
-    /// Where a word of the slice is among the stored ones: descriptors first, then bitmaps.
+    /// Where a word of the slice is among those that runs are made of: descriptors first, then bitmaps.
     #[inline]
     const fn position(&self, index: usize) -> usize {
         match self.content {
@@ -105,7 +104,7 @@ impl Layout {
                     self.encode_runs(&sorted, out);
                     return Form::RUNS;
                 }
-                out.extend_from_slice(&sorted);
+                out.extend_from_slice(slice);
                 Form::WORDS
             }
             _ => self.encode_sorted(slice, out),
@@ -174,7 +173,8 @@ impl Layout {
     #[inline]
     pub(super) fn word(&self, form: Form, index: usize, at: impl Fn(usize) -> u64) -> u64 {
         match form {
-            Form::WORDS => at(self.position(index)),
+            // As writers see them, too.
+            Form::WORDS => at(index),
             Form::RUNS => self.word_of_runs(self.position(index), at),
             form => self.word_of_packed(form, index, at),
         }

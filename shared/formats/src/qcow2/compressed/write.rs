@@ -14,9 +14,11 @@
 use super::Packed;
 use crate::qcow2::alloc::{Need, Pins, Reserved};
 use crate::qcow2::cache::Pinned;
+use crate::qcow2::cluster::EntryWords;
+use crate::qcow2::reclaim::DiscardKind;
 use crate::qcow2::reclaim::Requests;
 use crate::qcow2::redo::{L2Run, RedoRecord};
-use crate::qcow2::tables::{COMPRESSED, ClusterRun, GuestCluster, HostCluster, L2Entry, L2Kind};
+use crate::qcow2::tables::{COMPRESSED, ClusterRun, GuestCluster, HostCluster, L2Entry};
 use crate::qcow2::write::MAX_LOG_ATTEMPTS;
 use crate::qcow2::{Qcow2, State};
 use block::{Buffer, ByteRange, Encoded, WriteFlags};
@@ -155,10 +157,8 @@ impl Qcow2 {
         self.make_room().await?;
         self.ensure_l2_table(geometry.l1_index(cluster)).await?;
         let slice = self.load_l2(cluster).await?.ok_or(Errno::EIO)?;
-        let old = L2Entry(slice.word(geometry.entry_position(cluster).entry));
-        if old.kind(geometry) == L2Kind::Invalid {
-            return Err(self.invalid_entry(cluster, old.0).await);
-        }
+        self.decode_entry(self.entry_words(&slice, cluster), cluster)
+            .await?;
         self.reclaim(Requests::MayRun, 1).await;
         let place = self.place_packed(length as u64).await?;
         let whole = bytes.into_buffer();
@@ -321,9 +321,12 @@ impl Qcow2 {
     ) -> Result<bool, Need> {
         let descriptor = place.packed.descriptor(&self.geometry);
         let descriptor = descriptor.ok_or(Need::Fail(Errno::EFBIG))?;
-        let entry = self.geometry.entry_position(cluster).entry;
-        let new = COMPRESSED | descriptor;
-        let freed = L2Entry(slice.word(entry)).references(&self.geometry);
+        let new = EntryWords {
+            descriptor: L2Entry(COMPRESSED | descriptor),
+            bitmap: 0,
+        };
+        let old = self.entry_words(slice, cluster).descriptor;
+        let freed = old.references(&self.geometry);
         let mut state = self.state();
         let state = &mut *state;
         let mut records: SmallVec<[RedoRecord; 4]> = SmallVec::new();
@@ -339,14 +342,15 @@ impl Qcow2 {
             value: new,
             contiguous: false,
         }));
-        records.extend(freed.map(|run| RedoRecord::Free { run }));
+        let pass = DiscardKind::Never;
+        records.extend(freed.map(|run| RedoRecord::Free { run, pass }));
         let encoded: SmallVec<[_; 4]> = records.iter().map(|record| record.encode()).collect();
         if !self.log.append(&encoded) {
             return Ok(false);
         }
-        slice.set_word(entry, new);
+        self.set_entry(state, slice, (cluster, new));
         if let Some(run) = freed {
-            state.free(run);
+            state.free(run, pass);
         }
         state.packing.remove(place.run);
         Ok(true)

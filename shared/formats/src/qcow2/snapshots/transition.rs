@@ -16,6 +16,7 @@
 //! The redo log is empty from 4 to 6: writers are quiet, and what was reserved is flushed.
 
 use super::super::overlap::Fixed;
+use super::super::reclaim::DiscardKind;
 use super::super::tables::{
     COPIED, ClusterRun, HostCluster, HostOffset, L2Entry, L2Kind, MAX_HOST_OFFSET, OFFSET_MASK,
 };
@@ -221,7 +222,7 @@ impl Qcow2 {
     /// The runs of clusters that the entries of a table refer to.
     fn references_of(&self, words: &[u64]) -> Result<Runs, Failure> {
         let mut runs = Runs::default();
-        for &word in words {
+        for &word in words.iter().step_by(self.geometry.l2_word(1)) {
             let entry = L2Entry(word);
             if entry.kind(&self.geometry) == L2Kind::Invalid {
                 return Err(Failure::Corrupt(format!("invalid L2 entry {word:#x}")));
@@ -297,6 +298,9 @@ impl Qcow2 {
         }
         let free = self.adopt(prepared);
         for run in free.0 {
+            if !self.discards.passes(DiscardKind::Snapshot) {
+                break;
+            }
             let bits = self.geometry.cluster_bits;
             let range = ByteRange::new(run.first.0 << bits, run.count << bits);
             // Losing the space on the host is all that a failed discard means.
@@ -363,7 +367,11 @@ impl Qcow2 {
             self.health.corrupt.store(true, Release);
             self.health.not_in_place.fetch_or(CORRUPT, AcqRel);
         }
-        prepared.leaving.0.iter().for_each(|run| state.free(*run));
+        prepared
+            .leaving
+            .0
+            .iter()
+            .for_each(|run| state.free(*run, DiscardKind::Snapshot));
         if let Some(lowest) = prepared.free.0.iter().map(|run| run.first.0).min() {
             state.allocator.scan = state.allocator.scan.min(lowest);
         }
@@ -446,7 +454,7 @@ impl Builder<'_, '_> {
     async fn correct_flags(&mut self, words: &mut [u64]) -> Result<bool, Failure> {
         let geometry = self.image.geometry;
         let mut changed = false;
-        for word in words {
+        for word in words.iter_mut().step_by(geometry.l2_word(1)) {
             let entry = L2Entry(*word);
             let (L2Kind::Data(host) | L2Kind::ZeroAllocated(host)) = entry.kind(&geometry) else {
                 continue;

@@ -10,7 +10,11 @@ use std::rc::Rc;
 /// An image as bytes.
 pub(super) struct Checker<'b> {
     bytes: &'b [u8],
+    /// The external data file, whose clusters are not counted.
+    data: Option<&'b [u8]>,
     cluster_size: u64,
+    /// Bytes of an L2 entry.
+    entry_size: u64,
     refcount_order: u32,
     size: u64,
 }
@@ -37,7 +41,9 @@ impl<'b> Checker<'b> {
     pub(super) fn new(bytes: &'b [u8]) -> Self {
         let mut checker = Self {
             bytes,
+            data: None,
             cluster_size: 0,
+            entry_size: 8,
             refcount_order: 4,
             size: 0,
         };
@@ -46,8 +52,18 @@ impl<'b> Checker<'b> {
         checker.size = checker.u64(24);
         if checker.u32(4) >= 3 {
             checker.refcount_order = checker.u32(96);
+            if checker.u64(72) & 16 != 0 {
+                checker.entry_size = 16;
+            }
         }
         checker
+    }
+
+    /// With the external data file.
+    pub(super) fn with_data(self, data: &'b [u8]) -> Self {
+        assert_ne!(self.u64(72) & 4, 0, "the image has no external data file");
+        let data = Some(data);
+        Self { data, ..self }
     }
 
     fn u32(&self, at: u64) -> u32 {
@@ -166,13 +182,13 @@ impl<'b> Checker<'b> {
                     continue;
                 }
                 count(l2, self.cluster_size, "L2 table");
-                for number in 0..self.cluster_size / 8 {
-                    let entry = self.u64(l2 + number * 8);
+                for number in 0..self.cluster_size / self.entry_size {
+                    let entry = self.u64(l2 + number * self.entry_size);
                     let data = entry & OFFSET;
                     if entry & COMPRESSED != 0 {
                         let (offset, length) = self.compressed(entry);
                         count(offset, length, "compressed data");
-                    } else if data != 0 {
+                    } else if data != 0 && self.data.is_none() {
                         count(data, self.cluster_size, "data");
                     }
                 }
@@ -226,7 +242,41 @@ impl<'b> Checker<'b> {
             .filter(|cluster| !references.contains_key(cluster) && self.refcount(*cluster) != 0)
             .count() as u64;
         self.check_copied(&mut findings);
+        self.check_entries(&mut findings);
         findings
+    }
+
+    /// What the specification forbids in the entries of extended L2 tables and of external data files.
+    fn check_entries(&self, findings: &mut Findings) {
+        let (l1, entries) = self.l1();
+        let per_table = self.cluster_size / self.entry_size;
+        for index in 0..entries {
+            let l2 = self.u64(l1 + index * 8) & OFFSET;
+            for number in 0..if l2 == 0 { 0 } else { per_table } {
+                let at = l2 + number * self.entry_size;
+                let entry = self.u64(at);
+                let guest = (index * per_table + number) * self.cluster_size;
+                let mut found = |what: &str| {
+                    let text = format!("L2 entry {entry:#x} of {guest:#x}: {what}");
+                    findings.corruptions.push(text);
+                };
+                if self.data.is_some() && entry >> 63 != 0 && entry & OFFSET != guest {
+                    found("not at its place in the data file");
+                }
+                if self.entry_size != 16 || entry >> 62 & 1 != 0 {
+                    continue;
+                }
+                let bitmap = self.u64(at + 8);
+                let (allocated, zero) = (bitmap as u32, (bitmap >> 32) as u32);
+                let has_host = entry & OFFSET != 0 || (self.data.is_some() && entry >> 63 != 0);
+                if entry & 1 != 0 {
+                    found("zero flag");
+                }
+                if allocated & zero != 0 || (allocated != 0 && !has_host) {
+                    found(&format!("bitmap {bitmap:#x}"));
+                }
+            }
+        }
     }
 
     fn check_copied(&self, findings: &mut Findings) {
@@ -251,9 +301,9 @@ impl<'b> Checker<'b> {
             let entry = self.u64(l1 + index * 8);
             check(entry, "L1 entry");
             let l2 = entry & OFFSET;
-            for number in 0..self.cluster_size / 8 {
-                if l2 != 0 {
-                    check(self.u64(l2 + number * 8), "L2 entry");
+            for number in 0..self.cluster_size / self.entry_size {
+                if l2 != 0 && self.data.is_none() {
+                    check(self.u64(l2 + number * self.entry_size), "L2 entry");
                 }
             }
         }
@@ -261,20 +311,32 @@ impl<'b> Checker<'b> {
 
     /// Where the guest's bytes at `offset` are.
     fn place(&self, l1: u64, offset: u64) -> Place {
-        let entries = self.cluster_size / 8;
+        let entries = self.cluster_size / self.entry_size;
         let cluster = offset / self.cluster_size;
         let l2 = self.u64(l1 + cluster / entries * 8) & OFFSET;
         if l2 == 0 {
             return Place::Backing;
         }
-        let entry = self.u64(l2 + cluster % entries * 8);
+        let at = l2 + cluster % entries * self.entry_size;
+        let entry = self.u64(at);
         if entry & COMPRESSED != 0 {
             return Place::Compressed(entry);
         }
+        let host = (entry & OFFSET) + offset % self.cluster_size;
+        if self.entry_size == 16 {
+            let subcluster = offset % self.cluster_size / (self.cluster_size / 32);
+            let bitmap = self.u64(at + 8);
+            return match (bitmap >> subcluster & 1, bitmap >> (32 + subcluster) & 1) {
+                (1, _) => Place::File(host),
+                (_, 1) => Place::Zero,
+                _ => Place::Backing,
+            };
+        }
+        let is_first = self.data.is_some() && entry >> 63 != 0;
         match (entry & 1, entry & OFFSET) {
             (1, _) => Place::Zero,
-            (_, 0) => Place::Backing,
-            (_, host) => Place::File(host + offset % self.cluster_size),
+            (_, 0) if !is_first => Place::Backing,
+            _ => Place::File(host),
         }
     }
 
@@ -296,7 +358,7 @@ impl<'b> Checker<'b> {
             let (source, at) = match self.place(l1, offset) {
                 Place::Backing => (backing, offset),
                 Place::Zero => continue,
-                Place::File(host) => (self.bytes, host),
+                Place::File(host) => (self.data.unwrap_or(self.bytes), host),
                 Place::Compressed(entry) => {
                     if last.0 != entry {
                         last = (entry, self.decompressed(entry));

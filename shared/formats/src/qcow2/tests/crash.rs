@@ -20,6 +20,7 @@ use std::path::Path;
 use std::rc::Rc;
 
 const IMAGE: &str = "disk.qcow2";
+const DATA: &str = "disk.data";
 
 /// What is crashed.
 #[derive(Clone, Copy)]
@@ -27,6 +28,7 @@ struct Case {
     size: u64,
     cluster_size: u64,
     refcount_bits: u32,
+    layout: Layout,
     /// Memory of each cache in bytes.
     cache: u64,
     /// Records in the redo log.
@@ -36,11 +38,35 @@ struct Case {
     snapshots: usize,
 }
 
+/// What the image's L2 entries are like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Layout {
+    Standard,
+    /// Extended L2 entries.
+    Subclusters,
+    /// An external data file, raw when it is so by itself.
+    DataFile {
+        raw: bool,
+    },
+}
+
+impl Layout {
+    /// Incompatible and autoclear features.
+    fn features(self) -> (u64, u64) {
+        match self {
+            Self::Standard => (0, 0),
+            Self::Subclusters => (16, 0),
+            Self::DataFile { raw } => (4, u64::from(raw) * 2),
+        }
+    }
+}
+
 /// Few tables that all fit the caches.
 const ROOMY: Case = Case {
     size: 256 << 10,
     cluster_size: 1024,
     refcount_bits: 16,
+    layout: Layout::Standard,
     cache: 1 << 20,
     log: 1024,
     workload: Workload {
@@ -52,11 +78,39 @@ const ROOMY: Case = Case {
     snapshots: 0,
 };
 
+/// Subclusters of a sector each.
+const SUBCLUSTERS: Case = Case {
+    size: 1 << 20,
+    cluster_size: 16 << 10,
+    layout: Layout::Subclusters,
+    workload: Workload {
+        longest: 40 << 10,
+        ..ROOMY.workload
+    },
+    ..ROOMY
+};
+
+const SUBCLUSTER_SNAPSHOTS: Case = Case {
+    snapshots: 6,
+    ..SUBCLUSTERS
+};
+
+const DATA_FILE: Case = Case {
+    layout: Layout::DataFile { raw: false },
+    ..ROOMY
+};
+
+const RAW_DATA_FILE: Case = Case {
+    layout: Layout::DataFile { raw: true },
+    ..ROOMY
+};
+
 /// Caches that hold a fraction of the tables, a refcount table that must grow, a log that fills.
 const TIGHT: Case = Case {
     size: 4 << 20,
     cluster_size: 512,
     refcount_bits: 64,
+    layout: Layout::Standard,
     cache: 0,
     log: 320,
     workload: Workload {
@@ -141,7 +195,8 @@ impl Case {
         CreateOptions {
             cluster_size: self.cluster_size,
             refcount_bits: self.refcount_bits,
-            ..CreateOptions::new(self.size)
+            // Extended entries map half as much with the same L1 table.
+            ..CreateOptions::new(self.size * 2)
         }
     }
     fn workload(&self, seed: u64) -> Workload {
@@ -165,6 +220,7 @@ impl Case {
         Setup {
             log,
             cache: self.cache,
+            data_file: matches!(self.layout, Layout::DataFile { .. }).then(|| DATA.into()),
             ..Setup::default()
         }
     }
@@ -177,7 +233,10 @@ fn world(seed: u64, case: &Case) -> World {
         short_transfers: true,
         ..Config::default()
     });
-    Executor::simulated(&world).block_on(rig::make(Path::new(IMAGE), options));
+    Executor::simulated(&world).block_on(async {
+        rig::make(Path::new(IMAGE), options).await;
+        rig::with_features(Path::new(IMAGE), case.size, case.layout.features()).await;
+    });
     world.restart(
         &cut(world.log_len(), Subset::All),
         Config {
@@ -196,8 +255,10 @@ fn cut(prefix: usize, subset: Subset) -> PowerCut {
     }
 }
 
-fn image_of(world: &World) -> Vec<u8> {
-    world.files().remove(Path::new(IMAGE)).unwrap()
+/// The bytes of an image and of its data file.
+struct Files {
+    image: Vec<u8>,
+    data: Option<Vec<u8>>,
 }
 
 thread_local! {
@@ -207,19 +268,34 @@ thread_local! {
 /// One image in how many the driver's own check looks at, too; a soak leaves none out.
 const OWN_CHECK: u64 = 32;
 
-/// Asserts that an image's bytes are sound, and that the driver's own check agrees.
-fn assert_sound(bytes: &[u8], context: &str) {
-    let findings = Checker::new(bytes).check();
-    assert!(findings.corruptions.is_empty(), "{context}: {findings:#x?}");
-    let number = JUDGED.replace(JUDGED.get() + 1);
-    if !is_soak() && !number.is_multiple_of(OWN_CHECK) {
-        return;
+impl Files {
+    fn new(mut files: executor::sim::Image) -> Self {
+        let data = files.remove(Path::new(DATA));
+        let image = files.remove(Path::new(IMAGE)).unwrap();
+        Self { image, data }
     }
-    let (checked, messages) = check_bytes(bytes);
-    let found = (checked.corruptions, checked.check_errors);
-    assert_eq!(found, (0, 0), "{context}: {messages:#?}");
-    // The independent reader also counts what is allocated past the end of the file.
-    assert!(checked.leaks <= findings.leaks, "{context}: {messages:#?}");
+    fn checker(&self) -> Checker<'_> {
+        let checker = Checker::new(&self.image);
+        match &self.data {
+            Some(data) => checker.with_data(data),
+            None => checker,
+        }
+    }
+    /// Asserts that the image is sound, and that the driver's own check agrees; answers with the
+    /// disk's content.
+    fn sound_content(&self, context: &str) -> Vec<u8> {
+        let findings = self.checker().check();
+        assert!(findings.corruptions.is_empty(), "{context}: {findings:#x?}");
+        let number = JUDGED.replace(JUDGED.get() + 1);
+        if is_soak() || number.is_multiple_of(OWN_CHECK) {
+            let (checked, messages) = check_bytes(&self.image);
+            let found = (checked.corruptions, checked.check_errors);
+            assert_eq!(found, (0, 0), "{context}: {messages:#?}");
+            // The independent reader also counts what is allocated past the end of the file.
+            assert!(checked.leaks <= findings.leaks, "{context}: {messages:#?}");
+        }
+        self.checker().read_all(&[])
+    }
 }
 
 /// Runs a workload to its end and closes the disk.
@@ -236,19 +312,24 @@ fn run_and_close(world: &World, history: &Rc<History>, (case, seed): (&Case, u64
 
 #[test]
 fn a_clean_run_leaves_no_leak_and_the_right_content() {
-    for (case, usual) in [
+    let cases = [
         (&ROOMY, 0..8),
         (&TIGHT, 20..22),
         (&SNAPSHOTS, 40..48),
         (&TIGHT_SNAPSHOTS, 50..52),
-    ] {
+        (&SUBCLUSTERS, 40..48),
+        (&SUBCLUSTER_SNAPSHOTS, 40..44),
+        (&DATA_FILE, 50..54),
+        (&RAW_DATA_FILE, 60..64),
+    ];
+    for (case, usual) in cases {
         for seed in seeds(usual) {
             println!("seed {seed}");
             let world = world(seed, case);
             let history = History::of_world(case.size, &world);
             run_and_close(&world, &history, (case, seed));
-            let bytes = image_of(&world);
-            let checker = Checker::new(&bytes);
+            let files = Files::new(world.files());
+            let checker = files.checker();
             assert_eq!(checker.check(), Default::default(), "seed {seed}");
             if case.size == TIGHT.size {
                 let clusters = checker.refcount_table_clusters();
@@ -257,6 +338,11 @@ fn a_clean_run_leaves_no_leak_and_the_right_content() {
             let content = checker.read_all(&[]);
             history.check_kill(&content, &[], usize::MAX).unwrap();
             snapshots::check(&history, &checker, usize::MAX).unwrap();
+            if case.layout == (Layout::DataFile { raw: true }) {
+                let mut raw = files.data.clone().unwrap();
+                raw.resize(content.len(), 0);
+                assert!(raw == content, "seed {seed}: the raw data file differs");
+            }
         }
     }
 }
@@ -288,6 +374,21 @@ fn snapshots_survive_a_power_cut_at_every_moment() {
     }
 }
 
+#[test]
+fn subclusters_and_data_files_survive_a_power_cut() {
+    for (case, usual) in [
+        (&SUBCLUSTERS, 40..41),
+        (&DATA_FILE, 50..51),
+        (&RAW_DATA_FILE, 60..61),
+    ] {
+        for seed in seeds(usual) {
+            println!("seed {seed}");
+            let density = if is_soak() { (1, SUBSETS) } else { (5, 20) };
+            cut_power_everywhere(case, seed, density);
+        }
+    }
+}
+
 /// Cuts the power at every `step`-th entry of the log of a workload, and leaves of what was not
 /// flushed nothing, everything, and random parts: at least `subsets` in every epoch.
 fn cut_power_everywhere(case: &Case, seed: u64, (step, subsets): (usize, usize)) {
@@ -315,26 +416,28 @@ fn cut_power_everywhere(case: &Case, seed: u64, (step, subsets): (usize, usize))
 }
 
 fn assert_survived(world: &World, history: &History, cut: &PowerCut, seed: u64) {
-    let mut files = world.power_cut(cut);
-    let bytes = files.remove(Path::new(IMAGE)).unwrap();
+    let files = Files::new(world.power_cut(cut));
     let context = format!("seed {seed}, {cut:?}");
-    assert_sound(&bytes, &context);
-    let checker = Checker::new(&bytes);
+    let disk = files.sound_content(&context);
     let checked = history
-        .check_power_cut(&checker.read_all(&[]), &[], cut.prefix)
-        .and_then(|()| snapshots::check(history, &checker, cut.prefix));
+        .check_power_cut(&disk, &[], cut.prefix)
+        .and_then(|()| snapshots::check(history, &files.checker(), cut.prefix));
     checked.unwrap_or_else(|wrong| panic!("{context}: {wrong}"));
 }
 
 #[test]
 fn a_failing_disk_never_succeeds_silently() {
-    for (case, points) in [
+    let cases = [
         (&BRIEF, u64::MAX),
         (&BRIEF_SNAPSHOTS, u64::MAX),
         (&ROOMY, 24),
         (&TIGHT, 6),
         (&TIGHT_SNAPSHOTS, 12),
-    ] {
+        (&SUBCLUSTERS, 16),
+        (&SUBCLUSTER_SNAPSHOTS, 12),
+        (&DATA_FILE, 8),
+    ];
+    for (case, points) in cases {
         for seed in seeds(7..8) {
             println!("seed {seed}");
             let probe = run_with_fault(case, seed, None);
@@ -372,13 +475,11 @@ fn run_with_fault(case: &Case, seed: u64, fault: Option<Fault>) -> u64 {
     });
     let moment = world.log_len();
     for subset in [Subset::None, Subset::All, Subset::Random(1)] {
-        let mut files = world.power_cut(&cut(moment, subset));
-        let bytes = files.remove(Path::new(IMAGE)).unwrap();
-        assert_sound(&bytes, &context);
-        let checker = Checker::new(&bytes);
+        let files = Files::new(world.power_cut(&cut(moment, subset)));
+        let disk = files.sound_content(&context);
         let checked = history
-            .check_power_cut(&checker.read_all(&[]), &[], moment)
-            .and_then(|()| snapshots::check(&history, &checker, moment));
+            .check_power_cut(&disk, &[], moment)
+            .and_then(|()| snapshots::check(&history, &files.checker(), moment));
         checked.unwrap_or_else(|wrong| panic!("{context}, {subset:?}: {wrong}"));
     }
     world.op_count()
@@ -392,6 +493,9 @@ fn completed_writes_survive_a_kill_at_every_moment() {
         (&SNAPSHOTS, 13..14, 60),
         (&ROOMY, 11..12, 80),
         (&TIGHT, 12..13, 14),
+        (&SUBCLUSTERS, 13..14, 40),
+        (&DATA_FILE, 14..15, 20),
+        (&RAW_DATA_FILE, 15..16, 20),
     ];
     for (case, usual, points) in cases {
         for seed in seeds(usual) {
@@ -433,7 +537,7 @@ fn kill_here(case: &Case, seed: u64, operations: u64) -> u64 {
         ..Config::default()
     };
     let world = world.restart(&cut(killed, Subset::All), config);
-    assert_sound(&image_of(&world), &context);
+    Files::new(world.files()).sound_content(&context);
     let executor = Executor::simulated(&world);
     let disk = executor.block_on(async {
         let disk = Disk::open(Path::new(IMAGE), case.setup_with(log))
@@ -445,13 +549,11 @@ fn kill_here(case: &Case, seed: u64, operations: u64) -> u64 {
         disk.root.flush().await.unwrap();
         disk
     });
-    let mut files = world.power_cut(&cut(world.log_len(), Subset::None));
-    let bytes = files.remove(Path::new(IMAGE)).unwrap();
-    assert_sound(&bytes, &context);
-    let checker = Checker::new(&bytes);
+    let files = Files::new(world.power_cut(&cut(world.log_len(), Subset::None)));
+    let content = files.sound_content(&context);
     let checked = history
-        .check_kill(&checker.read_all(&[]), &[], killed)
-        .and_then(|()| snapshots::check(&history, &checker, killed));
+        .check_kill(&content, &[], killed)
+        .and_then(|()| snapshots::check(&history, &files.checker(), killed));
     checked.unwrap_or_else(|wrong| panic!("{context}, power cut: {wrong}"));
     executor.block_on(disk.close()).unwrap();
     total

@@ -1,6 +1,6 @@
 //! A qcow2 node over a file of the simulated or the real world.
 
-use crate::qcow2::{CacheOptions, CreateOptions, OpenOptions, Qcow2, create};
+use crate::qcow2::{CacheOptions, CreateOptions, DiscardPolicy, OpenOptions, Qcow2, create};
 use block::edge::{EdgeSpec, Permissions};
 use block::node::Discard;
 use block::open::ChildRole;
@@ -13,7 +13,7 @@ use executor::file::Fallocate;
 use executor::{File, OpenOptions as FileOptions};
 use serde_json::{Map, Value};
 use std::cell::Cell;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -192,9 +192,24 @@ pub(super) async fn make(path: &Path, options: &CreateOptions) {
     create(file, options).await.unwrap();
 }
 
+/// Turns an empty image of version 3 into one with other incompatible and autoclear features, for a
+/// disk of `size` bytes (at most what its L1 table maps then).
+pub(super) async fn with_features(path: &Path, size: u64, (incompatible, autoclear): (u64, u64)) {
+    let node = leaf(path);
+    for (at, value) in [(24, size), (72, incompatible), (88, autoclear)] {
+        let bytes = Buffer::from(&u64::to_be_bytes(value)[..]);
+        let write = node.write(at, bytes, WriteFlags::default());
+        write.await.unwrap();
+    }
+    node.flush().await.unwrap();
+}
+
 /// How the rig opens an image.
 pub(super) struct Setup {
     pub(super) backing: Option<Arc<Node>>,
+    /// The external data file.
+    pub(super) data_file: Option<PathBuf>,
+    pub(super) discards: DiscardPolicy,
     pub(super) log: RedoLog,
     /// Memory for each cache in bytes.
     pub(super) cache: u64,
@@ -206,6 +221,8 @@ impl Default for Setup {
     fn default() -> Self {
         Self {
             backing: None,
+            data_file: None,
+            discards: DiscardPolicy::default(),
             log: RedoLog::in_memory(1024),
             cache: 1 << 20,
             l2_entry: None,
@@ -240,6 +257,10 @@ impl Disk {
                 ..CacheOptions::default()
             },
             log: setup.log,
+            data_file: setup
+                .data_file
+                .map(|path| edge(&leaf(&path), "data-file", ChildRole::Data)),
+            discards: setup.discards,
         };
         let image = Qcow2::open(file, backing, options).await?;
         let stalls = Arc::clone(&image.stalls);
