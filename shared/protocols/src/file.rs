@@ -36,6 +36,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// Lengths are multiples of this many bytes.
 const SECTOR: u64 = 512;
 
+/// Bytes written to a new file.
+const FIRST_BLOCK: u64 = 4096;
+
 /// Bytes written at a time by `preallocation=full`.
 const FILL_BYTES: u64 = 1 << 20;
 
@@ -234,7 +237,7 @@ impl FileNode {
             return Err(Error::new(ErrorKind::Invalid, message));
         }
         if resize.preallocation == Preallocation::Metadata {
-            let message = "Unsupported preallocation mode 'metadata'";
+            let message = "Unsupported preallocation mode: metadata";
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
         self.file
@@ -249,6 +252,7 @@ impl FileNode {
                 self.allocate(Fallocate::Allocate, added).await
             }
             Preallocation::Full => self.fill(added).await,
+            Preallocation::Off if old == 0 => self.allocate_first_block(added.length).await,
             _ => Ok(()),
         };
         if let Err(errno) = filled {
@@ -258,6 +262,15 @@ impl FileNode {
             return Err(Error::io(context, errno));
         }
         Ok(())
+    }
+
+    /// A new file gets its first block: file systems tell the alignment of direct I/O by trying it
+    /// there, and a hole answers for every alignment.
+    async fn allocate_first_block(&self, length: u64) -> Result<(), Errno> {
+        let block = self.file.alignment().offset.max(1) as u64;
+        let first = FIRST_BLOCK.max(block).min(length) / block * block;
+        let zeroes = Buffer::zeroed(first as usize);
+        self.file.write_at(zeroes, 0).await
     }
 
     /// Writes zeroes to new space, whole aligned blocks around it included where `O_DIRECT` asks

@@ -45,7 +45,7 @@ impl Output {
         match text {
             "human" => Ok(Self::Human),
             "json" => Ok(Self::Json),
-            _ => Err(Failure::usage(
+            _ => Err(Failure::message(
                 "--output must be used with human or json as argument.",
             )),
         }

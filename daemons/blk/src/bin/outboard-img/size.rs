@@ -66,7 +66,7 @@ pub(crate) fn argument(what: &str, text: &str) -> Result<u64, Failure> {
         ))),
         Err(SizeError::Malformed) => {
             report(&format!(
-                "Invalid {what} specified. You may use k, M, G, T, P or E suffixes for "
+                "Invalid {what} specified. You may use k, M, G, T, P or E suffixes for"
             ));
             Err(Failure::message(
                 "kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.",

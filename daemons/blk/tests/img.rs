@@ -1,0 +1,337 @@
+//! `outboard-img` beside qemu-img: random options and sequences of commands, run by both; what they
+//! print and what the images say, hold and read as must be the same.
+//!
+//! A failure names its seed: `OUTBOARD_SEED=N` runs that one; `OUTBOARD_SEEDS=N` runs more of them.
+
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The two programs.
+const PROGRAMS: [&str; 2] = ["qemu-img", env!("CARGO_BIN_EXE_outboard-img")];
+
+/// What a command gave: exit code, stdout, stderr.
+#[derive(Debug, PartialEq, Eq)]
+struct Outcome(Option<i32>, String, String);
+
+fn run(directory: &Path, program: &str, arguments: &[String]) -> Outcome {
+    let output = Command::new(program)
+        .args(arguments)
+        .current_dir(directory)
+        .output()
+        .unwrap();
+    let text = |bytes: &[u8]| {
+        let text = String::from_utf8_lossy(bytes);
+        // Progress is a matter of taste, the name is not its own.
+        let lines = text.rsplit('\r').next().unwrap_or_default();
+        lines.replace("outboard-img", "qemu-img").trim().to_owned()
+    };
+    Outcome(
+        output.status.code(),
+        text(&output.stdout),
+        text(&output.stderr),
+    )
+}
+
+fn words(line: &str) -> Vec<String> {
+    line.split_whitespace().map(str::to_owned).collect()
+}
+
+/// One directory per program, with files of the same names.
+struct Pair(tempfile::TempDir);
+
+impl Pair {
+    fn new() -> Self {
+        let pair = Self(tempfile::tempdir().unwrap());
+        for directory in pair.directories() {
+            std::fs::create_dir(directory).unwrap();
+        }
+        pair
+    }
+
+    fn directories(&self) -> [PathBuf; 2] {
+        ["peer", "own"].map(|name| self.0.path().join(name))
+    }
+
+    /// Runs a command by both programs; they must agree on everything that they print.
+    fn both(&self, line: &str) -> Outcome {
+        let [peer, own] = self.directories();
+        let arguments = words(line);
+        let peer = run(&peer, PROGRAMS[0], &arguments);
+        let own = run(&own, PROGRAMS[1], &arguments);
+        assert_eq!(own, peer, "{line}");
+        peer
+    }
+
+    /// Runs a program of QEMU's on both images; the answers must be the same.
+    fn judged(&self, program: &str, line: &str) -> Outcome {
+        let arguments = words(line);
+        let [peer, own] = self
+            .directories()
+            .map(|directory| run(&directory, program, &arguments));
+        assert_eq!(own, peer, "{program} {line}");
+        peer
+    }
+
+    /// The images are sound, describe themselves alike and read the same.
+    fn compare(&self, context: &str) {
+        let [peer, own] = self.directories();
+        let check = words("check -q -f qcow2 a.qcow2");
+        for directory in [&peer, &own] {
+            let checked = run(directory, "qemu-img", &check);
+            assert_eq!(checked.0, Some(0), "{context}: {checked:?}");
+        }
+        let info = |directory: &Path, program| {
+            let Outcome(code, text, _) =
+                run(directory, program, &words("info --output=json a.qcow2"));
+            assert_eq!(code, Some(0), "{context}");
+            let kept = text
+                .lines()
+                .filter(|line| !line.contains("\"actual-size\""));
+            kept.collect::<Vec<_>>().join("\n")
+        };
+        let expected = info(&peer, PROGRAMS[0]);
+        assert_eq!(info(&own, PROGRAMS[0]), expected, "{context}");
+        assert_eq!(info(&own, PROGRAMS[1]), expected, "{context}");
+        let content = |directory: &Path| {
+            let convert = words("convert -f qcow2 -O raw a.qcow2 a.raw");
+            assert_eq!(run(directory, "qemu-img", &convert).0, Some(0), "{context}");
+            std::fs::read(directory.join("a.raw")).unwrap()
+        };
+        assert!(
+            content(&own) == content(&peer),
+            "{context}: contents differ"
+        );
+    }
+}
+
+fn setting(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+fn seeds(usual: u64) -> std::ops::Range<u64> {
+    match setting("OUTBOARD_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..setting("OUTBOARD_SEEDS").unwrap_or(usual),
+    }
+}
+
+/// Whether QEMU's tools are there; says so when they are not.
+fn has_qemu() -> bool {
+    let there = Command::new("qemu-img").arg("--version").output().is_ok();
+    if !there {
+        println!("skipped: qemu-img is not installed");
+    }
+    there
+}
+
+fn one_of<'a>(random: &mut SmallRng, values: &[&'a str]) -> &'a str {
+    values[random.random_range(0..values.len())]
+}
+
+/// Options for `create`, some of which do not go together.
+fn create_options(random: &mut SmallRng) -> String {
+    let mut options = Vec::new();
+    let mut add = |random: &mut SmallRng, name: &str, values: &[&str]| {
+        if random.random_range(0..3) == 0 {
+            options.push(format!("{name}={}", one_of(random, values)));
+        }
+    };
+    let clusters = ["512", "4k", "16k", "64k", "256k", "2M", "3k", "4M"];
+    add(random, "cluster_size", &clusters);
+    add(random, "compat", &["0.10", "1.1", "v2", "v3", "2.0"]);
+    add(
+        random,
+        "refcount_bits",
+        &["1", "2", "8", "16", "32", "64", "7"],
+    );
+    add(random, "lazy_refcounts", &["on", "off", "maybe"]);
+    add(
+        random,
+        "preallocation",
+        &["off", "metadata", "falloc", "full", "x"],
+    );
+    add(random, "compression_type", &["zlib", "zlib", "lzo"]);
+    add(random, "data_file_raw", &["on", "off"]);
+    add(random, "unknown", &["1"]);
+    match options.is_empty() {
+        true => String::new(),
+        false => format!("-o {}", options.join(",")),
+    }
+}
+
+/// The same writes to both images.
+fn write_alike(pair: &Pair, random: &mut SmallRng, size: u64) {
+    let mut line = String::from("-f qcow2");
+    for _ in 0..random.random_range(1..5) {
+        let offset = random.random_range(0..size / 512) * 512;
+        let length = random.random_range(1..=512).min((size - offset) / 512) * 512;
+        let kind = one_of(
+            random,
+            &["write -P 5", "write -P 17", "write -z", "write -z -u"],
+        );
+        line.push_str(&format!(
+            " -c {} ",
+            format!("{kind} {offset} {length}").replace(' ', "\u{1}")
+        ));
+    }
+    let arguments: Vec<String> = words(&format!("{line} a.qcow2"))
+        .into_iter()
+        .map(|word| word.replace('\u{1}', " "))
+        .collect();
+    for directory in pair.directories() {
+        assert_eq!(
+            run(&directory, "qemu-io", &arguments).0,
+            Some(0),
+            "{arguments:?}"
+        );
+    }
+}
+
+#[test]
+fn images_are_made_like_qemu_img_makes_them() {
+    if !has_qemu() {
+        return;
+    }
+    for seed in seeds(30) {
+        println!("seed {seed}");
+        let mut random = SmallRng::seed_from_u64(seed);
+        let pair = Pair::new();
+        let options = create_options(&mut random);
+        let size = random.random_range(1..8192) * 512_u64;
+        let line = format!("create -f qcow2 {options} a.qcow2 {size}");
+        if pair.both(&line).0 != Some(0) {
+            for directory in pair.directories() {
+                assert!(!directory.join("a.qcow2").exists(), "{line}");
+            }
+            continue;
+        }
+        pair.compare(&line);
+        write_alike(&pair, &mut random, size);
+        pair.compare(&line);
+    }
+}
+
+#[test]
+fn amended_and_resized_images_agree_with_qemu_img() {
+    if !has_qemu() {
+        return;
+    }
+    for seed in seeds(4) {
+        println!("seed {seed}");
+        let mut random = SmallRng::seed_from_u64(1000 + seed);
+        let pair = Pair::new();
+        let cluster = one_of(&mut random, &["512", "4k", "64k"]);
+        let mut size = 2 << 20;
+        pair.both(&format!(
+            "create -f qcow2 -o cluster_size={cluster} a.qcow2 {size}"
+        ));
+        for _ in 0..6 {
+            write_alike(&pair, &mut random, size);
+            let line = match random.random_range(0..4) {
+                0 => {
+                    // Whole clusters: within one QEMU shows again what was cut off.
+                    let length = random.random_range(1..80) * 65536_u64;
+                    size = length;
+                    format!("resize -f qcow2 --shrink a.qcow2 {length}")
+                }
+                1 => {
+                    let mode = one_of(&mut random, &["off", "metadata", "falloc", "full"]);
+                    format!("resize -f qcow2 --preallocation={mode} a.qcow2 +128k")
+                }
+                _ => {
+                    let bits = one_of(&mut random, &["1", "2", "4", "8", "16", "32", "64", "3"]);
+                    let options = match random.random_range(0..5) {
+                        0 => "compat=0.10".to_owned(),
+                        1 => "compat=1.1".to_owned(),
+                        2 => format!("refcount_bits={bits}"),
+                        3 => format!("compat=1.1,refcount_bits={bits}"),
+                        _ => format!("lazy_refcounts={}", one_of(&mut random, &["on", "off"])),
+                    };
+                    format!("amend -f qcow2 -o {options} a.qcow2")
+                }
+            };
+            println!("{line}");
+            let outcome = pair.both(&line);
+            if line.contains("+128k") && outcome.0 == Some(0) {
+                size += 128 << 10;
+            }
+            pair.compare(&line);
+        }
+    }
+}
+
+#[test]
+fn mistakes_are_answered_in_the_words_of_qemu_img() {
+    if !has_qemu() {
+        return;
+    }
+    let pair = Pair::new();
+    pair.both("create -f qcow2 base.qcow2 1M");
+    pair.both("create -f qcow2 -b base.qcow2 -F qcow2 a.qcow2");
+    pair.both("create -f raw r.img 1M");
+    let mut different = Vec::new();
+    for line in [
+        "",
+        "nothing",
+        "create",
+        "create -z",
+        "create --nothing x 1M",
+        "create -f nothing x 1M",
+        "create -f qcow2 x",
+        "create -f qcow2 x 1x",
+        "create -f qcow2 x 9E",
+        "create -f qcow2 x 1M more",
+        "create -f qcow2 -o size=1M x 1M",
+        "create -f qcow2 -o cluster_size x 1M",
+        "create -f qcow2 -o backing_file=a.qcow2 a.qcow2",
+        "create -f qcow2 -b nothing -F qcow2 x",
+        "create -f qcow2 -F qcow2 x 1M",
+        "create -f raw -b base.qcow2 -F qcow2 x 1M",
+        "create -f raw -o preallocation=metadata x 1M",
+        "create -f qcow2 /nowhere/x 1M",
+        "create -f qcow2 x 100P",
+        "create -f qcow2 -o help",
+        "create -f qcow2 -o help x",
+        "create -f raw -o help",
+        "info",
+        "info nothing",
+        "info a.qcow2 base.qcow2",
+        "info --output=xml a.qcow2",
+        "info -f nothing a.qcow2",
+        "map",
+        "map --output=json a.qcow2",
+        "map a.qcow2",
+        "map --start-offset=64k --max-length=128k --output=json a.qcow2",
+        "map -f raw --output=json r.img",
+        "resize a.qcow2",
+        "resize a.qcow2 1x",
+        "resize a.qcow2 -2M",
+        "resize a.qcow2 512k",
+        "resize --preallocation=x a.qcow2 2M",
+        "resize --shrink --preallocation=full a.qcow2 512k",
+        "resize r.img 2M",
+        "resize -f raw --preallocation=metadata r.img 3M",
+        "amend a.qcow2",
+        "amend -o nothing=1 a.qcow2",
+        "amend -o cluster_size=4k a.qcow2",
+        "amend -o compat=2 a.qcow2",
+        "amend -o backing_file=x a.qcow2",
+        "amend -o data_file=x a.qcow2",
+        "amend -o data_file_raw=on a.qcow2",
+        "amend -o encrypt.state=active a.qcow2",
+        "amend -o lazy_refcounts=on,compat=0.10 a.qcow2",
+        "amend -f raw -o size=2M r.img",
+        "amend -f qcow2 -o help",
+    ] {
+        let [peer, own] = pair.directories();
+        let peer = run(&peer, PROGRAMS[0], &words(line));
+        let own = run(&own, PROGRAMS[1], &words(line));
+        if own != peer {
+            different.push(format!("{line}\n{own:#?}\n{peer:#?}"));
+        }
+    }
+    assert!(different.is_empty(), "{}", different.join("\n\n"));
+    pair.judged("qemu-img", "check a.qcow2");
+}
