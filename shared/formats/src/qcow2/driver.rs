@@ -120,6 +120,14 @@ impl Format for Qcow2 {
                 state.give_back(run);
             }
         }
+        let stored = match self.check_writable() {
+            Ok(()) => self.store_bitmaps().await,
+            // They stay marked as in use.
+            Err(_) => Ok(()),
+        };
+        if stored.is_ok() {
+            self.flush_metadata().await?;
+        }
         self.reclaim(Requests::Ended, usize::MAX).await;
         if self.is_metadata_dirty() {
             self.flush_metadata().await?;
@@ -128,7 +136,11 @@ impl Format for Qcow2 {
             self.trim_file().await?;
         }
         self.log.remove();
-        Ok(())
+        stored
+    }
+
+    fn bitmap_store(&self) -> Option<&dyn block::BitmapStore> {
+        Some(self)
     }
 
     fn snapshots(&self) -> Option<&dyn block::Snapshots> {
@@ -159,6 +171,9 @@ impl Format for Qcow2 {
             data.insert("compat".into(), json!("1.1"));
             let lazy = header.compatible & COMPATIBLE_LAZY_REFCOUNTS != 0;
             data.insert("lazy-refcounts".into(), json!(lazy));
+            if let Some(bitmaps) = self.describe_bitmaps() {
+                data.insert("bitmaps".into(), bitmaps);
+            }
             data.insert("corrupt".into(), json!(corrupt));
             data.insert("extended-l2".into(), json!(self.geometry.extended_l2));
             if self.geometry.external_data {

@@ -6,6 +6,7 @@
 //! The header is never written back as a whole: changes touch single fields, so unknown
 //! extensions stay as they are.
 
+use super::bitmaps::Extension;
 use super::compressed::Codec;
 use super::tables::{
     Geometry, HostOffset, MAX_HOST_OFFSET, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES,
@@ -99,6 +100,7 @@ pub(super) mod extension {
     pub(in super::super) const END: u32 = 0;
     pub(in super::super) const BACKING_FORMAT: u32 = 0xe279_2aca;
     pub(in super::super) const DATA_FILE: u32 = 0x4441_5441;
+    pub(in super::super) const BITMAPS: u32 = 0x2385_2875;
     pub(in super::super) const FEATURE_NAMES: u32 = 0x6803_f857;
 }
 
@@ -121,6 +123,8 @@ pub(super) struct Header {
     pub(super) autoclear: u64,
     /// What compressed clusters are encoded with.
     pub(super) codec: Codec,
+    /// The bitmaps extension.
+    pub(super) bitmaps: Option<Extension>,
     pub(super) backing_name: Option<String>,
     pub(super) backing_format: Option<String>,
     /// Name of the external data file.
@@ -165,6 +169,7 @@ impl Header {
             compatible: 0,
             autoclear: 0,
             codec: Codec::default(),
+            bitmaps: None,
             backing_name: None,
             backing_format: None,
             data_file: None,
@@ -247,6 +252,7 @@ impl Header {
                 extension::DATA_FILE => {
                     self.data_file = Some(text(data, "data file name")?);
                 }
+                extension::BITMAPS => self.bitmaps = Some(bitmaps_extension(data)?),
                 extension::FEATURE_NAMES => names = FeatureNames(data),
                 _ => {}
             }
@@ -353,6 +359,19 @@ impl Header {
             refcount_slice_bits: self.cluster_bits,
         }
     }
+}
+
+/// The body of the bitmaps extension; what it refers to is checked when it is used.
+fn bitmaps_extension(data: &[u8]) -> Result<Extension, Error> {
+    if data.len() != 24 {
+        return Err(invalid("bitmaps_ext: Invalid extension length"));
+    }
+    let raw = Raw(data);
+    Ok(Extension {
+        count: raw.u32(0),
+        length: raw.u64(8),
+        offset: HostOffset(raw.u64(16)),
+    })
 }
 
 /// The feature name table: entries of 48 bytes (type, bit, name).

@@ -26,6 +26,7 @@
 
 mod alloc;
 mod amend;
+mod bitmaps;
 mod cache;
 mod check;
 mod cluster;
@@ -63,6 +64,7 @@ pub use open::OpenOptions;
 pub use reclaim::DiscardPolicy;
 
 use alloc::Allocator;
+use bitmaps::Bitmaps;
 use block::Edge;
 use block::redo_log::RedoLog;
 use cache::{Claim, Pinned, TableCache};
@@ -126,6 +128,7 @@ pub struct Qcow2 {
     inflated: Inflated,
     health: Health,
     log: RedoLog,
+    bitmaps: Bitmaps,
     /// The snapshot that this image shows, when it is a view of one.
     shows: Option<Arc<()>>,
 }

@@ -4,11 +4,12 @@
 //! replay of the redo log). A read-only image needs nothing but the L1 table.
 
 use super::alloc::Allocator;
+use super::bitmaps::Bitmaps;
 use super::cache::options::CacheOptions;
 use super::cache::{Content, MAX_SLICES, TableCache};
 use super::cluster::PairSequence;
 use super::compressed::{Inflated, Packing};
-use super::header::{AUTOCLEAR_BITMAPS, Header, KNOWN_AUTOCLEAR, field, incompatible};
+use super::header::{Header, KNOWN_AUTOCLEAR, field, incompatible};
 use super::l1::L1Table;
 use super::overlap::{Fixed, MetadataMap};
 use super::reclaim::DiscardPolicy;
@@ -155,11 +156,13 @@ impl Qcow2 {
             inflated: Inflated::new(cluster_size),
             health: Default::default(),
             log: options.log,
+            bitmaps: Bitmaps::default(),
             shows: None,
         };
         if image.writable {
             image.prepare_for_writing().await?;
         }
+        image.load_bitmaps().await?;
         Ok(image)
     }
 
@@ -192,6 +195,7 @@ impl Qcow2 {
     pub(super) fn map_metadata(&self, state: &mut State) -> Result<(), Error> {
         let header = &self.header;
         self.map_snapshots(state);
+        self.map_bitmaps(state);
         let map = &mut state.metadata;
         let run = |offset: HostOffset, bytes: u64| self.clusters_of(offset, bytes);
         map.add_fixed(Fixed::Header, run(HostOffset(0), 1));
@@ -272,11 +276,6 @@ fn check_writable_features(header: &Header) -> Result<(), Error> {
     if header.incompatible & incompatible::CORRUPT != 0 {
         let message = "qcow2: Image is corrupt; cannot be opened read/write";
         return Err(Error::new(ErrorKind::Corrupt, message));
-    }
-    if header.autoclear & AUTOCLEAR_BITMAPS != 0 {
-        let message = "qcow2: persistent bitmaps are not supported; writing would invalidate \
-                       those of the image (open it read-only, or remove them)";
-        return Err(Error::new(ErrorKind::Unsupported, message));
     }
     Ok(())
 }

@@ -14,6 +14,7 @@ pub(super) enum Fixed {
     RefcountTable,
     SnapshotTable,
     SnapshotL1Table,
+    BitmapDirectory,
 }
 
 impl Fixed {
@@ -24,6 +25,7 @@ impl Fixed {
             Self::RefcountTable => "the refcount table",
             Self::SnapshotTable => "the snapshot table",
             Self::SnapshotL1Table => "a snapshot's L1 table",
+            Self::BitmapDirectory => "the bitmap directory",
         }
     }
 }

@@ -47,12 +47,14 @@ impl Qcow2 {
             let message = "The new size must be a multiple of 512";
             return Err(Error::new(ErrorKind::Invalid, message));
         }
+        let _alone = self.snapshotting.lock().await;
         let old = self.disk_size();
         let has_snapshots = !self.state().snapshots.entries.is_empty();
         if has_snapshots && self.header.version < 3 {
             let message = "Can't resize a v2 image which has snapshots";
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
+        self.check_bitmaps_resizable()?;
         self.flush_metadata().await.map_err(failed)?;
         match resize.length.cmp(&old) {
             std::cmp::Ordering::Less => self.shrink(resize.length).await.map_err(failed),

@@ -205,6 +205,7 @@ impl Qcow2 {
         header.l1_offset = entry.l1_offset;
         header.l1_entries = u64::from(entry.l1_entries);
         header.snapshots = 0;
+        header.bitmaps = None;
         if self.geometry.l1_entries_for(header.size) > header.l1_entries {
             let what = "the snapshot's L1 table is too small for its disk".to_owned();
             return Err(Failure::Corrupt(what).into_error());

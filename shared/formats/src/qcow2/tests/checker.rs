@@ -27,6 +27,26 @@ pub(super) struct Snapshot {
     size: u64,
 }
 
+/// A stored bitmap.
+pub(super) struct Bitmap {
+    pub(super) name: String,
+    pub(super) in_use: bool,
+    /// Bytes of a granule.
+    pub(super) granularity: u64,
+    clusters: Vec<Vec<u8>>,
+    /// Offset and entries of the table.
+    table: (u64, u64),
+    /// Offsets of the data clusters.
+    data: Vec<u64>,
+}
+
+impl Bitmap {
+    pub(super) fn is_dirty(&self, granule: u64) -> bool {
+        let bits: Vec<u8> = self.clusters.concat();
+        bits[granule as usize / 8] >> (granule % 8) & 1 != 0
+    }
+}
+
 /// What a check found.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Findings {
@@ -117,6 +137,68 @@ impl<'b> Checker<'b> {
         (start, at - start)
     }
 
+    /// Offset and bytes of the bitmap directory, and its entries.
+    fn bitmap_directory(&self) -> Option<(u64, u64, u32)> {
+        if self.u32(4) < 3 || self.u64(88) & 1 == 0 {
+            return None;
+        }
+        let mut at = u64::from(self.u32(100)).next_multiple_of(8);
+        loop {
+            match (self.u32(at), self.u32(at + 4)) {
+                (0, _) => return None,
+                (0x2385_2875, _) => {
+                    return Some((self.u64(at + 24), self.u64(at + 16), self.u32(at + 8)));
+                }
+                (_, length) => at += 8 + u64::from(length).next_multiple_of(8),
+            }
+        }
+    }
+
+    /// The stored bitmaps.
+    pub(super) fn bitmaps(&self) -> Vec<Bitmap> {
+        let Some((mut at, bytes, count)) = self.bitmap_directory() else {
+            return Vec::new();
+        };
+        let end = at + bytes;
+        let bitmaps = (0..count).map(|_| {
+            let (name, extra) = (self.u32(at + 16) & 0xffff, self.u32(at + 20));
+            let name_at = at + 24 + u64::from(extra);
+            let name = &self.bytes[name_at as usize..name_at as usize + name as usize];
+            let table = (self.u64(at), u64::from(self.u32(at + 8)));
+            let words = (0..table.1).map(|index| self.u64(table.0 + index * 8));
+            let bitmap = Bitmap {
+                name: String::from_utf8(name.to_vec()).unwrap(),
+                in_use: self.u32(at + 12) & 1 != 0,
+                granularity: 1 << (self.u32(at + 16) >> 16 & 0xff),
+                clusters: words.map(|word| self.bitmap_cluster(word)).collect(),
+                table,
+                data: (0..table.1)
+                    .map(|index| self.u64(table.0 + index * 8) & OFFSET)
+                    .filter(|offset| *offset != 0)
+                    .collect(),
+            };
+            at = (name_at + name.len() as u64).next_multiple_of(8);
+            bitmap
+        });
+        let bitmaps = bitmaps.collect();
+        assert_eq!(at, end, "the directory has another length");
+        bitmaps
+    }
+
+    fn bitmap_cluster(&self, word: u64) -> Vec<u8> {
+        let length = self.cluster_size as usize;
+        match (word & OFFSET, word & 1) {
+            (0, 0) => vec![0; length],
+            (0, _) => vec![0xff; length],
+            (at, _) => {
+                let rest = self.bytes.get(at as usize..).unwrap_or_default();
+                let mut cluster = rest[..rest.len().min(length)].to_vec();
+                cluster.resize(length, 0);
+                cluster
+            }
+        }
+    }
+
     fn l1(&self) -> (u64, u64) {
         (self.u64(40), u64::from(self.u32(36)))
     }
@@ -170,6 +252,15 @@ impl<'b> Checker<'b> {
         }
         let (snapshots, bytes) = self.snapshot_table();
         count(snapshots, bytes, "snapshot table");
+        if let Some((offset, bytes, _)) = self.bitmap_directory() {
+            count(offset, bytes, "bitmap directory");
+        }
+        for bitmap in self.bitmaps() {
+            count(bitmap.table.0, bitmap.table.1 * 8, "bitmap table");
+            for offset in bitmap.data {
+                count(offset, self.cluster_size, "bitmap");
+            }
+        }
         let mut l1_tables = vec![(l1, entries)];
         for snapshot in self.snapshots() {
             count(snapshot.l1.0, snapshot.l1.1 * 8, "snapshot's L1 table");

@@ -3,6 +3,7 @@
 //! A failure names its seed: `OUTBOARD_SEED=N OUTBOARD_SEEDS=1` runs that seed alone, in every test.
 //! A larger `OUTBOARD_SEEDS` runs more seeds, and every point of those sweeps that otherwise sample.
 
+use super::bitmaps::{self, State};
 use super::checker::Checker;
 use super::checks::check_bytes;
 use super::rig::{self, Disk, Setup};
@@ -36,6 +37,8 @@ struct Case {
     workload: Workload,
     /// Operations on snapshots beside the workload.
     snapshots: usize,
+    /// Bitmaps stored in the image before.
+    bitmaps: usize,
 }
 
 /// What the image's L2 entries are like.
@@ -76,6 +79,7 @@ const ROOMY: Case = Case {
         longest: 24 << 10,
     },
     snapshots: 0,
+    bitmaps: 0,
 };
 
 /// Subclusters of a sector each.
@@ -120,6 +124,7 @@ const TIGHT: Case = Case {
         longest: 400 << 10,
     },
     snapshots: 0,
+    bitmaps: 0,
 };
 
 /// Snapshots come and go meanwhile.
@@ -135,6 +140,13 @@ const SNAPSHOTS: Case = Case {
 /// As brief as [`BRIEF`], with snapshots.
 const BRIEF_SNAPSHOTS: Case = Case {
     snapshots: 4,
+    ..BRIEF
+};
+
+/// Stored bitmaps, one of which is removed meanwhile, and snapshots.
+const BITMAPS: Case = Case {
+    bitmaps: 2,
+    snapshots: 3,
     ..BRIEF
 };
 
@@ -210,8 +222,19 @@ impl Case {
         let random = SmallRng::seed_from_u64(seed ^ 0x5eed);
         let (other, operations) = (Rc::clone(history), self.snapshots);
         let snapshots = spawn(snapshots::operate(disk.clone(), other, random, operations));
+        let replacing = (self.bitmaps > 1).then(|| spawn(bitmaps::replace(disk.clone())));
         self.workload(seed).run(disk, history).await;
         snapshots.await;
+        if let Some(replacing) = replacing {
+            replacing.await;
+        }
+    }
+    /// Checks the bitmaps of an image that was not closed, if it has any.
+    fn check_bitmaps(&self, image: &Checker<'_>, content: &[u8]) -> super::workload::Check {
+        match self.bitmaps {
+            0 => Ok(()),
+            _ => bitmaps::check(image, content, State::Crashed),
+        }
     }
     fn setup(&self) -> Setup {
         self.setup_with(RedoLog::in_memory(self.log))
@@ -236,6 +259,11 @@ fn world(seed: u64, case: &Case) -> World {
     Executor::simulated(&world).block_on(async {
         rig::make(Path::new(IMAGE), options).await;
         rig::with_features(Path::new(IMAGE), case.size, case.layout.features()).await;
+        if case.bitmaps != 0 {
+            let disk = Disk::open(Path::new(IMAGE), case.setup()).await.unwrap();
+            (0..case.bitmaps).for_each(|number| bitmaps::add(&disk, &format!("b{number}"), 512));
+            disk.close().await.unwrap();
+        }
     });
     world.restart(
         &cut(world.log_len(), Subset::All),
@@ -317,6 +345,7 @@ fn a_clean_run_leaves_no_leak_and_the_right_content() {
         (&TIGHT, 20..22),
         (&SNAPSHOTS, 40..48),
         (&TIGHT_SNAPSHOTS, 50..52),
+        (&BITMAPS, 70..78),
         (&SUBCLUSTERS, 40..48),
         (&SUBCLUSTER_SNAPSHOTS, 40..44),
         (&DATA_FILE, 50..54),
@@ -338,6 +367,9 @@ fn a_clean_run_leaves_no_leak_and_the_right_content() {
             let content = checker.read_all(&[]);
             history.check_kill(&content, &[], usize::MAX).unwrap();
             snapshots::check(&history, &checker, usize::MAX).unwrap();
+            if case.bitmaps != 0 {
+                bitmaps::check(&checker, &content, State::Closed).unwrap();
+            }
             if case.layout == (Layout::DataFile { raw: true }) {
                 let mut raw = files.data.clone().unwrap();
                 raw.resize(content.len(), 0);
@@ -389,6 +421,14 @@ fn subclusters_and_data_files_survive_a_power_cut() {
     }
 }
 
+#[test]
+fn bitmaps_never_say_too_little_after_a_power_cut() {
+    for seed in seeds(70..71) {
+        println!("seed {seed}");
+        cut_power_everywhere(&BITMAPS, seed, (1, SUBSETS));
+    }
+}
+
 /// Cuts the power at every `step`-th entry of the log of a workload, and leaves of what was not
 /// flushed nothing, everything, and random parts: at least `subsets` in every epoch.
 fn cut_power_everywhere(case: &Case, seed: u64, (step, subsets): (usize, usize)) {
@@ -409,19 +449,20 @@ fn cut_power_everywhere(case: &Case, seed: u64, (step, subsets): (usize, usize))
                     subset,
                     tear,
                 };
-                assert_survived(&world, &history, &cut, seed);
+                assert_survived(case, (&world, &history), &cut, seed);
             }
         }
     }
 }
 
-fn assert_survived(world: &World, history: &History, cut: &PowerCut, seed: u64) {
+fn assert_survived(case: &Case, (world, history): (&World, &History), cut: &PowerCut, seed: u64) {
     let files = Files::new(world.power_cut(cut));
     let context = format!("seed {seed}, {cut:?}");
     let disk = files.sound_content(&context);
     let checked = history
         .check_power_cut(&disk, &[], cut.prefix)
-        .and_then(|()| snapshots::check(history, &files.checker(), cut.prefix));
+        .and_then(|()| snapshots::check(history, &files.checker(), cut.prefix))
+        .and_then(|()| case.check_bitmaps(&files.checker(), &disk));
     checked.unwrap_or_else(|wrong| panic!("{context}: {wrong}"));
 }
 
@@ -430,6 +471,7 @@ fn a_failing_disk_never_succeeds_silently() {
     let cases = [
         (&BRIEF, u64::MAX),
         (&BRIEF_SNAPSHOTS, u64::MAX),
+        (&BITMAPS, u64::MAX),
         (&ROOMY, 24),
         (&TIGHT, 6),
         (&TIGHT_SNAPSHOTS, 12),
@@ -479,7 +521,8 @@ fn run_with_fault(case: &Case, seed: u64, fault: Option<Fault>) -> u64 {
         let disk = files.sound_content(&context);
         let checked = history
             .check_power_cut(&disk, &[], moment)
-            .and_then(|()| snapshots::check(&history, &files.checker(), moment));
+            .and_then(|()| snapshots::check(&history, &files.checker(), moment))
+            .and_then(|()| case.check_bitmaps(&files.checker(), &disk));
         checked.unwrap_or_else(|wrong| panic!("{context}, {subset:?}: {wrong}"));
     }
     world.op_count()
@@ -491,6 +534,7 @@ fn completed_writes_survive_a_kill_at_every_moment() {
         (&BRIEF, 11..12, u64::MAX),
         (&BRIEF_SNAPSHOTS, 13..14, u64::MAX),
         (&SNAPSHOTS, 13..14, 60),
+        (&BITMAPS, 14..15, u64::MAX),
         (&ROOMY, 11..12, 80),
         (&TIGHT, 12..13, 14),
         (&SUBCLUSTERS, 13..14, 40),
@@ -553,7 +597,8 @@ fn kill_here(case: &Case, seed: u64, operations: u64) -> u64 {
     let content = files.sound_content(&context);
     let checked = history
         .check_kill(&content, &[], killed)
-        .and_then(|()| snapshots::check(&history, &files.checker(), killed));
+        .and_then(|()| snapshots::check(&history, &files.checker(), killed))
+        .and_then(|()| case.check_bitmaps(&files.checker(), &content));
     checked.unwrap_or_else(|wrong| panic!("{context}, power cut: {wrong}"));
     executor.block_on(disk.close()).unwrap();
     total

@@ -71,7 +71,7 @@ pub(super) async fn open(path: &Path) -> Disk {
 }
 
 /// Runs a random workload on the image and gives the disk's content.
-fn work(path: &Path, setup: Setup, seed: u64) -> Vec<u8> {
+pub(super) fn work(path: &Path, setup: Setup, seed: u64) -> Vec<u8> {
     on_host(async {
         let disk = Disk::open(path, setup).await.unwrap();
         let history = History::new(disk.node.length(), || 0);
