@@ -15,7 +15,7 @@ mod guest;
 mod stage;
 
 pub use back_end::BackEnd;
-pub use front_end::{Boot, FrontEnd};
+pub use front_end::{Boot, FrontEnd, Rings};
 pub use guest::Guest;
 pub use stage::{Stage, kvm_runs_guests, trial_boot};
 

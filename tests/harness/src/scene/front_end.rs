@@ -45,6 +45,27 @@ impl FromStr for FrontEnd {
     }
 }
 
+/// Layouts of virtqueues.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rings {
+    /// Split only.
+    Split,
+    /// Packed, too, which Linux prefers.
+    Packed,
+}
+
+impl FromStr for Rings {
+    type Err = anyhow::Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "split" => Ok(Self::Split),
+            "packed" => Ok(Self::Packed),
+            _ => bail!("unknown rings '{name}': split or packed"),
+        }
+    }
+}
+
 /// A guest to boot.
 #[derive(Debug, Clone)]
 pub struct Boot {
@@ -58,6 +79,8 @@ pub struct Boot {
     pub cpus: u32,
     /// The vhost-user socket of its disk, with the number of request queues; none for a guest without a disk.
     pub disk: Option<(PathBuf, u32)>,
+    /// How QEMU lets the guest lay its rings out; `outboard-vmm` offers whatever the daemon does.
+    pub rings: Rings,
     /// What the guest runs; empty for a shell.
     pub run: String,
 }
@@ -134,7 +157,12 @@ impl Boot {
         if let Some((socket, queues)) = &self.disk {
             let chardev = format!("socket,id=disk,reconnect=1,path={}", socket.display());
             command.args(["-chardev", &chardev]);
-            let device = format!("vhost-user-blk-pci,chardev=disk,num-queues={queues}");
+            let packed = match self.rings {
+                Rings::Split => "off",
+                Rings::Packed => "on",
+            };
+            let device =
+                format!("vhost-user-blk-pci,chardev=disk,num-queues={queues},packed={packed}");
             command.args(["-device", &device]);
         }
         command

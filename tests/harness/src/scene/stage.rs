@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
-use super::{Boot, FrontEnd, Guest, program};
+use super::{Boot, FrontEnd, Guest, Rings, program};
 use crate::nested::{Kernel, NestedVm, Outcome, guest_initramfs};
 
 /// Programs that a scene starts besides the daemon and the VMM.
@@ -180,6 +180,7 @@ pub fn trial_boot(front_end: FrontEnd) -> Result<()> {
         initramfs,
         cpus: 1,
         disk: None,
+        rings: Rings::Split,
         run: "true".into(),
     };
     Guest::start(&boot, directory.path())?.wait_for_line("@exit 0")

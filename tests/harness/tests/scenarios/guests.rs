@@ -61,6 +61,15 @@ fn the_trial_for_kvm_ends_well_where_guests_run() {
 #[test]
 fn a_guest_of_qemu_survives_the_daemons_death() {
     let outcome = play(&Stage::new("survive-kills", FrontEnd::QemuTcg).option("kills", 2));
+    assert_eq!(field(&outcome, "guest_ready", "packed"), false);
+    assert_survived(&outcome, 2);
+}
+
+#[test]
+fn a_guest_of_qemu_with_packed_rings_survives_the_daemons_death() {
+    let stage = Stage::new("survive-kills", FrontEnd::QemuTcg).option("kills", 2);
+    let outcome = play(&stage.option("rings", "packed"));
+    assert_eq!(field(&outcome, "guest_ready", "packed"), true);
     assert_survived(&outcome, 2);
 }
 
@@ -73,6 +82,7 @@ fn a_guest_of_qemu_on_kvm_survives_the_daemons_death() {
 #[test]
 fn a_guest_of_outboard_survives_the_daemons_death() {
     let outcome = play(&Stage::new("survive-kills", FrontEnd::Outboard).option("kills", 3));
+    assert_eq!(field(&outcome, "guest_ready", "packed"), true);
     assert_survived(&outcome, 3);
 }
 

@@ -3,8 +3,10 @@
 //! One binary, because linking dominates build time. Each module takes one side of the product; a
 //! scenario's name states what holds.
 
+mod blkio;
 mod clear;
 mod device;
+mod exports;
 mod guests;
 mod hostile;
 mod kill;

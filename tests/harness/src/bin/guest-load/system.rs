@@ -43,8 +43,16 @@ pub(crate) fn ready() -> Value {
         "queues": fs::read_dir("/sys/block/vda/mq").map_or(0, Iterator::count),
         "bytes": disk_bytes().unwrap_or(0),
         "serial": attribute("serial"),
+        "packed": is_packed(),
         "write_cache": attribute("queue/write_cache"),
     })
+}
+
+/// Whether the disk's rings are packed: feature 34 of its virtio device, which are listed as digits.
+fn is_packed() -> bool {
+    const RING_PACKED: usize = 34;
+    let features = fs::read("/sys/block/vda/device/features").unwrap_or_default();
+    features.get(RING_PACKED) == Some(&b'1')
 }
 
 /// Size of the disk in bytes, as the kernel sees it now.

@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
-use harness::scene::{Boot, FrontEnd};
+use harness::scene::{Boot, FrontEnd, Rings};
 
 use story::Story;
 
@@ -28,6 +28,8 @@ struct Options {
     initramfs: PathBuf,
     cpus: u32,
     queues: u32,
+    /// How the rings may lie in memory.
+    rings: Rings,
     /// How often the daemon dies.
     kills: u32,
     /// Syncs that the guest finishes before the daemon dies, and again after it is back.
@@ -43,6 +45,7 @@ impl Options {
             initramfs: PathBuf::new(),
             cpus: 2,
             queues: 2,
+            rings: Rings::Split,
             kills: 3,
             syncs: 20,
         };
@@ -56,6 +59,7 @@ impl Options {
                 "--initramfs" => options.initramfs = value.into(),
                 "--cpus" => options.cpus = value.parse().context("--cpus")?,
                 "--queues" => options.queues = value.parse().context("--queues")?,
+                "--rings" => options.rings = value.parse()?,
                 "--kills" => options.kills = value.parse().context("--kills")?,
                 "--syncs" => options.syncs = value.parse().context("--syncs")?,
                 _ => bail!("unknown option {name}"),
@@ -72,6 +76,7 @@ impl Options {
             initramfs: self.initramfs.clone(),
             cpus: self.cpus,
             disk: Some((socket, self.queues)),
+            rings: self.rings,
             run: "guest-load".into(),
         }
     }
