@@ -158,3 +158,58 @@ fn a_backing_file_without_a_format_is_not_probed() {
         "{error}"
     );
 }
+
+/// Gives the image the external data file `data.raw`, then names another one, as an attacker would.
+fn name_data_file(dir: &TempDir, name: &str) {
+    let images = dir.path().join("images");
+    let create = [
+        "create",
+        "-f",
+        "qcow2",
+        "-o",
+        "data_file=data.raw",
+        "top.qcow2",
+        "64k",
+    ];
+    qemu_img(&images, &create);
+    let path = images.join("top.qcow2");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let known = b"DATA\0\0\0\x08data.raw";
+    let at = bytes
+        .windows(known.len())
+        .position(|window| window == known);
+    let at = at.unwrap();
+    // The extension grows over the padding and the end mark behind it.
+    assert!(name.len() <= 256);
+    let mut extension = b"DATA".to_vec();
+    extension.extend((name.len() as u32).to_be_bytes());
+    extension.extend(name.as_bytes());
+    extension.resize(extension.len().next_multiple_of(8) + 8, 0);
+    bytes[at..at + extension.len()].copy_from_slice(&extension);
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn a_data_file_is_opened_under_the_same_policy() {
+    let dir = directories();
+    name_data_file(&dir, "data.raw");
+    let allowed = open(&dir, NamePolicy::default());
+    assert_eq!(allowed.unwrap(), 0);
+    let absolute = dir.path().join("other/other.raw");
+    let absolute = absolute.to_str().unwrap();
+    let json = "json:{\"driver\":\"file\"}";
+    for name in [absolute, "../other/other.raw", json] {
+        name_data_file(&dir, name);
+        let error = open(&dir, NamePolicy::default()).expect_err(name);
+        assert_eq!(error.kind, ErrorKind::Forbidden, "{name}: {error}");
+    }
+    name_data_file(&dir, "top.qcow2");
+    let error = open(&dir, NamePolicy::default()).expect_err("itself");
+    assert_eq!(error.kind, ErrorKind::Corrupt, "{error}");
+    name_data_file(&dir, absolute);
+    let policy = NamePolicy {
+        allowed_dirs: vec![dir.path().join("other")],
+    };
+    let error = open(&dir, policy);
+    assert_eq!(error.unwrap(), 0, "unallocated clusters read as zeroes");
+}
