@@ -57,6 +57,15 @@ pub enum Access {
     ReadOnly,
 }
 
+/// Where a disk's images are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In the directory for temporary files, mostly on a disk.
+    Temporary,
+    /// On tmpfs, where the daemon maps them.
+    Memory,
+}
+
 /// The disk that a scenario wants.
 #[derive(Clone, Debug)]
 pub struct Disk {
@@ -66,6 +75,8 @@ pub struct Disk {
     pub format: Format,
     /// Virtual size in bytes.
     pub bytes: u64,
+    /// Where the images are.
+    pub place: Place,
     /// Virtqueues.
     pub queues: usize,
     /// `iothread` objects that the queues are spread over; the default thread when 0.
@@ -87,6 +98,7 @@ impl Disk {
             program,
             format,
             bytes: 64 << 20,
+            place: Place::Temporary,
             queues: 1,
             iothreads: 1,
             access: Access::Writable,
@@ -229,9 +241,12 @@ impl Rig {
     /// # Errors
     /// When a tool, `prepare` or the daemon fails.
     pub fn start_prepared(disk: Disk, prepare: impl FnOnce(&Paths) -> Result<()>) -> Result<Self> {
-        let directory = tempfile::Builder::new()
-            .prefix("outboard-test-")
-            .tempdir()?;
+        let mut builder = tempfile::Builder::new();
+        builder.prefix("outboard-test-");
+        let directory = match disk.place {
+            Place::Temporary => builder.tempdir()?,
+            Place::Memory => builder.tempdir_in("/dev/shm")?,
+        };
         let at = |name: &str| directory.path().join(name);
         let paths = Paths {
             image: at("disk.img"),

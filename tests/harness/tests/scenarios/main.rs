@@ -9,6 +9,7 @@ mod device;
 mod exports;
 mod guests;
 mod hostile;
+mod in_memory;
 mod kill;
 mod lifecycle;
 mod memory;
