@@ -252,6 +252,29 @@ impl OpenRequest<'_> {
         Ok(log)
     }
 
+    /// Refuses an image whose writer was killed and left changes in its redo log: without them the
+    /// file is older than what the guest was told is done, and a repair would give away what they
+    /// refer to.
+    ///
+    /// # Errors
+    /// `Busy` naming what to do; what opening the log answers.
+    pub fn refuse_left_behind(&self, image_file: &Edge) -> Result<()> {
+        let image = image_file.node();
+        let (Some(directory), Some(identity)) = (self.graph.redo_dir(), image.identity()) else {
+            return Ok(());
+        };
+        let left = RedoLog::left_behind(directory, &identity)?;
+        if left == 0 {
+            return Ok(());
+        }
+        let message = format!(
+            "the process that served '{}' was killed and left {left} metadata changes in its redo \
+             log; start it again, or open the image for writing once, to complete them",
+            image.filename()
+        );
+        Err(Error::new(ErrorKind::Busy, message))
+    }
+
     async fn open_backing(
         &self,
         image_file: &Edge,

@@ -129,7 +129,7 @@ impl RedoLog {
     /// `Io` when the file cannot be made or mapped; `Corrupt` when it is not a redo log, or when
     /// the image was modified by another program since.
     pub fn open(directory: &Path, image: &ImageIdentity) -> Result<RedoLog> {
-        let path = directory.join(format!("redo-{:x}-{:x}", image.device, image.inode));
+        let path = path_of(directory, image);
         let (words, most) = (words_for(DEFAULT_CAPACITY), words_for(MAX_CAPACITY));
         let memory = SharedMemory::open(&path, words, most).map_err(|error| {
             Error::new(
@@ -140,6 +140,17 @@ impl RedoLog {
         let log = RedoLog::over(memory, MAX_CAPACITY, Some(path));
         log.adopt(image)?;
         Ok(log)
+    }
+
+    /// How many changes a process that was killed left for `image`. Makes no log.
+    ///
+    /// # Errors
+    /// As [`RedoLog::open`].
+    pub fn left_behind(directory: &Path, image: &ImageIdentity) -> Result<usize> {
+        match path_of(directory, image).exists() {
+            true => Ok(Self::open(directory, image)?.recover()?.len()),
+            false => Ok(0),
+        }
     }
 
     fn over(memory: SharedMemory, most: usize, path: Option<PathBuf>) -> RedoLog {
@@ -416,6 +427,10 @@ fn store(words: &[AtomicU64], record: &Record) {
     }
 }
 
+fn path_of(directory: &Path, image: &ImageIdentity) -> PathBuf {
+    directory.join(format!("redo-{:x}-{:x}", image.device, image.inode))
+}
+
 fn wall_clock_ns() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -568,6 +583,18 @@ mod tests {
             drop(log);
             beating.await;
         });
+    }
+
+    #[test]
+    fn what_was_left_behind_is_counted_without_making_a_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let left = || RedoLog::left_behind(dir.path(), &identity(0)).unwrap();
+        assert_eq!(left(), 0);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        let log = RedoLog::open(dir.path(), &identity(0)).unwrap();
+        assert_eq!(left(), 0);
+        assert!(log.append(&[record(1), record(2)]));
+        assert_eq!(left(), 2);
     }
 
     #[test]
