@@ -173,9 +173,8 @@ impl Qcow2 {
             None => (self.find_at_end(state, want)?, Storage::Anything),
         };
         if let Some(what) = state.metadata.overlap(run) {
-            let offset = self.geometry.host_offset(run.first).0;
             return Err(Need::Corrupt(format!(
-                "cluster at {offset:#x} is counted as free but holds {what}"
+                "Preventing invalid write on metadata (overlaps with {what})"
             )));
         }
         self.set_refcounts(run, 1)?;
@@ -343,8 +342,7 @@ impl Qcow2 {
         match overlap {
             None => Ok(()),
             Some(what) => {
-                let offset = self.geometry.host_offset(run.first).0;
-                let what = format!("new metadata at {offset:#x} would overwrite {what}");
+                let what = format!("Preventing invalid write on metadata (overlaps with {what})");
                 Err(self.corruption(what).await)
             }
         }

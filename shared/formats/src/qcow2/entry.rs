@@ -4,7 +4,7 @@ use super::cache::clean_regularly;
 use super::header::{Header, MAGIC, incompatible};
 use super::open::{OpenOptions, check_data_file, read_header};
 use super::reclaim::DiscardPolicy;
-use super::{CacheOptions, Qcow2, check};
+use super::{CacheOptions, OverlapChecks, Qcow2, check};
 use block::open::ChildRole;
 use block::{
     BoxFuture, Discard, Driver, DriverEntry, Edge, Error, ErrorKind, FormatNode, OpenRequest,
@@ -71,6 +71,9 @@ fn take_options(request: &mut OpenRequest<'_>) -> Result<OpenOptions, Error> {
         refcounts: request.take_size("refcount-cache-size")?,
         clean_interval_s: request.take_size("cache-clean-interval")?,
     };
+    if let Some(value) = request.take("overlap-check") {
+        options.overlap_checks = OverlapChecks::parse(&value)?;
+    }
     // Refcounts are kept exact whatever the image or the user asks: it costs nothing here.
     request.take_bool("lazy-refcounts")?;
     options.discards = discard_policy(request)?;
@@ -94,6 +97,9 @@ pub(super) async fn take_parts(request: &mut OpenRequest<'_>) -> Result<Parts, E
     };
     if !options.read_only {
         options.log = request.redo_log(&file)?;
+    } else if request.purpose() == Purpose::Serve && !request.node().force_share {
+        // With force-share the writer may be alive: what is read is as of its last flush.
+        request.refuse_left_behind(&file)?;
     }
     Ok(Parts {
         file,

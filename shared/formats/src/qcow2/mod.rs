@@ -61,6 +61,7 @@ pub use compressed::Codec;
 pub use create::{CreateOptions, create};
 pub use entry::ENTRY;
 pub use open::OpenOptions;
+pub use overlap::OverlapChecks;
 pub use reclaim::DiscardPolicy;
 
 use alloc::Allocator;
@@ -233,8 +234,20 @@ impl Qcow2 {
     /// Metadata makes no sense: says so, stops all writing for good, and answers with `EIO`.
     async fn corruption(&self, what: impl Display) -> Errno {
         let node = self.file.node().name();
-        tracing::error!(file = node, "qcow2 image is corrupt: {what}");
         let known = self.health.corrupt.swap(true, Relaxed);
+        match (known, self.writable) {
+            (true, _) => tracing::debug!(file = node, "qcow2: {what}"),
+            (false, true) => tracing::error!(
+                file = node,
+                "qcow2: Marking image as corrupt: {what}; further corruption events will be \
+                 suppressed"
+            ),
+            (false, false) => tracing::error!(
+                file = node,
+                "qcow2: Image is corrupt: {what}; further non-fatal corruption events will be \
+                 suppressed"
+            ),
+        }
         self.health.not_in_place.fetch_or(CORRUPT, Relaxed);
         if self.writable && !known && self.header.version >= 3 {
             let features = self.header.incompatible | header::incompatible::CORRUPT;

@@ -11,7 +11,7 @@ use super::cluster::PairSequence;
 use super::compressed::{Inflated, Packing};
 use super::header::{Header, KNOWN_AUTOCLEAR, field, incompatible};
 use super::l1::L1Table;
-use super::overlap::{Fixed, MetadataMap};
+use super::overlap::{Fixed, MetadataMap, OverlapChecks, Structure};
 use super::reclaim::DiscardPolicy;
 use super::snapshots::SnapshotTable;
 use super::tables::{
@@ -44,6 +44,8 @@ pub struct OpenOptions {
     pub discards: DiscardPolicy,
     /// The external data file of an image that has one.
     pub data_file: Option<Edge>,
+    /// What newly written clusters must not overlap.
+    pub overlap_checks: OverlapChecks,
 }
 
 impl Default for OpenOptions {
@@ -54,6 +56,7 @@ impl Default for OpenOptions {
             log: RedoLog::disabled(),
             discards: DiscardPolicy::default(),
             data_file: None,
+            overlap_checks: OverlapChecks::default(),
         }
     }
 }
@@ -139,7 +142,7 @@ impl Qcow2 {
                 reclaimable: Default::default(),
                 abandoned: Vec::new(),
                 packing: Packing::default(),
-                metadata: MetadataMap::default(),
+                metadata: MetadataMap::new(options.overlap_checks),
                 snapshots,
                 flushes: 0,
                 flush_under_way: false,
@@ -182,6 +185,14 @@ impl Qcow2 {
         .map_err(|error| error.context("Could not read refcount table"))?;
         self.state().refcount_table.entries = entries;
         self.map_metadata(&mut self.state())?;
+        if self
+            .state()
+            .metadata
+            .checks()
+            .has(Structure::SnapshotL2Table)
+        {
+            self.map_snapshot_l2_tables().await?;
+        }
         if header.autoclear & !KNOWN_AUTOCLEAR != 0 {
             let cleared = (header.autoclear & KNOWN_AUTOCLEAR).to_be_bytes();
             self.write_bytes(field::AUTOCLEAR as u64, &cleared)
@@ -189,6 +200,30 @@ impl Qcow2 {
                 .map_err(|errno| Error::io("Could not update qcow2 header", errno))?;
         }
         self.replay().await
+    }
+
+    /// Finds the L2 tables of snapshots. Those that the active state shares are known already.
+    async fn map_snapshot_l2_tables(&self) -> Result<(), Error> {
+        let entries = self.state().snapshots.entries.clone();
+        let mut clusters = Vec::new();
+        for entry in entries {
+            let length = u64::from(entry.l1_entries) * 8;
+            read_words(&self.file, entry.l1_offset, length, |_, word| {
+                if word & OFFSET_MASK != 0 {
+                    let offset = HostOffset(word & OFFSET_MASK);
+                    clusters.push(self.geometry.host_cluster(offset));
+                }
+            })
+            .await
+            .map_err(|error| error.context("Could not read the L1 table of a snapshot"))?;
+            clusters.sort_unstable();
+            clusters.dedup();
+        }
+        let mut state = self.state();
+        for cluster in clusters {
+            state.metadata.add_snapshot_l2_table(cluster);
+        }
+        Ok(())
     }
 
     /// Finds all metadata; refuses an image in which two structures share a place.

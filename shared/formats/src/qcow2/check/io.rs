@@ -9,7 +9,7 @@ use block::{Buffer, Edge, Errno, Preallocation, Resize, WriteFlags};
 /// Least that is read at once, in bytes.
 const WINDOW: u64 = 64 << 10;
 /// What may be read however short the file is, in bytes.
-const FREE_BYTES: u64 = 64 << 20;
+const FREE_BYTES: u64 = 16 << 20;
 /// How often the file may be read in a pass.
 const PASSES: u64 = 3;
 

@@ -26,6 +26,9 @@ pub(in super::super) async fn open_node(
         request.take(option);
     }
     let file = request.required_child("file", ChildRole::Image).await?;
+    if !request.node().read_only {
+        request.refuse_left_behind(&file)?;
+    }
     let layout = read_layout(&file).await?;
     Ok(Box::new(CheckedImage {
         file,

@@ -360,7 +360,7 @@ impl Qcow2 {
         state.refcount_table.offset = self.geometry.host_offset(prepared.refcount_table_run.first);
         state.refcount_table.entries = prepared.refcount_table;
         state.snapshots = prepared.snapshots;
-        state.metadata = Default::default();
+        state.metadata.forget();
         if let Err(error) = self.map_metadata(state) {
             // Cannot be: every place was reserved after a check against the map before.
             tracing::error!(%error, "qcow2 metadata overlaps after a snapshot operation");

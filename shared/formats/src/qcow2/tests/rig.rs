@@ -261,6 +261,7 @@ impl Disk {
                 .data_file
                 .map(|path| edge(&leaf(&path), "data-file", ChildRole::Data)),
             discards: setup.discards,
+            ..OpenOptions::default()
         };
         let image = Qcow2::open(file, backing, options).await?;
         let stalls = Arc::clone(&image.stalls);
