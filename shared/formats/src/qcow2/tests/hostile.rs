@@ -24,7 +24,7 @@ fn files_of(bytes: &[u8]) -> Image {
 }
 
 /// A small image with something of everything.
-fn sample(cluster_size: u64) -> Vec<u8> {
+pub(super) fn sample(cluster_size: u64) -> Vec<u8> {
     let world = World::new(Config::default());
     Executor::simulated(&world).block_on(async {
         let options = CreateOptions {

@@ -176,3 +176,31 @@ fn a_dirty_image_is_repaired_when_it_is_opened_for_writing() {
     assert_eq!(Checker::new(&after).check(), Default::default());
     assert_eq!(after[79], 0);
 }
+
+#[test]
+fn after_a_failed_sync_no_flush_succeeds_until_the_image_is_opened_again() {
+    let world = world_of(&sample(16));
+    Executor::simulated(&world).block_on(async {
+        let open = || Disk::open(Path::new(IMAGE), Setup::default());
+        let disk = open().await.unwrap();
+        disk.write(0, &[1; 512]).await.unwrap();
+        disk.root.flush().await.unwrap();
+        disk.write(0, &[2; 512]).await.unwrap();
+        world.inject(Fault {
+            op_index: world.op_count(),
+            errno: Errno::EIO,
+            sticky: false,
+        });
+        assert_eq!(disk.root.flush().await, Err(Errno::EIO));
+        // The disk works again, and what it has lost is not known.
+        assert!(disk.root.flush().await.is_err());
+        disk.write(0, &[3; 512]).await.unwrap();
+        disk.write(300 << 10, &[3; 512]).await.unwrap();
+        assert!(disk.root.flush().await.is_err());
+        assert!(disk.close().await.is_err());
+        let disk = open().await.unwrap();
+        disk.write(0, &[4; 512]).await.unwrap();
+        disk.root.flush().await.unwrap();
+        disk.close().await.unwrap();
+    });
+}

@@ -2,6 +2,7 @@
 //! failing I/O.
 
 mod crash;
+mod hostile;
 mod images;
 mod peers;
 
