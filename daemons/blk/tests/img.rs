@@ -153,7 +153,9 @@ fn create_options(random: &mut SmallRng) -> String {
         "preallocation",
         &["off", "metadata", "falloc", "full", "x"],
     );
-    add(random, "compression_type", &["zlib", "zlib", "lzo"]);
+    add(random, "compression_type", &["zlib", "zstd", "zstd", "lzo"]);
+    add(random, "extended_l2", &["on", "off"]);
+    add(random, "data_file", &["d"]);
     add(random, "data_file_raw", &["on", "off"]);
     add(random, "unknown", &["1"]);
     match options.is_empty() {

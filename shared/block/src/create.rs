@@ -171,7 +171,11 @@ impl CreateRequest<'_> {
     /// The protocol's; `Busy` when the file or node is in use.
     pub async fn file(&mut self) -> Result<Edge> {
         let node = match &self.target {
-            Target::Name(name) => self.make(name.clone(), Map::new()).await?,
+            Target::Name(name) => {
+                let name = name.clone();
+                let members = self.take_file_members();
+                self.make(name, members).await?
+            }
             Target::Node(node) => Arc::clone(node),
         };
         self.attach(&node, "file", ChildRole::Image)
@@ -205,6 +209,16 @@ impl CreateRequest<'_> {
     pub fn data_node(&mut self, name: &str) -> Result<Edge> {
         let node = self.graph.find(name)?;
         self.attach(&node, "data-file", ChildRole::Data)
+    }
+
+    /// Options of the protocol that were given beside those of the format.
+    fn take_file_members(&mut self) -> Map<String, Value> {
+        let names = ["nocow", "extent-size-hint"];
+        let members = names.into_iter().filter_map(|name| {
+            let value = self.options.take(name)?;
+            Some((name.to_owned(), value))
+        });
+        members.collect()
     }
 
     async fn make(&self, name: String, members: Map<String, Value>) -> Result<Arc<Node>> {

@@ -193,6 +193,7 @@ impl Wanted {
 /// An image whose driver is closed between steps.
 struct Amended {
     file: Edge,
+    data_file: Option<Edge>,
     backing: Option<Edge>,
     header: Header,
 }
@@ -222,10 +223,11 @@ impl Amended {
             file,
             backing,
             header,
-            options,
+            mut options,
         } = parts;
         let image = Self {
             file,
+            data_file: options.data_file.take(),
             backing,
             header,
         };
@@ -279,16 +281,26 @@ impl Amended {
         options: OpenOptions,
         work: impl AsyncFnOnce(&FormatNode<Qcow2>) -> Result<T, Error>,
     ) -> Result<(T, Self), Error> {
+        let options = OpenOptions {
+            data_file: self.data_file,
+            ..options
+        };
         let image = Qcow2::open_parsed(self.file, self.backing, self.header, options).await?;
         let node = FormatNode::new(image);
         let result = work(&node).await;
         let closed = node.close().await;
         let result = result?;
         closed.map_err(|errno| Error::io("Could not close the image", errno))?;
-        let Qcow2 { file, backing, .. } = node.into_format();
+        let Qcow2 {
+            file,
+            data_file,
+            backing,
+            ..
+        } = node.into_format();
         let header = read_header(&file).await?;
         let image = Self {
             file,
+            data_file,
             backing,
             header,
         };

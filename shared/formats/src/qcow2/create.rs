@@ -101,6 +101,10 @@ impl CreateOptions {
                  is on",
             );
         }
+        if has_backing && self.preallocation != Preallocation::Off {
+            let message = "qcow2: preallocation over a backing file is not supported";
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
         if self.data_file_raw && self.data_file.is_none() {
             return invalid("data-file-raw requires data-file");
         }
@@ -217,6 +221,23 @@ impl Layout {
 /// # Errors
 /// `Invalid` for options that do not fit together, `Unsupported`, `Io`.
 pub async fn create(file: Edge, options: &CreateOptions) -> Result<(), Error> {
+    create_with_data(file, None, options).await
+}
+
+/// Makes a new image in `file` whose data is in `data_file`, when that is there. The contents of
+/// both are lost.
+///
+/// # Errors
+/// As [`create`].
+pub async fn create_with_data(
+    file: Edge,
+    data_file: Option<Edge>,
+    options: &CreateOptions,
+) -> Result<(), Error> {
+    if options.data_file.is_some() != data_file.is_some() {
+        let message = "A data file and its name go together";
+        return Err(Error::new(ErrorKind::Invalid, message));
+    }
     let geometry = options.check()?;
     let layout = Layout::new(&geometry, options.size).ok_or_else(too_large)?;
     let header = header_cluster(options, &geometry, &layout)?;
@@ -228,13 +249,15 @@ pub async fn create(file: Edge, options: &CreateOptions) -> Result<(), Error> {
     write_tables(&file, &geometry, &layout, header)
         .await
         .map_err(|errno| Error::io("Could not write qcow2 metadata", errno))?;
-    if !options.maps_everything() {
+    if !options.maps_everything() && data_file.is_none() {
         return Ok(());
     }
-    let image = Qcow2::open(file, None, OpenOptions::default()).await?;
-    let mapped = image
-        .preallocate(0..options.size, options.preallocation)
-        .await;
+    let open = OpenOptions {
+        data_file,
+        ..OpenOptions::default()
+    };
+    let image = Qcow2::open(file, None, open).await?;
+    let mapped = image.fill_new(options).await;
     let closed = image.close().await;
     mapped?;
     closed.map_err(|errno| Error::io("Could not close the new image", errno))
@@ -333,4 +356,22 @@ async fn write_tables(
     file.node().flush().await?;
     write_to(file, 0, &header).await?;
     file.node().flush().await
+}
+
+impl Qcow2 {
+    /// Gives a new image's data file its length, and its clusters their places.
+    async fn fill_new(&self, options: &CreateOptions) -> Result<(), Error> {
+        let resize = Resize {
+            length: options.size,
+            preallocation: options.preallocation,
+        };
+        self.resize_data_file(0, resize).await?;
+        match options.maps_everything() {
+            true => {
+                let everything = 0..options.size;
+                self.preallocate(everything, options.preallocation).await
+            }
+            false => Ok(()),
+        }
+    }
 }

@@ -1,8 +1,8 @@
 //! What `create` offers for qcow2: the options as tools and QMP spell them.
 
-use super::create::{CreateOptions, create};
-use block::Error;
+use super::create::{CreateOptions, create_with_data};
 use block::create::{CreateRequest, Creator, OptionKind, OptionSpec};
+use block::{Error, ErrorKind};
 
 const fn text(name: &'static str, member: &'static str, help: &'static str) -> OptionSpec {
     OptionSpec::new((name, member), OptionKind::Text, help)
@@ -122,9 +122,20 @@ pub(super) const CREATOR: Creator = Creator {
 
 async fn create_image(request: &mut CreateRequest<'_>) -> Result<(), Error> {
     let options = take_options(request)?;
+    let encrypt = request.take("encrypt");
+    if encrypt.is_some() {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "qcow2: making encrypted images is not supported",
+        ));
+    }
     let file = request.file().await?;
+    let data_file = match &options.data_file {
+        Some(name) => Some(request.data_file(name).await?),
+        None => None,
+    };
     request.finish()?;
-    create(file, &options).await
+    create_with_data(file, data_file, &options).await
 }
 
 fn take_options(request: &mut CreateRequest<'_>) -> Result<CreateOptions, Error> {

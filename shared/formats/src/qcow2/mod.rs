@@ -58,7 +58,7 @@ mod zero;
 
 pub use cache::options::CacheOptions;
 pub use compressed::Codec;
-pub use create::{CreateOptions, create};
+pub use create::{CreateOptions, create, create_with_data};
 pub use entry::ENTRY;
 pub use open::OpenOptions;
 pub use overlap::OverlapChecks;

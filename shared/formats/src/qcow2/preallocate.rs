@@ -47,7 +47,10 @@ impl Qcow2 {
             let plan = self.prepare(wanted).await?;
             let next = plan.range.offset + plan.range.length;
             let storage = ByteRange::new(plan.host_offset, plan.range.length);
-            if let Err(errno) = self.fill(storage, mode, fresh_from).await {
+            // An external data file has been given its length, and storage, as a whole.
+            if self.data_file.is_none()
+                && let Err(errno) = self.fill(storage, mode, fresh_from).await
+            {
                 self.abort_write(plan);
                 return Err(errno);
             }
@@ -55,6 +58,30 @@ impl Qcow2 {
             offset = next;
         }
         Ok(())
+    }
+
+    /// Gives an external data file the length of the disk. What it holds beyond `from` goes first.
+    pub(super) async fn resize_data_file(&self, from: u64, resize: Resize) -> Result<(), Error> {
+        let Some(data) = &self.data_file else {
+            return Ok(());
+        };
+        let node = data.node();
+        if node.length() > from && resize.length > from {
+            let cut = Resize {
+                length: from,
+                preallocation: Preallocation::Off,
+            };
+            node.resize(cut).await?;
+        }
+        let preallocation = match resize.preallocation {
+            Preallocation::Metadata => Preallocation::Off,
+            other => other,
+        };
+        node.resize(Resize {
+            preallocation,
+            ..resize
+        })
+        .await
     }
 
     /// Makes storage that is about to be mapped read as zeroes.

@@ -57,7 +57,10 @@ impl Qcow2 {
         self.check_bitmaps_resizable()?;
         self.flush_metadata().await.map_err(failed)?;
         match resize.length.cmp(&old) {
-            std::cmp::Ordering::Less => self.shrink(resize.length).await.map_err(failed),
+            std::cmp::Ordering::Less => {
+                self.shrink(resize.length).await.map_err(failed)?;
+                self.resize_data_file(resize.length, resize).await
+            }
             std::cmp::Ordering::Equal => Ok(()),
             std::cmp::Ordering::Greater => self.grow(old..resize.length, resize).await,
         }
@@ -92,6 +95,11 @@ impl Qcow2 {
             let clusters = self.geometry.guest_cluster(start)..self.geometry.guest_cluster(end);
             self.unmap(clusters).await.map_err(failed)?;
         }
+        let resize = Resize {
+            length: added.end,
+            preallocation,
+        };
+        self.resize_data_file(added.start, resize).await?;
         let backed = self.backing.as_ref();
         let backed = backed.map_or(0, |backing| backing.node().length());
         let mut at = start;
@@ -106,7 +114,7 @@ impl Qcow2 {
                 .await
                 .map_err(failed)?;
         }
-        if preallocation != Preallocation::Off {
+        if preallocation != Preallocation::Off || self.is_raw_data_file() {
             self.preallocate(start..added.end, preallocation).await?;
         }
         self.flush_metadata().await.map_err(failed)
