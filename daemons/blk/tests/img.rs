@@ -21,7 +21,7 @@ fn run(directory: &Path, program: &str, arguments: &[String]) -> Outcome {
         .args(arguments)
         .current_dir(directory)
         .output()
-        .unwrap();
+        .expect("the program runs");
     let text = |bytes: &[u8]| {
         let text = String::from_utf8_lossy(bytes);
         // Progress is a matter of taste, the name is not its own.
@@ -44,9 +44,9 @@ struct Pair(tempfile::TempDir);
 
 impl Pair {
     fn new() -> Self {
-        let pair = Self(tempfile::tempdir().unwrap());
+        let pair = Self(tempfile::tempdir().expect("a temporary directory"));
         for directory in pair.directories() {
-            std::fs::create_dir(directory).unwrap();
+            std::fs::create_dir(directory).expect("a new directory");
         }
         pair
     }
@@ -98,7 +98,7 @@ impl Pair {
         let content = |directory: &Path| {
             let convert = words("convert -f qcow2 -O raw a.qcow2 a.raw");
             assert_eq!(run(directory, "qemu-img", &convert).0, Some(0), "{context}");
-            std::fs::read(directory.join("a.raw")).unwrap()
+            std::fs::read(directory.join("a.raw")).expect("what was just written")
         };
         assert!(
             content(&own) == content(&peer),
