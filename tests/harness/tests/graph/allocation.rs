@@ -1,4 +1,4 @@
-//! The hot path allocates nothing.
+//! The hot path allocates nothing. Counts what every test of this binary allocates.
 #![expect(unsafe_code, reason = "a counting allocator")]
 
 use crate::rig::{graph, open_root, options, run};
@@ -11,16 +11,30 @@ struct Counting;
 
 thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+    /// Bytes that this thread holds, as far as it allocated and freed them itself.
+    static HELD: Cell<i64> = const { Cell::new(0) };
+    static MOST_HELD: Cell<i64> = const { Cell::new(0) };
+}
+
+/// What `work` returns, and how many more bytes than before were held at once meanwhile.
+pub(crate) fn peak<T>(work: impl FnOnce() -> T) -> (T, i64) {
+    let before = HELD.get();
+    MOST_HELD.set(before);
+    let result = work();
+    (result, MOST_HELD.get() - before)
 }
 
 // SAFETY: everything is done by the system's allocator; counting touches a `Cell` only.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        HELD.set(HELD.get() + layout.size() as i64);
+        MOST_HELD.set(MOST_HELD.get().max(HELD.get()));
         // SAFETY: passed on.
         unsafe { System.alloc(layout) }
     }
     unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        HELD.set(HELD.get() - layout.size() as i64);
         // SAFETY: passed on.
         unsafe { System.dealloc(ptr, layout) }
     }

@@ -7,6 +7,7 @@ mod catalogue;
 mod drain;
 mod files;
 mod locks;
+mod memory;
 mod names;
 mod rig;
 mod threads;
