@@ -536,7 +536,9 @@ mod tests {
     fn zero_is_told_from_one_set_bit_anywhere() {
         let buffer = Buffer::zeroed(1000);
         assert!(buffer.is_zero());
-        for at in 0..1000 {
+        // Miri takes its time.
+        let step = if cfg!(miri) { 97 } else { 1 };
+        for at in (0..1000).step_by(step) {
             buffer.slice(at..at + 1).fill(0x80);
             assert!(!buffer.is_zero());
             assert!(buffer.slice(at + 1..1000).is_zero());
