@@ -81,7 +81,7 @@ fn raw_with_split_rings_survives_kills_without_loss_or_error() -> Result<()> {
 
 #[test]
 fn raw_with_packed_rings_survives_kills_without_loss_or_error() -> Result<()> {
-    survive((Format::Raw, Rings::Packed), 25, 24)
+    survive((Format::Raw, Rings::Packed), 20, 24)
 }
 
 #[test]
@@ -101,5 +101,5 @@ fn qcow2_overlay_with_split_rings_survives_kills_without_loss_or_error() -> Resu
 
 #[test]
 fn qcow2_overlay_with_packed_rings_survives_kills_without_loss_or_error() -> Result<()> {
-    survive((Format::Qcow2Overlay, Rings::Packed), 5, 26)
+    survive((Format::Qcow2Overlay, Rings::Packed), 10, 26)
 }
