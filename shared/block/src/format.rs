@@ -183,6 +183,11 @@ pub trait Format: Send + Sync + 'static {
     ) -> Result<crate::CheckResult, crate::Error> {
         Err(crate::Error::check_unsupported())
     }
+    /// Whether data mappings may refer to holes of the data child (preallocated metadata), so that
+    /// whoever wants to know what reads as zeroes has to ask the child too.
+    async fn storage_is_sparse(&self) -> bool {
+        false
+    }
     /// See [`crate::Driver::describe`].
     fn describe(&self) -> serde_json::Map<String, serde_json::Value>;
     /// See [`crate::Driver::snapshots`].

@@ -352,7 +352,13 @@ impl<F: Format> Driver for FormatNode<F> {
         &self,
         range: ByteRange,
     ) -> BoxFuture<'_, std::result::Result<StatusExtent, Errno>> {
-        Box::pin(self.status(range))
+        Box::pin(async move {
+            let mut extent = self.status(range).await?;
+            if extent.status.data && extent.status.offset.is_some() {
+                extent.status.sparse = self.format.storage_is_sparse().await;
+            }
+            Ok(extent)
+        })
     }
     fn resize(&self, resize: Resize) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.set_length(resize))

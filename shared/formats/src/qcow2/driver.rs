@@ -162,6 +162,18 @@ impl Format for Qcow2 {
         super::check::check(&self.file, options, sink).await
     }
 
+    async fn storage_is_sparse(&self) -> bool {
+        let known = self.sparse.get().copied();
+        match known {
+            Some(sparse) => sparse,
+            None => {
+                // Where it cannot be found out, the mapping alone is believed.
+                let sparse = self.find_sparse_storage().await.unwrap_or(false);
+                *self.sparse.get_or_init(|| sparse)
+            }
+        }
+    }
+
     fn describe(&self) -> Map<String, Value> {
         let header = &self.header;
         let corrupt =

@@ -123,6 +123,7 @@ impl Qcow2 {
             writable: !options.read_only,
             virtual_size: AtomicU64::new(header.size),
             mappable: AtomicU64::new(header.size),
+            sparse: Default::default(),
             shrunk: AtomicBool::new(false),
             host_end: AtomicU64::new(host_end),
             l1,

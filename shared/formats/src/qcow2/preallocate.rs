@@ -10,7 +10,8 @@
 //! | falloc   | allocated, unwritten |
 //! | full     | written |
 
-use super::Qcow2;
+use super::tables::{MAX_HOST_OFFSET, REFCOUNT_BLOCK_MASK};
+use super::{Qcow2, read_bytes, refcount};
 use block::{Buffer, ByteRange, Errno, Error, Preallocation, Resize, WriteFlags, ZeroFlags};
 use std::ops::Range;
 use std::sync::atomic::Ordering::Acquire;
@@ -58,6 +59,41 @@ impl Qcow2 {
             offset = next;
         }
         Ok(())
+    }
+
+    /// Whether clearly more clusters are counted than the host has storage for.
+    pub(super) async fn find_sparse_storage(&self) -> Result<bool, Errno> {
+        let cluster_size = self.geometry.cluster_size();
+        let node = self.file.node();
+        let described = node.driver().describe();
+        let stored = described.get("actual-size").and_then(|size| size.as_u64());
+        let Some(stored) = stored.filter(|_| self.data_file.is_none()) else {
+            return Ok(false);
+        };
+        let stored = stored / cluster_size;
+        let threshold = (stored * 10 / 9).max(stored + 2);
+        let clusters = node.length().div_ceil(cluster_size);
+        let table = self.state().refcount_table.offset;
+        let per_block = 1 << self.geometry.refcount_block_bits();
+        let mut counted = 0;
+        for (index, first) in (0..clusters).step_by(per_block).enumerate() {
+            let entry = read_bytes(&self.file, table.0 + index as u64 * 8, 8).await?;
+            let entry: [u8; 8] = entry.try_into().map_err(|_| Errno::EIO)?;
+            let block = u64::from_be_bytes(entry) & REFCOUNT_BLOCK_MASK;
+            if block == 0 || block >= MAX_HOST_OFFSET {
+                continue;
+            }
+            let bytes = read_bytes(&self.file, block, cluster_size as usize).await?;
+            let order = self.geometry.refcount_order;
+            let covered = 0..(per_block as u64).min(clusters - first);
+            counted += covered
+                .filter(|position| refcount::get_in_bytes(&bytes, order, *position) != 0)
+                .count() as u64;
+            if counted >= threshold {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Gives an external data file the length of the disk. What it holds beyond `from` goes first.
