@@ -2,7 +2,6 @@
 //! print and what the images say, hold and read as must be the same.
 //!
 //! A failure names its seed: `OUTBOARD_SEED=N` runs that one; `OUTBOARD_SEEDS=N` runs more of them.
-#![expect(clippy::unwrap_used, reason = "tests")]
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
