@@ -1,10 +1,10 @@
 //! Zeroes and discards: mapping changes without data.
 //!
-//! Both work on whole subclusters (clusters, without extended entries) of one L2 slice at a time,
-//! a bounded number of entries per redo unit. Version 3 has zero clusters. In version 2 a cluster
-//! can only lose its mapping, which reads as zeroes when there is no backing; with one, zeroes are
-//! written by the caller and a discard does nothing, because it would let the backing's content show
-//! through.
+//! Zeroes work on whole subclusters (clusters, without extended entries), discards on whole clusters
+//! as QEMU's do, both in one L2 slice at a time, a bounded number of entries per redo unit. Version 3
+//! has zero clusters. In version 2 a cluster can only lose its mapping, which reads as zeroes when
+//! there is no backing; with one, zeroes are written by the caller and a discard does nothing,
+//! because it would let the backing's content show through.
 //!
 //! A host cluster is given up when none of its subclusters holds data any more. In an external data
 //! file there is nothing to give up: its storage is discarded while the guest clusters are locked,
@@ -40,7 +40,8 @@ impl Qcow2 {
     /// See [`block::Format::write_zeroes`].
     pub(super) async fn zero(&self, range: ByteRange, flags: ZeroFlags) -> Result<u64, Errno> {
         self.check_writable()?;
-        let Some(whole) = self.whole_subclusters(range) else {
+        let grain = self.geometry.subcluster_size();
+        let Some(whole) = self.whole_units(range, grain) else {
             return Err(Errno::EOPNOTSUPP);
         };
         if whole.start != range.offset {
@@ -64,7 +65,8 @@ impl Qcow2 {
             (false, None) => Erase::Unmap,
             (false, Some(_)) => return Ok(()),
         };
-        match self.whole_subclusters(range) {
+        // Nothing is given up for less than a cluster.
+        match self.whole_units(range, self.geometry.cluster_size()) {
             Some(whole) => self.erase(whole, erase).await,
             None => Ok(()),
         }
@@ -84,10 +86,9 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// The guest bytes of the subclusters that lie wholly in `range`; the disk's last one ends where
-    /// the disk ends.
-    fn whole_subclusters(&self, range: ByteRange) -> Option<Range<u64>> {
-        let size = self.geometry.subcluster_size();
+    /// The guest bytes of the units of `size` that lie wholly in `range`; the disk's last one ends
+    /// where the disk ends.
+    fn whole_units(&self, range: ByteRange, size: u64) -> Option<Range<u64>> {
         let end = range.checked_end()?;
         let start = range.offset.checked_next_multiple_of(size)?;
         let end = if end >= self.disk_size() {

@@ -132,15 +132,15 @@ fn images_of_every_shape_agree_with_qemu() {
                 on_host(rig::make(&path, &options));
                 files.check("a.qcow2");
             }
-            both_ways(&files, "a.qcow2", seed);
+            both_ways(&files, "a.qcow2", seed, Setup::default);
         }
     }
 }
 
 /// Works on an image with the driver, then with QEMU, then with the driver again.
-fn both_ways(files: &Files, name: &str, seed: u64) {
+fn both_ways(files: &Files, name: &str, seed: u64, setup: impl Fn() -> Setup) {
     let path = files.path(name);
-    let content = work(&path, Setup::default(), seed);
+    let content = work(&path, setup(), seed);
     files.check(name);
     assert!(content == files.content(name), "QEMU reads something else");
     let image = files.text(name);
@@ -161,11 +161,54 @@ fn both_ways(files: &Files, name: &str, seed: u64) {
     );
     files.check(name);
     let by_qemu = files.content(name);
-    let read = on_host(async { open(&path).await.read_all().await.unwrap() });
+    let read = on_host(async {
+        let disk = Disk::open(&path, setup()).await.unwrap();
+        disk.read_all().await.unwrap()
+    });
     assert!(by_qemu == read, "QEMU wrote something else");
-    let content = work(&path, Setup::default(), seed + 1000);
+    let content = work(&path, setup(), seed + 1000);
     files.check(name);
     assert!(content == files.content(name), "QEMU reads something else");
+}
+
+#[test]
+fn subclusters_and_data_files_agree_with_qemu() {
+    if !has_qemu() {
+        return;
+    }
+    let layouts = [
+        ("extended_l2=on,cluster_size=16k", false, false),
+        ("extended_l2=on,refcount_bits=1", false, false),
+        ("extended_l2=on,cluster_size=2M", false, false),
+        ("cluster_size=4k", true, false),
+        ("cluster_size=64k,extended_l2=on", true, false),
+        ("cluster_size=8k", true, true),
+        ("cluster_size=32k,extended_l2=on", true, true),
+    ];
+    for (seed, (options, has_data_file, is_raw)) in (1..).zip(layouts) {
+        println!("{options} {has_data_file} {is_raw} seed {seed}");
+        let files = Files::new();
+        let (name, data) = (files.text("a.qcow2"), files.text("a.data"));
+        let mut options = options.to_owned();
+        if has_data_file {
+            options += &format!(",data_file={data}");
+        }
+        if is_raw {
+            options += ",data_file_raw=on";
+        }
+        let create = ["create", "-q", "-f", "qcow2", "-o", &options, &name];
+        qemu("qemu-img", &[&create[..], &[&SIZE.to_string()]].concat());
+        let setup = || Setup {
+            data_file: has_data_file.then(|| files.path("a.data")),
+            ..Setup::default()
+        };
+        both_ways(&files, "a.qcow2", seed, setup);
+        if is_raw {
+            let mut raw = std::fs::read(&data).unwrap();
+            raw.resize(SIZE as usize, 0);
+            assert!(raw == files.content("a.qcow2"), "the data file differs");
+        }
+    }
 }
 
 #[test]
@@ -173,13 +216,17 @@ fn chains_read_through_and_copy_on_write_as_qemu_does() {
     if !has_qemu() {
         return;
     }
-    for compat in ["0.10", "1.1"] {
-        chain(compat);
+    for options in [
+        "cluster_size=4k,compat=0.10",
+        "cluster_size=4k",
+        "cluster_size=16k,extended_l2=on",
+    ] {
+        chain(options);
     }
 }
 
-/// A raw base, an image over it, and one of the given version over that, which is worked on.
-fn chain(compat: &str) {
+/// A raw base, an image over it, and one with the given options over that, which is worked on.
+fn chain(options: &str) {
     let files = Files::new();
     let base: Vec<u8> = (0..2 << 20).map(|at: u32| (at >> 9) as u8 | 1).collect();
     std::fs::write(files.path("base.raw"), base).unwrap();
@@ -190,12 +237,11 @@ fn chain(compat: &str) {
     qemu("qemu-img", &[&create[..], &over_raw].concat());
     let write = ["-f", "qcow2", "-c", "write -P 0x77 1000k 100k", &middle];
     qemu("qemu-io", &write);
-    let options = format!("cluster_size=4k,compat={compat}");
-    let small = ["-o", &options];
+    let small = ["-o", options];
     let over_middle = ["-b", "middle.qcow2", "-F", "qcow2", &top, &size];
     qemu("qemu-img", &[&create[..], &small, &over_middle].concat());
     for seed in 0..3 {
-        println!("compat {compat}, seed {seed}");
+        println!("{options}, seed {seed}");
         let content = on_host(async {
             let lower = Setup {
                 backing: Some(rig::leaf(&files.path("base.raw"))),
