@@ -12,6 +12,7 @@
 //! A new subcommand is a file with a [`Command`] and a line in [`COMMANDS`].
 
 mod amend;
+mod bitmap;
 mod check;
 mod create;
 mod failure;
@@ -25,6 +26,7 @@ mod options;
 mod progress;
 mod resize;
 mod size;
+mod snapshot;
 mod text;
 
 use executor::{Config, Executor};
@@ -50,11 +52,13 @@ pub(crate) type Running<'a> = Pin<Box<dyn Future<Output = Outcome> + 'a>>;
 /// Every subcommand, by name.
 pub(crate) const COMMANDS: &[Command] = &[
     amend::COMMAND,
+    bitmap::COMMAND,
     check::COMMAND,
     create::COMMAND,
     info::COMMAND,
     map::COMMAND,
     resize::COMMAND,
+    snapshot::COMMAND,
 ];
 
 fn main() -> ExitCode {

@@ -43,6 +43,9 @@ pub(crate) fn image(info: &Map<String, Value>) -> String {
             out.push_str(&format!("backing file format: {format}\n"));
         }
     }
+    if let Some(snapshots) = info.get("snapshots").and_then(Value::as_array) {
+        out.push_str(&crate::snapshot::table(snapshots));
+    }
     if let Some(specific) = info.get("format-specific").and_then(|it| it.get("data")) {
         let mut lines = String::new();
         nested(&mut lines, specific, 1);

@@ -19,7 +19,11 @@ const MAX_TEXT: usize = u16::MAX as usize;
 
 impl Snapshots for Qcow2 {
     fn check(&self) -> Result<(), Error> {
-        Ok(())
+        match self.geometry.external_data {
+            false => Ok(()),
+            // Clusters of an external data file are not counted and cannot be shared.
+            true => Err(Failure::Io(Errno::EOPNOTSUPP).into_error()),
+        }
     }
 
     fn list(&self) -> Vec<SnapshotInfo> {
@@ -48,6 +52,7 @@ impl Snapshots for Qcow2 {
 
 impl Qcow2 {
     fn check_changeable(&self) -> Result<(), Error> {
+        self.check()?;
         self.check_writable()
             .and(if self.is_sound() {
                 Ok(())

@@ -42,6 +42,14 @@ pub(super) struct Shadow<'q> {
     loaded: HashMap<u64, Vec<u8>>,
 }
 
+/// `strerror` of it.
+fn text_of(errno: Errno) -> &'static str {
+    match errno {
+        Errno::EOPNOTSUPP => "Operation not supported",
+        other => other.desc(),
+    }
+}
+
 /// Failures that change nothing.
 #[derive(Debug)]
 pub(super) enum Failure {
@@ -62,7 +70,7 @@ impl Failure {
         match self {
             Self::Io(errno) => Error {
                 errno: Some(errno),
-                ..Error::new(ErrorKind::Io, errno.desc())
+                ..Error::new(ErrorKind::Io, text_of(errno))
             },
             Self::Overflow => Error {
                 errno: Some(Errno::EINVAL),
