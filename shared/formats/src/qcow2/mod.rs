@@ -22,7 +22,7 @@
 //! - Lock order: guest clusters, `placing`, `structure`, `flushing`, `state`. I/O is never done under
 //!   `state`. Who holds `structure` loads refcount blocks but no L2 tables.
 //!
-//! Refused with the feature's name: encryption, writing an image with valid bitmaps.
+//! Refused with the feature's name: encryption.
 
 mod alloc;
 mod amend;
