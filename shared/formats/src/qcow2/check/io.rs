@@ -114,6 +114,10 @@ impl<'a> Io<'a> {
     /// The big-endian words of a table, up to the end of the file: what is beyond would be zero.
     pub(super) async fn words(&mut self, place: Extent) -> Result<Vec<u64>, Errno> {
         let HostOffset(mut at) = place.offset;
+        // Nowhere, and not just beyond the end: what the table refers to is unknown, not unused.
+        if at.saturating_add(place.bytes) > i64::MAX as u64 {
+            return Err(Errno::EIO);
+        }
         let end = at.saturating_add(place.bytes).min(self.length);
         let mut words = Vec::with_capacity((end.saturating_sub(at) / 8) as usize);
         while at < end {
