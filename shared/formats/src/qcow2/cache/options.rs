@@ -130,3 +130,87 @@ fn default_sizes(header: &Header) -> CacheSizes {
 fn invalid(message: &str) -> Error {
     Error::new(ErrorKind::Invalid, message)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A disk of 1 TiB with clusters of 64 KiB.
+    fn header() -> Header {
+        let mut bytes = vec![0; 512];
+        let mut put = |at: usize, word: &[u8]| bytes[at..at + word.len()].copy_from_slice(word);
+        put(0, b"QFI\xfb\0\0\0\x03");
+        put(20, &16_u32.to_be_bytes());
+        put(24, &(1_u64 << 40).to_be_bytes());
+        put(36, &2048_u32.to_be_bytes());
+        put(40, &(3_u64 << 16).to_be_bytes());
+        put(48, &(1_u64 << 16).to_be_bytes());
+        put(56, &1_u32.to_be_bytes());
+        put(96, &4_u32.to_be_bytes());
+        put(100, &104_u32.to_be_bytes());
+        Header::parse(&bytes).unwrap()
+    }
+
+    fn sizes(
+        total: Option<u64>,
+        l2: Option<u64>,
+        refcounts: Option<u64>,
+    ) -> Result<(u64, u64), String> {
+        let options = CacheOptions {
+            total,
+            l2,
+            refcounts,
+            ..CacheOptions::default()
+        };
+        let sizes = options.sizes(&header()).map_err(|error| error.message)?;
+        Ok((sizes.l2, sizes.refcounts))
+    }
+
+    #[test]
+    fn sizes_follow_from_each_other_as_in_qemu() {
+        let mib = |count: u64| count << 20;
+        assert_eq!(
+            sizes(Some(mib(8)), Some(mib(6)), None),
+            Ok((mib(6), mib(2)))
+        );
+        assert_eq!(
+            sizes(Some(mib(8)), None, Some(mib(2))),
+            Ok((mib(6), mib(2)))
+        );
+        let least = 4 << 16;
+        assert_eq!(sizes(Some(mib(8)), None, None), Ok((mib(8) - least, least)));
+        assert_eq!(sizes(Some(mib(200)), None, None), Ok((mib(128), mib(72))));
+        let (l2, refcounts) = sizes(None, None, None).unwrap();
+        assert!((mib(60)..mib(64)).contains(&(l2 + refcounts)));
+    }
+
+    #[test]
+    fn contradictions_are_refused_in_qemus_words() {
+        let message = sizes(Some(1), Some(2), None).unwrap_err();
+        assert_eq!(message, "l2-cache-size may not exceed cache-size");
+        let message = sizes(Some(1), None, Some(2)).unwrap_err();
+        assert_eq!(message, "refcount-cache-size may not exceed cache-size");
+        let message = sizes(Some(3), Some(1), Some(2)).unwrap_err();
+        let expected =
+            "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time";
+        assert_eq!(message, expected);
+        let message = sizes(None, None, Some(u64::MAX >> 1)).unwrap_err();
+        assert_eq!(message, "Refcount cache size too big");
+        for entry in [0, 256, 1000, 128 << 10] {
+            let options = CacheOptions {
+                l2_entry: Some(entry),
+                ..CacheOptions::default()
+            };
+            let message = options.sizes(&header()).unwrap_err().message;
+            let expected = "L2 cache entry size must be a power of two between 512 and the \
+                            cluster size (65536)";
+            assert_eq!(message, expected);
+        }
+        let options = CacheOptions {
+            clean_interval_s: Some(1 << 32),
+            ..CacheOptions::default()
+        };
+        let message = options.clean_interval().unwrap_err().message;
+        assert_eq!(message, "Cache clean interval too big");
+    }
+}
