@@ -8,7 +8,9 @@ use super::rig::{self, Disk, Setup};
 use super::workload::SECTOR;
 use crate::qcow2::CreateOptions;
 use block::edge::Permissions;
-use block::{ByteRange, Node, RedoLog, Root, RootHandle, WriteFlags, ZeroFlags};
+use block::{
+    ByteRange, NewSnapshot, Node, NodeOptions, RedoLog, Root, RootHandle, WriteFlags, ZeroFlags,
+};
 use executor::{Buffer, Config, Executor};
 use rand::rngs::SmallRng;
 use rand::{Rng, RngCore, SeedableRng};
@@ -119,25 +121,76 @@ fn seed() -> u64 {
 
 #[test]
 fn threads_on_roomy_caches_agree_with_their_model() {
-    run(&SHAPES[0]);
+    run(&SHAPES[0], Beside::Nothing);
 }
 
 #[test]
 fn threads_that_throw_out_each_others_tables_agree_with_their_model() {
-    run(&SHAPES[1]);
+    run(&SHAPES[1], Beside::Nothing);
 }
 
 #[test]
 fn threads_on_small_tables_agree_with_their_model() {
-    run(&SHAPES[2]);
+    run(&SHAPES[2], Beside::Nothing);
 }
 
 #[test]
 fn threads_on_the_smallest_clusters_agree_with_their_model() {
-    run(&SHAPES[3]);
+    run(&SHAPES[3], Beside::Nothing);
 }
 
-fn run(shape: &Shape) {
+#[test]
+fn snapshots_come_and_go_while_threads_write() {
+    run(&SHAPES[0], Beside::Snapshots);
+    run(&SHAPES[2], Beside::Snapshots);
+}
+
+/// What another thread does to the image meanwhile.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Beside {
+    Nothing,
+    Snapshots,
+}
+
+/// Takes snapshots, sees that they stand still while the disk changes, and deletes them.
+async fn snapshots(disk: &Disk, shape: &Shape, until: Instant) {
+    let mut count = 0;
+    while Instant::now() < until || count == 0 {
+        let snapshots = disk.snapshots();
+        let taken = snapshots.create(NewSnapshot::now("s")).await.unwrap();
+        {
+            let options = NodeOptions {
+                node_name: "view".into(),
+                read_only: true,
+                ..NodeOptions::default()
+            };
+            let view = Node::new(options, snapshots.open(&taken.id).await.unwrap());
+            let before = windows(&view, shape).await;
+            assert!(
+                windows(&view, shape).await == before,
+                "snapshot {count} changed"
+            );
+            let busy = snapshots.delete(&taken.id).await.unwrap_err();
+            assert_eq!(busy.kind, block::ErrorKind::Busy);
+        }
+        snapshots.delete(&taken.id).await.unwrap();
+        count += 1;
+    }
+    println!("{count} snapshots");
+}
+
+async fn windows(node: &Node, shape: &Shape) -> Vec<u8> {
+    let mut content = Vec::new();
+    for window in 0..WINDOWS {
+        let buffer = Buffer::zeroed(shape.window_bytes() as usize);
+        let offset = shape.on_disk(window * shape.window_bytes());
+        node.read(offset, buffer.clone()).await.unwrap();
+        content.extend_from_slice(&buffer.to_heap());
+    }
+    content
+}
+
+fn run(shape: &Shape, beside: Beside) {
     let seed = seed();
     let files = tempfile::tempdir().unwrap();
     let path = files.path().join("a.qcow2");
@@ -158,6 +211,9 @@ fn run(shape: &Shape) {
                 scope.spawn(move || Worker::new(*shape, number, seed).run(&node, until))
             })
             .collect();
+        if beside == Beside::Snapshots {
+            executor.block_on(snapshots(&disk, shape, until));
+        }
         let join = |thread: std::thread::ScopedJoinHandle<'_, Vec<u8>>| thread.join().unwrap();
         threads.into_iter().map(join).collect()
     });
