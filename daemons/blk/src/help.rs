@@ -23,6 +23,7 @@ removed over QMP while the daemon runs.
       null-co            size=<bytes>[,read-zeroes=on|off][,latency-ns=<n>]
       raw                file=<node or definition>[,offset=<n>][,size=<n>]
       qcow2              file=<node or definition>[,backing=<node or definition>]
+                         [,encrypt.format=luks|aes,encrypt.key-secret=<secret>]
                          [,l2-cache-size=<n>][,refcount-cache-size=<n>]
                          Names inside images open only plain files beneath the
                          directory of the image or beneath an --allow-dir.
@@ -30,6 +31,10 @@ removed over QMP while the daemon runs.
   --object iothread,id=<id>[,poll-max-ns=<n>]
                          add a thread for queues of exports (QMP: object-add);
                          poll-max-ns=0 never polls. 'help' lists object types
+  --object secret,id=<id>,file=<path>[,format=raw|base64]
+           [,keyid=<secret>,iv=<base64>]
+                         add a password or key; with keyid= it is encrypted
+                         with another one (AES-256-CBC)
 
   --export [type=]vhost-user-blk,id=<id>,node-name=<node-name>,
            addr.type=unix,addr.path=<path>[,server=on|off]
@@ -111,7 +116,15 @@ Example
 pub(crate) const OBJECTS: &str = "\
 List of user creatable objects:
   iothread
+  secret
 
 iothread options:
   poll-max-ns=<int>
+
+secret options:
+  data=<string>          (visible to others: better give a file)
+  file=<string>
+  format=<raw|base64>
+  iv=<string>
+  keyid=<string>
 ";

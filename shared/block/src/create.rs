@@ -17,6 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::graph::Graph;
 use crate::node::{Node, NodeOptions};
 use crate::open::{ChildRole, FILE_PROTOCOL, Options, attach_as};
+use crate::secret::Secret;
 use serde_json::{Map, Value};
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -109,6 +110,13 @@ pub struct CreateRequest<'g> {
 }
 
 impl CreateRequest<'_> {
+    /// The password that the `secret` object `id` holds.
+    ///
+    /// # Errors
+    /// `NotFound`, `Invalid` when it is no text.
+    pub fn secret(&self, id: &str) -> Result<Secret> {
+        self.graph.secrets().text(id)
+    }
     /// Takes a string option.
     pub fn take_str(&mut self, name: &str) -> Result<Option<String>> {
         self.options.take_str(name)

@@ -14,6 +14,7 @@ use crate::open::{
     Definition, DriverEntry, FILE_PROTOCOL, Inherited, OpenRequest, Options, PROBE_BYTES, Place,
     as_map,
 };
+use crate::secret::Secrets;
 use executor::Buffer;
 use serde_json::{Map, Value};
 use std::cell::{Cell, Ref, RefCell};
@@ -48,6 +49,7 @@ pub struct Graph {
     policy: RefCell<NamePolicy>,
     formats: Formats,
     redo_dir: Option<PathBuf>,
+    secrets: Secrets,
     /// In order of insertion.
     entries: RefCell<Vec<Entry>>,
     generated: Cell<u64>,
@@ -61,6 +63,7 @@ impl Graph {
             policy: RefCell::new(policy),
             formats: Formats::Named,
             redo_dir: None,
+            secrets: Secrets::default(),
             entries: RefCell::default(),
             generated: Cell::new(0),
         }
@@ -85,6 +88,10 @@ impl Graph {
     /// Lets names inside images open files beneath `directory`, an absolute path, too.
     pub fn allow_dir(&self, directory: PathBuf) {
         self.policy.borrow_mut().allowed_dirs.push(directory);
+    }
+    /// What `secret` objects hold.
+    pub fn secrets(&self) -> &Secrets {
+        &self.secrets
     }
     /// The driver `name`.
     pub fn entry(&self, name: &str) -> Option<&'static DriverEntry> {

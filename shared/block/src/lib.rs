@@ -33,6 +33,7 @@ pub mod node;
 pub mod open;
 pub mod redo_log;
 pub mod root;
+pub mod secret;
 pub mod snapshot;
 pub mod upkeep;
 
@@ -55,4 +56,5 @@ pub use node::{DetectZeroes, Discard, Node, NodeOptions};
 pub use open::{ChildRole, DriverEntry, OpenRequest};
 pub use redo_log::{ImageIdentity, RedoLog};
 pub use root::{Drained, Root, RootFuture, RootHandle};
+pub use secret::{Secret, Secrets};
 pub use snapshot::{NewSnapshot, SnapshotInfo, Snapshots};

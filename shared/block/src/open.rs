@@ -21,6 +21,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::graph::Graph;
 use crate::node::{Node, NodeOptions};
 use crate::redo_log::RedoLog;
+use crate::secret::Secret;
 use names::Access;
 pub(crate) use names::FileId;
 pub(crate) use options::{Inherited, Options};
@@ -127,6 +128,13 @@ impl OpenRequest<'_> {
     /// Lets the driver fall back to read-only (`auto-read-only`).
     pub fn set_read_only(&mut self) {
         self.node.read_only = true;
+    }
+    /// The password that the `secret` object `id` holds.
+    ///
+    /// # Errors
+    /// `NotFound`, `Invalid` when it is no text.
+    pub fn secret(&self, id: &str) -> Result<Secret> {
+        self.graph.secrets().text(id)
     }
     /// Takes a string option.
     pub fn take_str(&mut self, name: &str) -> Result<Option<String>> {

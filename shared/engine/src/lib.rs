@@ -24,6 +24,7 @@ mod exports;
 mod iothread;
 mod nodes;
 mod objects;
+pub mod secret;
 mod snapshots;
 
 pub use block::graph::NamePolicy;

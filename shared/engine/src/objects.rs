@@ -1,4 +1,4 @@
-//! User-creatable objects: `object-add`, `object-del`. The one type is `iothread`.
+//! User-creatable objects: `object-add`, `object-del`. Types are `iothread` and `secret`.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use crate::engine::Engine;
 use crate::iothread::{IoThread, IoThreadOptions};
+use crate::secret::{self, Format, SecretProperties};
 
 /// Every property of every object type.
 #[derive(Deserialize)]
@@ -15,6 +16,13 @@ use crate::iothread::{IoThread, IoThreadOptions};
 enum Object {
     #[serde(rename_all = "kebab-case")]
     Iothread { poll_max_ns: Option<i64> },
+    Secret {
+        data: Option<String>,
+        file: Option<String>,
+        format: Option<Format>,
+        keyid: Option<String>,
+        iv: Option<String>,
+    },
 }
 
 /// An object's identity.
@@ -41,12 +49,31 @@ pub(crate) async fn object_add(engine: &Rc<Engine>, mut arguments: Arguments) ->
     if !is_identifier(&id) {
         return Err(Error::parameter_expects("id", "an identifier"));
     }
-    if engine.iothread(&id).is_ok() {
+    if engine.iothread(&id).is_ok() || engine.graph.secrets().contains(&id) {
         return Err(Error::generic(format!(
             "attempt to add duplicate property '{id}' to object (type 'container')"
         )));
     }
-    let Object::Iothread { poll_max_ns } = object;
+    let poll_max_ns = match object {
+        Object::Iothread { poll_max_ns } => poll_max_ns,
+        Object::Secret {
+            data,
+            file,
+            format,
+            keyid,
+            iv,
+        } => {
+            let properties = SecretProperties {
+                data,
+                file,
+                format,
+                keyid,
+                iv,
+            };
+            secret::add(&engine.graph, &id, &properties)?;
+            return Ok(json!({}));
+        }
+    };
     let mut options = IoThreadOptions::default();
     if let Some(nanoseconds) = poll_max_ns {
         let nanoseconds = u64::try_from(nanoseconds).map_err(|_| {
@@ -63,6 +90,9 @@ pub(crate) async fn object_add(engine: &Rc<Engine>, mut arguments: Arguments) ->
 
 pub(crate) async fn object_del(engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {
     let Identity { id } = arguments.parse()?;
+    if engine.graph.secrets().remove(&id) {
+        return Ok(json!({}));
+    }
     let mut iothreads = engine.iothreads.borrow_mut();
     let Some(index) = iothreads.iter().position(|iothread| iothread.id() == id) else {
         return Err(Error::generic(format!("object '{id}' not found")));

@@ -3,6 +3,7 @@
 //! Each format is a module with one [`DriverEntry`]; [`DRIVERS`] is the table that the engine's
 //! catalogue takes. Must not know: protocols, other formats, who reads and writes.
 
+pub mod luks;
 pub mod qcow2;
 pub mod raw;
 

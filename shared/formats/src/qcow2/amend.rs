@@ -11,6 +11,7 @@
 //! does to the geometry.
 
 use super::create::{MIN_NAMES_CLUSTER, feature_names};
+use super::crypto::{Crypto, amend_keys, take_amendment};
 use super::document::{self, Document};
 use super::entry::{Parts, take_parts};
 use super::flatten;
@@ -23,6 +24,7 @@ use super::{OpenOptions, Qcow2};
 use block::amend::{AmendRequest, Amender};
 use block::create::{OptionKind, OptionSpec};
 use block::{Driver, Edge, Error, ErrorKind, FormatNode, OpenRequest, Preallocation, Resize};
+use std::sync::Arc;
 
 const fn text(name: &'static str, member: &'static str, help: &'static str) -> OptionSpec {
     OptionSpec::new((name, member), OptionKind::Text, help)
@@ -106,7 +108,6 @@ struct Wanted {
     data_file_raw: Option<bool>,
     backing_file: Option<String>,
     backing_format: Option<String>,
-    encryption: bool,
 }
 
 impl Wanted {
@@ -126,7 +127,6 @@ impl Wanted {
             data_file_raw: changes.take_bool("data-file-raw")?,
             backing_file: changes.take_str("backing-file")?,
             backing_format: changes.take_str("backing-fmt")?,
-            encryption: changes.take("encrypt").is_some(),
         })
     }
 
@@ -136,9 +136,6 @@ impl Wanted {
         let bits = self.refcount_bits.unwrap_or(1 << header.refcount_order);
         if !bits.is_power_of_two() || bits > 64 {
             return invalid("Refcount width must be a power of two and may not exceed 64 bits");
-        }
-        if self.encryption {
-            return invalid("Can't amend encryption options - encryption not present");
         }
         if self.refcount_bits.is_some() && bits != 16 && version < 3 {
             return invalid(
@@ -196,11 +193,18 @@ struct Amended {
     data_file: Option<Edge>,
     backing: Option<Edge>,
     header: Header,
+    /// What the image's data is encrypted with.
+    crypto: Option<Arc<Crypto>>,
 }
 
 async fn amend(open: &mut OpenRequest<'_>, changes: &mut AmendRequest<'_>) -> Result<(), Error> {
+    let keys = take_amendment(open, changes)?;
     let parts = take_parts(open).await?;
     open.finish()?;
+    if let Some(keys) = keys {
+        let crypto = parts.options.crypto.as_deref();
+        amend_keys((&parts.file, &parts.header), crypto, keys).await?;
+    }
     amend_parts(parts, changes).await
 }
 
@@ -226,6 +230,7 @@ impl Amended {
             mut options,
         } = parts;
         let image = Self {
+            crypto: options.crypto.clone(),
             file,
             data_file: options.data_file.take(),
             backing,
@@ -281,8 +286,10 @@ impl Amended {
         options: OpenOptions,
         work: impl AsyncFnOnce(&FormatNode<Qcow2>) -> Result<T, Error>,
     ) -> Result<(T, Self), Error> {
+        let crypto = self.crypto;
         let options = OpenOptions {
             data_file: self.data_file,
+            crypto: crypto.clone(),
             ..options
         };
         let image = Qcow2::open_parsed(self.file, self.backing, self.header, options).await?;
@@ -303,6 +310,7 @@ impl Amended {
             data_file,
             backing,
             header,
+            crypto,
         };
         Ok((result, image))
     }

@@ -9,6 +9,7 @@
 //! moves back accordingly. With metadata preallocated, every guest cluster is mapped and none is
 //! written: the file is as long as if they were.
 
+use super::crypto::{Crypto, Encryption, encrypt_new};
 use super::document::Document;
 use super::header::{
     AUTOCLEAR_DATA_FILE_RAW, CLUSTER_BITS, COMPATIBLE_LAZY_REFCOUNTS, MAGIC, extension, field,
@@ -52,6 +53,8 @@ pub struct CreateOptions {
     pub data_file_raw: bool,
     /// How the clusters of the disk are allocated.
     pub preallocation: Preallocation,
+    /// How data is encrypted.
+    pub encryption: Option<Encryption>,
 }
 
 impl CreateOptions {
@@ -70,6 +73,7 @@ impl CreateOptions {
             data_file: None,
             data_file_raw: false,
             preallocation: Preallocation::Off,
+            encryption: None,
         }
     }
 
@@ -249,11 +253,20 @@ pub async fn create_with_data(
     write_tables(&file, &geometry, &layout, header)
         .await
         .map_err(|errno| Error::io("Could not write qcow2 metadata", errno))?;
+    let mut file = file;
+    if let Some(encryption) = &options.encryption {
+        if data_file.is_some() {
+            let message = "qcow2: images with an external data file are not created encrypted";
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
+        file = encrypt_new(file, encryption).await?;
+    }
     if !options.maps_everything() && data_file.is_none() {
         return Ok(());
     }
     let open = OpenOptions {
         data_file,
+        crypto: Crypto::of_new(&file, options.encryption.as_ref()).await?,
         ..OpenOptions::default()
     };
     let image = Qcow2::open(file, None, open).await?;

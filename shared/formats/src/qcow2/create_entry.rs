@@ -1,6 +1,7 @@
 //! What `create` offers for qcow2: the options as tools and QMP spell them.
 
 use super::create::{CreateOptions, create_with_data};
+use super::crypto::take_creation;
 use block::create::{CreateRequest, Creator, OptionKind, OptionSpec};
 use block::{Error, ErrorKind};
 
@@ -149,6 +150,7 @@ fn take_options(request: &mut CreateRequest<'_>) -> Result<CreateOptions, Error>
     if request.take_choice("version", &["v2", "v3"])? == Some(0) {
         options.version = 2;
     }
+    options.encryption = take_creation(request)?;
     options.backing_file = request.take_str("backing-file")?;
     options.backing_format = request.take_str("backing-fmt")?;
     options.lazy_refcounts = request.take_bool("lazy-refcounts")?.unwrap_or(false);

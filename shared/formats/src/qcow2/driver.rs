@@ -4,9 +4,10 @@ use super::Qcow2;
 use super::header::{AUTOCLEAR_DATA_FILE_RAW, COMPATIBLE_LAZY_REFCOUNTS, incompatible};
 use super::reclaim::{RECLAIM_PER_FLUSH, Requests};
 use super::write::Token;
+use block::cipher::SECTOR;
 use block::{
     Buffer, ByteRange, CheckOptions, CheckResult, CheckSink, Edge, Encoded, Errno, Error,
-    ErrorKind, Extent, Format, Limits, Lookup, Repair, Resize, WritePlan, ZeroFlags,
+    ErrorKind, Extent, Format, Limits, Lookup, Repair, Resize, SectorCipher, WritePlan, ZeroFlags,
 };
 use serde_json::{Map, Value, json};
 use std::sync::atomic::Ordering::Acquire;
@@ -25,6 +26,10 @@ impl Format for Qcow2 {
     fn limits(&self) -> Limits {
         let cluster_size = self.geometry.cluster_size() as u32;
         Limits {
+            request_alignment: match self.crypto {
+                Some(_) => SECTOR as u32,
+                None => 1,
+            },
             optimal_transfer: cluster_size,
             zero_alignment: self.geometry.subcluster_size() as u32,
             ..Limits::default()
@@ -81,7 +86,11 @@ impl Format for Qcow2 {
     }
 
     fn can_encode(&self) -> bool {
-        self.writable && !self.geometry.external_data
+        self.writable && !self.geometry.external_data && self.crypto.is_none()
+    }
+
+    fn cipher(&self) -> Option<&dyn SectorCipher> {
+        self.crypto.as_ref()?.cipher()
     }
 
     async fn write_encoded(&self, range: ByteRange, buffer: Buffer) -> Result<Encoded, Errno> {
@@ -201,6 +210,10 @@ impl Format for Qcow2 {
         data.insert("refcount-bits".into(), json!(1 << header.refcount_order));
         data.insert("compression-type".into(), json!(header.codec.name()));
         let mut members = Map::new();
+        if let Some(crypto) = &self.crypto {
+            data.insert("encrypt".into(), crypto.describe());
+            members.insert("encrypted".into(), json!(true));
+        }
         members.insert("cluster-size".into(), json!(self.geometry.cluster_size()));
         if let Some(snapshots) = self.state().snapshots.describe(self.disk_size()) {
             members.insert("snapshots".into(), snapshots);

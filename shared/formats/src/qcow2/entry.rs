@@ -4,12 +4,13 @@ use super::cache::clean_regularly;
 use super::header::{Header, MAGIC, incompatible};
 use super::open::{OpenOptions, check_data_file, read_header};
 use super::reclaim::DiscardPolicy;
-use super::{CacheOptions, OverlapChecks, Qcow2, check};
+use super::{CacheOptions, OverlapChecks, Qcow2, check, crypto};
 use block::open::ChildRole;
 use block::{
     BoxFuture, Discard, Driver, DriverEntry, Edge, Error, ErrorKind, FormatNode, OpenRequest,
     Purpose,
 };
+use std::sync::Arc;
 
 /// The qcow2 driver.
 pub const ENTRY: DriverEntry = DriverEntry::new(
@@ -95,6 +96,9 @@ pub(super) async fn take_parts(request: &mut OpenRequest<'_>) -> Result<Parts, E
         None if request.purpose() == Purpose::Describe => None,
         None => implicit_backing(request, &file, &header).await?,
     };
+    options.crypto = crypto::open_for(request, (&file, &header))
+        .await?
+        .map(Arc::new);
     if !options.read_only {
         options.log = request.redo_log(&file)?;
     } else if request.purpose() == Purpose::Serve && !request.node().force_share {

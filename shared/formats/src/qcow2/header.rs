@@ -99,9 +99,51 @@ pub(super) const KNOWN_AUTOCLEAR: u64 = AUTOCLEAR_BITMAPS | AUTOCLEAR_DATA_FILE_
 pub(super) mod extension {
     pub(in super::super) const END: u32 = 0;
     pub(in super::super) const BACKING_FORMAT: u32 = 0xe279_2aca;
+    pub(in super::super) const CRYPTO: u32 = 0x0537_be77;
     pub(in super::super) const DATA_FILE: u32 = 0x4441_5441;
     pub(in super::super) const BITMAPS: u32 = 0x2385_2875;
     pub(in super::super) const FEATURE_NAMES: u32 = 0x6803_f857;
+}
+
+/// How an image's data is encrypted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CryptMethod {
+    /// Not at all.
+    None,
+    /// AES-CBC.
+    Aes,
+    /// LUKS, with its header at `offset`.
+    Luks {
+        /// In bytes.
+        offset: u64,
+        /// In bytes.
+        length: u64,
+    },
+}
+
+impl CryptMethod {
+    /// The header's number of AES-CBC.
+    pub(super) const AES: u32 = 1;
+    /// The header's number of LUKS.
+    pub(super) const LUKS: u32 = 2;
+
+    /// The name in options and descriptions.
+    pub(super) const fn name(self) -> Option<&'static str> {
+        match self {
+            Self::None => None,
+            Self::Aes => Some("aes"),
+            Self::Luks { .. } => Some("luks"),
+        }
+    }
+
+    fn from_extension(data: &[u8]) -> Result<Self, Error> {
+        let (offset, length) = (Raw(data).u64(0), Raw(data).u64(8.min(data.len())));
+        let end = offset.checked_add(length);
+        if data.len() != 16 || length == 0 || end.is_none_or(|end| end > MAX_HOST_OFFSET) {
+            return Err(invalid("Invalid CRYPTO header extension"));
+        }
+        Ok(Self::Luks { offset, length })
+    }
 }
 
 /// A parsed and checked header.
@@ -121,6 +163,8 @@ pub(super) struct Header {
     pub(super) incompatible: u64,
     pub(super) compatible: u64,
     pub(super) autoclear: u64,
+    /// How data is encrypted.
+    pub(super) crypt: CryptMethod,
     /// What compressed clusters are encoded with.
     pub(super) codec: Codec,
     /// The bitmaps extension.
@@ -168,6 +212,7 @@ impl Header {
             incompatible: 0,
             compatible: 0,
             autoclear: 0,
+            crypt: CryptMethod::None,
             codec: Codec::default(),
             bitmaps: None,
             backing_name: None,
@@ -177,9 +222,7 @@ impl Header {
         let header_length = header.parse_version_3(&raw)?;
         let extensions = header.parse_extensions(&raw, header_length)?;
         header.check_features(&extensions)?;
-        if raw.u32(field::CRYPT_METHOD) != 0 {
-            return Err(unsupported("encrypted qcow2 images are not supported"));
-        }
+        header.check_crypt_method(raw.u32(field::CRYPT_METHOD))?;
         header.parse_backing_name(&raw)?;
         header.check_tables()?;
         Ok(header)
@@ -253,6 +296,7 @@ impl Header {
                     self.data_file = Some(text(data, "data file name")?);
                 }
                 extension::BITMAPS => self.bitmaps = Some(bitmaps_extension(data)?),
+                extension::CRYPTO => self.crypt = CryptMethod::from_extension(data)?,
                 extension::FEATURE_NAMES => names = FeatureNames(data),
                 _ => {}
             }
@@ -261,6 +305,34 @@ impl Header {
                 .unwrap_or_default();
         }
         Ok(names)
+    }
+
+    /// Compares the crypt method with the extension that LUKS needs.
+    fn check_crypt_method(&mut self, method: u32) -> Result<(), Error> {
+        let CryptMethod::Luks { offset, .. } = self.crypt else {
+            self.crypt = match method {
+                0 => CryptMethod::None,
+                CryptMethod::AES => CryptMethod::Aes,
+                CryptMethod::LUKS => return Err(invalid("LUKS header extension is missing")),
+                other => {
+                    return Err(unsupported(format!(
+                        "Unsupported encryption method {other}"
+                    )));
+                }
+            };
+            return Ok(());
+        };
+        if method != CryptMethod::LUKS {
+            let message = "CRYPTO header extension only expected with LUKS encryption method";
+            return Err(invalid(message));
+        }
+        if offset & ((1 << self.cluster_bits) - 1) != 0 {
+            let size = 1_u64 << self.cluster_bits;
+            return Err(invalid(format!(
+                "Encryption header offset '{offset}' is not a multiple of cluster size '{size}'"
+            )));
+        }
+        Ok(())
     }
 
     fn check_features(&self, names: &FeatureNames<'_>) -> Result<(), Error> {

@@ -22,7 +22,7 @@
 //! - Lock order: guest clusters, `placing`, `structure`, `flushing`, `state`. I/O is never done under
 //!   `state`. Who holds `structure` loads refcount blocks but no L2 tables.
 //!
-//! Refused with the feature's name: encryption.
+//! Refused with the feature's name: unknown incompatible features.
 
 mod alloc;
 mod amend;
@@ -33,6 +33,7 @@ mod cluster;
 mod compressed;
 mod create;
 mod create_entry;
+mod crypto;
 mod document;
 mod driver;
 mod entry;
@@ -51,7 +52,7 @@ mod resize;
 mod snapshots;
 mod tables;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod width;
 mod write;
 mod zero;
@@ -59,6 +60,7 @@ mod zero;
 pub use cache::options::CacheOptions;
 pub use compressed::Codec;
 pub use create::{CreateOptions, create, create_with_data};
+pub use crypto::{Crypto, Encryption};
 pub use entry::ENTRY;
 pub use open::OpenOptions;
 pub use overlap::OverlapChecks;
@@ -134,6 +136,8 @@ pub struct Qcow2 {
     bitmaps: Bitmaps,
     /// The snapshot that this image shows, when it is a view of one.
     shows: Option<Arc<()>>,
+    /// What data is encrypted with.
+    crypto: Option<Arc<Crypto>>,
 }
 
 /// Everything that changes with the metadata.

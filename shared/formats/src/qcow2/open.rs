@@ -9,7 +9,8 @@ use super::cache::options::CacheOptions;
 use super::cache::{Content, MAX_SLICES, TableCache};
 use super::cluster::PairSequence;
 use super::compressed::{Inflated, Packing};
-use super::header::{Header, KNOWN_AUTOCLEAR, field, incompatible};
+use super::crypto::Crypto;
+use super::header::{CryptMethod, Header, KNOWN_AUTOCLEAR, field, incompatible};
 use super::l1::L1Table;
 use super::overlap::{Fixed, MetadataMap, OverlapChecks, Structure};
 use super::reclaim::DiscardPolicy;
@@ -46,6 +47,8 @@ pub struct OpenOptions {
     pub data_file: Option<Edge>,
     /// What newly written clusters must not overlap.
     pub overlap_checks: OverlapChecks,
+    /// What an encrypted image is read and written with.
+    pub crypto: Option<Arc<Crypto>>,
 }
 
 impl Default for OpenOptions {
@@ -57,8 +60,25 @@ impl Default for OpenOptions {
             discards: DiscardPolicy::default(),
             data_file: None,
             overlap_checks: OverlapChecks::default(),
+            crypto: None,
         }
     }
+}
+
+/// Data of an encrypted image is of no use without its key.
+fn check_crypto(header: &Header, crypto: Option<&Crypto>) -> Result<(), Error> {
+    if header.crypt == CryptMethod::None {
+        return Ok(());
+    }
+    if crypto.is_none() {
+        let message = "Parameter 'encrypt.key-secret' is required for cipher";
+        return Err(Error::new(ErrorKind::Invalid, message));
+    }
+    if !header.size.is_multiple_of(block::cipher::SECTOR as u64) {
+        let message = "qcow2: the size of an encrypted image is not a multiple of 512";
+        return Err(Error::new(ErrorKind::Corrupt, message));
+    }
+    Ok(())
 }
 
 pub(super) async fn read_header(file: &Edge) -> Result<Header, Error> {
@@ -94,6 +114,7 @@ impl Qcow2 {
             check_writable_features(&header)?;
             header = repaired_if_dirty(&file, header).await?;
         }
+        check_crypto(&header, options.crypto.as_deref())?;
         let sizes = options.caches.sizes(&header)?;
         let geometry = with_slices(&header, &options.caches);
         let l1 = read_l1(&file, &header).await?;
@@ -162,6 +183,7 @@ impl Qcow2 {
             log: options.log,
             bitmaps: Bitmaps::default(),
             shows: None,
+            crypto: options.crypto,
         };
         if image.writable {
             image.prepare_for_writing().await?;
@@ -239,6 +261,9 @@ impl Qcow2 {
         let refcount_table_bytes = state.refcount_table.entries.len() as u64 * 8;
         let refcount_table = run(state.refcount_table.offset, refcount_table_bytes);
         map.add_fixed(Fixed::RefcountTable, refcount_table);
+        if let CryptMethod::Luks { offset, length } = header.crypt {
+            map.add_fixed(Fixed::Header, run(HostOffset(offset), length));
+        }
         if let Some(what) = map.fixed_conflict() {
             return Err(corrupt(format!("qcow2: {what} overlap")));
         }

@@ -13,6 +13,12 @@ use std::sync::Arc;
 /// Directories, separated by `:`, that names inside images may open files in.
 const ALLOWED_DIRS: &str = "OUTBOARD_ALLOW_DIRS";
 
+/// The name of a secret.
+#[derive(serde::Deserialize)]
+struct SecretId {
+    id: String,
+}
+
 /// What all images of one run share.
 pub(crate) struct Tool {
     graph: Graph,
@@ -168,11 +174,21 @@ impl Tool {
         let failed = |error: qmp::Error| Failure::message(error.desc);
         let arguments = keyval::parse(definition, Some("qom-type")).map_err(failed)?;
         let kind = arguments.get("qom-type").and_then(Value::as_str);
+        if kind == Some("secret") {
+            return self.add_secret(arguments).map_err(failed);
+        }
         let message = match kind {
             None => "Parameter 'qom-type' is missing".to_owned(),
             Some(kind) => format!("Parameter 'qom-type' does not accept value '{kind}'"),
         };
         Err(Failure::message(message))
+    }
+
+    fn add_secret(&self, mut arguments: qmp::Arguments) -> Result<(), qmp::Error> {
+        arguments.take_value("qom-type");
+        let SecretId { id } = arguments.take()?;
+        let properties = arguments.parse()?;
+        engine::secret::add(&self.graph, &id, &properties)
     }
 
     /// The options of the node for an image, its format and a name included.

@@ -224,6 +224,7 @@ impl Qcow2 {
                 refcounts: Some(0),
                 ..CacheOptions::default()
             },
+            crypto: self.crypto.clone(),
             ..OpenOptions::default()
         };
         let mut view = Self::open_parsed(file, backing.transpose()?, header, options).await?;

@@ -436,6 +436,19 @@ impl<'b> Checker<'b> {
         self.read_from(self.l1().0, self.size, backing)
     }
 
+    /// The whole disk of an encrypted image; `decrypt` gets the guest offset of each sector that is
+    /// stored.
+    pub(super) fn read_with(&self, decrypt: &dyn Fn(u64, &mut [u8])) -> Vec<u8> {
+        let mut disk = self.read_all(&[]);
+        for (number, sector) in disk.chunks_mut(512).enumerate() {
+            let offset = number as u64 * 512;
+            if matches!(self.place(self.l1().0, offset), Place::File(_)) {
+                decrypt(offset, sector);
+            }
+        }
+        disk
+    }
+
     /// The whole disk as it was when a snapshot was taken.
     pub(super) fn read_snapshot(&self, snapshot: &Snapshot) -> Vec<u8> {
         self.read_from(snapshot.l1.0, snapshot.size, &[])

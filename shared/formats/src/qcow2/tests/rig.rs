@@ -1,5 +1,8 @@
 //! A qcow2 node over a file of the simulated or the real world.
 
+use crate::luks::Password;
+use crate::qcow2::crypto::Crypto;
+use crate::qcow2::open::read_header;
 use crate::qcow2::{CacheOptions, CreateOptions, DiscardPolicy, OpenOptions, Qcow2, create};
 use block::edge::{EdgeSpec, Permissions};
 use block::node::Discard;
@@ -17,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use zeroize::Zeroizing;
 
 thread_local! {
     /// Operations that this thread's leaves may still start before they stop answering.
@@ -155,7 +159,7 @@ impl Driver for Leaf {
 }
 
 /// A file as a node.
-pub(super) fn leaf(path: &Path) -> Arc<Node> {
+pub(crate) fn leaf(path: &Path) -> Arc<Node> {
     let options = FileOptions {
         write: true,
         create: true,
@@ -171,7 +175,7 @@ pub(super) fn leaf(path: &Path) -> Arc<Node> {
     Node::new(options, Box::new(Leaf { file, length }))
 }
 
-fn edge(child: &Arc<Node>, name: &'static str, role: ChildRole) -> Edge {
+pub(crate) fn edge(child: &Arc<Node>, name: &'static str, role: ChildRole) -> Edge {
     let spec = EdgeSpec {
         parent: "test".into(),
         name,
@@ -215,6 +219,8 @@ pub(super) struct Setup {
     pub(super) cache: u64,
     /// Bytes of an L2 table that are cached as one.
     pub(super) l2_entry: Option<u64>,
+    /// Opens an encrypted image.
+    pub(super) password: Option<&'static str>,
 }
 
 impl Default for Setup {
@@ -226,8 +232,14 @@ impl Default for Setup {
             log: RedoLog::in_memory(1024),
             cache: 1 << 20,
             l2_entry: None,
+            password: None,
         }
     }
+}
+
+/// A secret.
+pub(super) fn password(text: &str) -> Password {
+    Arc::new(Zeroizing::new(text.as_bytes().to_vec()))
 }
 
 /// An open image with a root on it.
@@ -248,6 +260,14 @@ impl Disk {
         let backing = setup
             .backing
             .map(|node| edge(&node, "backing", ChildRole::Backing));
+        let crypto = match setup.password {
+            Some(text) => {
+                let header = read_header(&file).await?;
+                let password = password(text);
+                Crypto::open(&file, &header, &password).await?.map(Arc::new)
+            }
+            None => None,
+        };
         let options = OpenOptions {
             read_only: false,
             caches: CacheOptions {
@@ -261,6 +281,7 @@ impl Disk {
                 .data_file
                 .map(|path| edge(&leaf(&path), "data-file", ChildRole::Data)),
             discards: setup.discards,
+            crypto,
             ..OpenOptions::default()
         };
         let image = Qcow2::open(file, backing, options).await?;

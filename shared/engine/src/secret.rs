@@ -1,0 +1,189 @@
+//! `secret` objects: passwords and keys by name.
+//!
+//! ```text
+//!   data | file ──► [base64] ──► [decrypt with the secret `keyid`: AES-256-CBC] ──► secret
+//! ```
+//!
+//! A file is read when the object is made, which for the command line is before the sandbox.
+//! Bytes are wiped when the last user drops them, apart from the text of `data`, which the command
+//! line or the monitor has seen: `file` is the way to give a password.
+
+use block::Graph;
+use block::secret::from_base64;
+use formats::luks::decrypt_aes_256_cbc;
+use qmp::{Error, Result};
+use serde::Deserialize;
+use std::fs::File;
+use std::io::Read;
+use zeroize::Zeroizing;
+
+/// Longest file in bytes.
+const MAX_FILE: u64 = 1 << 20;
+
+/// Properties of a `secret` object.
+#[derive(Deserialize)]
+pub struct SecretProperties {
+    /// The bytes themselves.
+    pub data: Option<String>,
+    /// The file that holds them.
+    pub file: Option<String>,
+    /// How they are given; raw unless told otherwise.
+    pub format: Option<Format>,
+    /// The secret that they are encrypted with.
+    pub keyid: Option<String>,
+    /// What the encryption started from, in base64.
+    pub iv: Option<String>,
+}
+
+/// How bytes are given.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Format {
+    /// As they are.
+    #[default]
+    Raw,
+    /// In base64.
+    Base64,
+}
+
+/// Adds the secret `id`.
+///
+/// # Errors
+/// With QEMU's words: bytes given twice or not at all, an unreadable file, a bad key.
+pub fn add(graph: &Graph, id: &str, properties: &SecretProperties) -> Result<()> {
+    let given = match (&properties.data, &properties.file) {
+        (Some(_), Some(_)) => {
+            return Err(Error::generic("'file' and 'data' are mutually exclusive"));
+        }
+        (None, None) => return Err(Error::generic("Must provide 'file' or 'data'")),
+        (Some(data), None) => Zeroizing::new(data.as_bytes().to_vec()),
+        (None, Some(path)) => read(path)?,
+    };
+    let mut bytes = match properties.format.unwrap_or_default() {
+        Format::Raw => given,
+        Format::Base64 => decoded(&given)?,
+    };
+    if let Some(keyid) = &properties.keyid {
+        bytes = decrypted(graph, keyid, properties.iv.as_deref(), bytes)?;
+    }
+    graph.secrets().insert(id.to_owned(), bytes);
+    Ok(())
+}
+
+fn read(path: &str) -> Result<Zeroizing<Vec<u8>>> {
+    let failed = |error| Error::generic(format!("Unable to read {path}: {error}"));
+    let file = File::open(path).map_err(failed)?;
+    // Grown once, so that no copy of a shorter buffer stays behind in memory.
+    let length = file.metadata().map_err(failed)?.len().min(MAX_FILE) as usize;
+    let mut bytes = Zeroizing::new(Vec::with_capacity(length + 1));
+    file.take(MAX_FILE + 1)
+        .read_to_end(&mut bytes)
+        .map_err(failed)?;
+    match bytes.len() as u64 > MAX_FILE {
+        true => Err(Error::generic(format!("Unable to read {path}: too long"))),
+        false => Ok(bytes),
+    }
+}
+
+fn decoded(text: &[u8]) -> Result<Zeroizing<Vec<u8>>> {
+    let bytes = from_base64(text).map(Zeroizing::new);
+    bytes.ok_or_else(|| Error::generic("Base64 data is not valid"))
+}
+
+fn decrypted(
+    graph: &Graph,
+    keyid: &str,
+    iv: Option<&str>,
+    mut bytes: Zeroizing<Vec<u8>>,
+) -> Result<Zeroizing<Vec<u8>>> {
+    let key = graph.secrets().get(keyid);
+    let key = key.map_err(|error| Error::generic(error.message))?;
+    let key: &[u8; 32] = key[..]
+        .try_into()
+        .map_err(|_| Error::generic("Key should be 32 bytes in length"))?;
+    let iv = iv.ok_or_else(|| Error::generic("IV is required to decrypt secret"))?;
+    let iv = decoded(iv.as_bytes())?;
+    let iv: &[u8; 16] = iv[..].try_into().map_err(|_| {
+        let length = iv.len();
+        Error::generic(format!("IV should be 16 bytes in length not {length}"))
+    })?;
+    if bytes.is_empty() || !bytes.len().is_multiple_of(16) {
+        let message = format!("Length {} must be a multiple of block size 16", bytes.len());
+        return Err(Error::generic(message));
+    }
+    decrypt_aes_256_cbc(key, iv, &mut bytes);
+    let padding = usize::from(*bytes.last().expect("there is a block"));
+    if padding == 0 || padding > 16 {
+        return Err(Error::generic(format!(
+            "Incorrect number of padding bytes ({padding}) found on decrypted data"
+        )));
+    }
+    let length = bytes.len() - padding;
+    bytes.truncate(length);
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use block::graph::NamePolicy;
+
+    fn properties(text: &str) -> SecretProperties {
+        serde_json::from_str(text).unwrap()
+    }
+
+    fn refusal(graph: &Graph, text: &str) -> String {
+        add(graph, "s", &properties(text)).unwrap_err().desc
+    }
+
+    #[test]
+    fn secrets_come_from_data_files_and_other_secrets() {
+        let graph = Graph::new(&[], NamePolicy::default());
+        let bytes = |id: &str| graph.secrets().get(id).unwrap().to_vec();
+        add(&graph, "raw", &properties(r#"{"data": "word"}"#)).unwrap();
+        assert_eq!(bytes("raw"), b"word");
+        let base64 = r#"{"data": "d29y\nZA==", "format": "base64"}"#;
+        add(&graph, "b", &properties(base64)).unwrap();
+        assert_eq!(bytes("b"), b"word");
+        let path = std::env::temp_dir().join(format!("outboard-secret-{}", std::process::id()));
+        std::fs::write(&path, "from a file\n").unwrap();
+        let file = format!(r#"{{"file": {:?}}}"#, path.display().to_string());
+        add(&graph, "f", &properties(&file)).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(bytes("f"), b"from a file\n");
+        // openssl enc -aes-256-cbc -K 0001..1f -iv 00..0f, of "letmein".
+        let key = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
+        let master = format!(r#"{{"data": "{key}", "format": "base64"}}"#);
+        add(&graph, "master", &properties(&master)).unwrap();
+        let sealed = r#"{"data": "CIPHERTEXT", "format": "base64", "keyid": "master",
+            "iv": "AAECAwQFBgcICQoLDA0ODw=="}"#;
+        let sealed = sealed.replace("CIPHERTEXT", SEALED);
+        add(&graph, "sealed", &properties(&sealed)).unwrap();
+        assert_eq!(bytes("sealed"), b"letmein");
+    }
+
+    const SEALED: &str = "SI4JuWqmJF8bjD9IJ662eg==";
+
+    #[test]
+    fn a_secret_that_makes_no_sense_is_refused_with_the_peers_words() {
+        let graph = Graph::new(&[], NamePolicy::default());
+        for (text, message) in [
+            (r#"{}"#, "Must provide 'file' or 'data'"),
+            (
+                r#"{"data": "a", "file": "b"}"#,
+                "'file' and 'data' are mutually exclusive",
+            ),
+            (r#"{"data": "a", "keyid": "k"}"#, "No secret with id 'k'"),
+            (
+                r#"{"data": "?", "format": "base64"}"#,
+                "Base64 data is not valid",
+            ),
+        ] {
+            assert_eq!(refusal(&graph, text), message);
+        }
+        add(&graph, "k", &properties(r#"{"data": "short"}"#)).unwrap();
+        let text = r#"{"data": "a", "keyid": "k"}"#;
+        assert_eq!(refusal(&graph, text), "Key should be 32 bytes in length");
+        assert!(!graph.secrets().contains("s"));
+    }
+}

@@ -1,0 +1,239 @@
+//! Encrypted images: QEMU's tools both ways, wrong passwords, and crashes.
+
+use super::checker::Checker;
+use super::peers::{Files, has_qemu, on_host, qemu};
+use super::rig::{self, Disk, Setup, password};
+use super::workload::{History, Workload};
+use crate::luks;
+use crate::qcow2::{CreateOptions, Encryption};
+use block::{ByteRange, Errno, RedoLog, SectorCipher, ZeroFlags};
+use executor::Executor;
+use executor::sim::{Config, PowerCut, Subset, World};
+use std::path::Path;
+use std::time::Duration;
+
+const SIZE: u64 = 3 << 20;
+const PASSWORD: &str = "geheim";
+const SECRET: &str = "secret,id=s,data=geheim";
+
+fn setup() -> Setup {
+    Setup {
+        password: Some(PASSWORD),
+        ..Setup::default()
+    }
+}
+
+/// A random workload; the disk's content at its end.
+async fn work(path: &Path, seed: u64) -> Vec<u8> {
+    let disk = Disk::open(path, setup()).await.unwrap();
+    let history = History::new(disk.node.length(), || 0);
+    let workload = Workload {
+        seed,
+        tasks: 4,
+        requests: 30,
+        longest: 256 << 10,
+    };
+    workload.run(&disk, &history).await;
+    assert_eq!(history.failures.get(), 0);
+    let content = disk.read_all().await.unwrap();
+    disk.close().await.unwrap();
+    content
+}
+
+fn options_of(files: &Files, name: &str) -> String {
+    format!(
+        "driver=qcow2,encrypt.key-secret=s,file.filename={}",
+        files.text(name)
+    )
+}
+
+fn check(files: &Files, name: &str) {
+    let image = options_of(files, name);
+    qemu(
+        "qemu-img",
+        &["check", "-q", "--object", SECRET, "--image-opts", &image],
+    );
+}
+
+/// The disk as QEMU reads it.
+fn content_by_qemu(files: &Files, name: &str) -> Vec<u8> {
+    let (image, raw) = (options_of(files, name), files.text("content.raw"));
+    let convert = [
+        "convert",
+        "--object",
+        SECRET,
+        "--image-opts",
+        "-O",
+        "raw",
+        &image,
+        &raw,
+    ];
+    qemu("qemu-img", &convert);
+    std::fs::read(raw).unwrap()
+}
+
+#[test]
+fn images_that_qemu_encrypted_are_read_and_written() {
+    if !has_qemu() {
+        return;
+    }
+    let luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    for (seed, options) in [
+        format!("{luks},cluster_size=4k"),
+        format!(
+            "{luks},encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256"
+        ),
+        "encrypt.format=aes,encrypt.key-secret=s,cluster_size=512".to_owned(),
+        format!("{luks},compat=0.10"),
+    ]
+    .iter()
+    .enumerate()
+    {
+        println!("{options}");
+        let files = Files::new();
+        let (image, size) = (files.text("a.qcow2"), SIZE.to_string());
+        let create = [
+            "create", "-q", "--object", SECRET, "-f", "qcow2", "-o", options,
+        ];
+        qemu("qemu-img", &[&create[..], &[&image, &size]].concat());
+        let by_name = options_of(&files, "a.qcow2");
+        let write = "write -P 0x5a 100k 300k";
+        let io = ["--object", SECRET, "--image-opts", "-c", write, &by_name];
+        qemu("qemu-io", &io);
+        on_host(async {
+            let disk = Disk::open(&files.path("a.qcow2"), setup()).await.unwrap();
+            let mut right = vec![0; SIZE as usize];
+            right[100 << 10..400 << 10].fill(0x5a);
+            assert!(disk.read_all().await.unwrap() == right);
+            // Not whole sectors, at both ends.
+            disk.write(1001, &[7; 3000]).await.unwrap();
+            right[1001..4001].fill(7);
+            assert!(disk.read(1000, 3002).await.unwrap() == right[1000..4002]);
+            let zeroes = ByteRange::new(0, 8192);
+            let zeroed = disk.root.write_zeroes(zeroes, ZeroFlags::default());
+            zeroed.await.unwrap();
+            disk.close().await.unwrap();
+        });
+        let content = on_host(work(&files.path("a.qcow2"), seed as u64));
+        check(&files, "a.qcow2");
+        assert!(content == content_by_qemu(&files, "a.qcow2"));
+    }
+}
+
+fn quick_luks() -> luks::CreateOptions {
+    luks::CreateOptions {
+        iter_time: Duration::from_millis(5),
+        ..luks::CreateOptions::default()
+    }
+}
+
+#[test]
+fn images_that_are_encrypted_here_are_read_by_qemu() {
+    if !has_qemu() {
+        return;
+    }
+    let key = || password(PASSWORD);
+    for (seed, (encryption, cluster_size)) in [
+        (Encryption::Luks(quick_luks(), key()), 65536),
+        (Encryption::Luks(quick_luks(), key()), 512),
+        (Encryption::Aes(key()), 4096),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        println!("{encryption:?} {cluster_size}");
+        let files = Files::new();
+        let path = files.path("a.qcow2");
+        let options = CreateOptions {
+            cluster_size,
+            encryption: Some(encryption),
+            ..CreateOptions::new(SIZE)
+        };
+        let content = on_host(async {
+            rig::make(&path, &options).await;
+            work(&path, seed as u64 + 50).await
+        });
+        check(&files, "a.qcow2");
+        assert!(content == content_by_qemu(&files, "a.qcow2"));
+        let info = qemu(
+            "qemu-img",
+            &["info", "--output=json", &files.text("a.qcow2")],
+        );
+        assert!(info.contains("\"encrypted\": true"), "{info}");
+        on_host(async {
+            let refused = Disk::open(&path, Setup::default()).await;
+            let message = refused.err().map(|error| error.message);
+            let expected = "Parameter 'encrypt.key-secret' is required for cipher";
+            assert_eq!(message.as_deref(), Some(expected));
+            let disk = Disk::open(&path, setup()).await.unwrap();
+            let cluster = vec![0; cluster_size as usize];
+            let compressed = disk.write_compressed(0, &cluster);
+            assert_eq!(compressed.await, Err(Errno::EOPNOTSUPP));
+            disk.close().await.unwrap();
+        });
+    }
+}
+
+const IMAGE: &str = "disk.qcow2";
+
+#[test]
+fn encrypted_data_survives_a_power_cut_at_every_moment() {
+    let size = 128 << 10;
+    for seed in 0..2 {
+        println!("seed {seed}");
+        let config = || Config {
+            seed,
+            short_transfers: true,
+            ..Config::default()
+        };
+        let made = World::new(config());
+        let options = CreateOptions {
+            cluster_size: 1024,
+            encryption: Some(Encryption::Aes(password(PASSWORD))),
+            ..CreateOptions::new(size)
+        };
+        Executor::simulated(&made).block_on(rig::make(Path::new(IMAGE), &options));
+        let all = |prefix, subset| PowerCut {
+            prefix,
+            subset,
+            tear: 512,
+        };
+        let world = made.restart(&all(made.log_len(), Subset::All), config());
+        let history = History::of_world(size, &world);
+        Executor::simulated(&world).block_on(async {
+            let setup = Setup {
+                log: RedoLog::in_memory(512),
+                ..setup()
+            };
+            let disk = Disk::open(Path::new(IMAGE), setup).await.unwrap();
+            let workload = Workload {
+                seed,
+                tasks: 4,
+                requests: 20,
+                longest: 12 << 10,
+            };
+            workload.run(&disk, &history).await;
+            disk.close().await.unwrap();
+        });
+        assert_eq!(history.failures.get(), 0, "seed {seed}");
+        let cipher = luks::legacy_aes(PASSWORD.as_bytes());
+        for epoch in world.epochs() {
+            let random = 50_usize.div_ceil(epoch.len()) as u64;
+            for prefix in epoch {
+                let parts = (0..random).map(|number| Subset::Random(seed + (number << 32)));
+                for subset in [Subset::None, Subset::All].into_iter().chain(parts) {
+                    let cut = all(prefix, subset);
+                    let bytes = world.power_cut(&cut).remove(Path::new(IMAGE)).unwrap();
+                    let checker = Checker::new(&bytes);
+                    let findings = checker.check();
+                    assert!(findings.corruptions.is_empty(), "{cut:?}: {findings:#x?}");
+                    let content = checker.read_with(&|offset, sector| {
+                        cipher.decrypt(offset, sector);
+                    });
+                    let checked = history.check_power_cut(&content, &[], prefix);
+                    checked.unwrap_or_else(|wrong| panic!("seed {seed}, {cut:?}: {wrong}"));
+                }
+            }
+        }
+    }
+}
