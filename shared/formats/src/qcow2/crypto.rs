@@ -449,6 +449,9 @@ pub(super) async fn encrypt_new(file: Edge, encryption: &Encryption) -> Result<E
     Ok(file)
 }
 
+/// How often a row of clusters is looked for.
+const MAX_RESTARTS: u32 = 8;
+
 impl Qcow2 {
     /// Allocates `want` clusters in a row.
     async fn contiguous(&self, want: u64) -> Result<ClusterRun, Error> {
@@ -460,6 +463,7 @@ impl Qcow2 {
             first: HostCluster(0),
             count: 0,
         };
+        let mut restarts = 0;
         // A refcount block in between starts it over, behind which there is room for many.
         while found.count < want {
             let (run, _) = self.allocate(want - found.count).await.map_err(failed)?;
@@ -469,8 +473,14 @@ impl Qcow2 {
             }
             if found.count > 0 {
                 self.state().give_back(found);
+                restarts += 1;
             }
             found = run;
+            if restarts > MAX_RESTARTS {
+                // Small clusters: a refcount block lies in every row that is long enough.
+                self.state().give_back(found);
+                return Err(failed(executor::Errno::EFBIG));
+            }
         }
         Ok(found)
     }
