@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   input = script (header, steps) ++ image file
-//!     │ open in memory ─► steps: read, write, zero, discard, flush, resize ... ─► close ─► reopen
+//!     │ check ─► open in memory ─► steps: read, write, zero, discard ... ─► close ─► check ─► reopen
 //!     └─ an image that was sound stays sound, and reads back what was written
 //! ```
 //!
@@ -11,6 +11,7 @@
 //! from, `regressions/` keeps what fuzzing found. The tests of this crate run all of them once.
 
 pub mod memory_file;
+pub mod model;
 pub mod qcow2;
 pub mod script;
 pub mod seeds;

@@ -33,9 +33,19 @@ pub enum Kind {
     Status,
     /// Changes the length.
     Resize,
+    /// Writes whole clusters, compressed.
+    Compress,
+    /// Takes a snapshot.
+    Snapshot,
+    /// Goes back to a snapshot.
+    Apply,
+    /// Deletes a snapshot.
+    Delete,
+    /// Reads a snapshot without applying it.
+    View,
 }
 
-const KINDS: [Kind; 8] = [
+const KINDS: [Kind; 13] = [
     Kind::Read,
     Kind::Write,
     Kind::Zero,
@@ -44,6 +54,11 @@ const KINDS: [Kind; 8] = [
     Kind::Flush,
     Kind::Status,
     Kind::Resize,
+    Kind::Compress,
+    Kind::Snapshot,
+    Kind::Apply,
+    Kind::Delete,
+    Kind::View,
 ];
 
 /// One step.

@@ -92,6 +92,13 @@ fn script(flags: u8) -> Vec<u8> {
         Step::encode(Kind::Status, 0, 65536, 0.0),
         Step::encode(Kind::Resize, 0, 8192, 0.9),
         Step::encode(Kind::Write, 0x33, 640, 0.95),
+        Step::encode(Kind::Snapshot, 0, 0, 0.0),
+        Step::encode(Kind::Compress, 0x44, 4096, 0.0),
+        Step::encode(Kind::Write, 0x55, 4096, 0.3),
+        Step::encode(Kind::View, 0, 0, 0.0),
+        Step::encode(Kind::Apply, 0, 0, 0.0),
+        Step::encode(Kind::Snapshot, 1, 0, 0.0),
+        Step::encode(Kind::Delete, 0, 0, 0.0),
         Step::encode(Kind::Read, 0, 65536, 0.0),
     ];
     let mut script = vec![flags, steps.len() as u8];

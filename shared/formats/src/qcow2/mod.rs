@@ -58,6 +58,7 @@ mod write;
 mod zero;
 
 pub use cache::options::CacheOptions;
+pub use check::check;
 pub use compressed::Codec;
 pub use create::{CreateOptions, create, create_with_data};
 pub use crypto::{Crypto, Encryption};

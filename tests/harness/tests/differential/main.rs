@@ -34,10 +34,20 @@ fn run(family: Family, default: u64) {
 
 #[test]
 fn requests_on_images_of_every_shape_agree() {
-    run(Family::Plain, 100);
+    run(Family::Plain, 75);
 }
 
 #[test]
 fn requests_over_a_backing_agree() {
-    run(Family::Backed, 100);
+    run(Family::Backed, 75);
+}
+
+#[test]
+fn compressed_writes_agree() {
+    run(Family::Compressed, 75);
+}
+
+#[test]
+fn snapshots_agree() {
+    run(Family::Snapshots, 75);
 }

@@ -1,6 +1,6 @@
 //! The side that QEMU's tools work on.
 
-use crate::operation::Operation;
+use crate::operation::{Change, Content, NOISE, Operation, snapshot_name};
 use block::ByteRange;
 use std::path::Path;
 use std::process::Command;
@@ -29,9 +29,37 @@ pub(crate) fn apply(directory: &Path, image: &str, operations: &[Operation]) {
     run(directory, "qemu-io", &arguments);
 }
 
+/// Changes the image's snapshots.
+pub(crate) fn change(directory: &Path, image: &str, change: Change) {
+    let (option, number) = match change {
+        Change::Create(number) => ("-c", number),
+        Change::Apply(number) => ("-a", number),
+        Change::Delete(number) => ("-d", number),
+    };
+    let name = snapshot_name(number);
+    run(directory, "qemu-img", &["snapshot", option, &name, image]);
+}
+
+/// What the disk showed when a snapshot was taken.
+pub(crate) fn snapshot(directory: &Path, image: &str, number: u32) -> Vec<u8> {
+    let name = format!("snapshot.name={}", snapshot_name(number));
+    let convert = ["convert", "-f", "qcow2", "-O", "raw", "-l", &name, image];
+    run(
+        directory,
+        "qemu-img",
+        &[&convert[..], &["snapshot.raw"]].concat(),
+    );
+    std::fs::read(directory.join("snapshot.raw")).unwrap()
+}
+
 fn command(operation: Operation) -> String {
     match operation {
-        Operation::Write { range, fill } => format!("write -q -P {fill} {}", place(range)),
+        Operation::Write { range, content } => {
+            format!("write -q {} {}", source(content), place(range))
+        }
+        Operation::WriteCompressed { range, content } => {
+            format!("write -q -c {} {}", source(content), place(range))
+        }
         Operation::Zero { range, unmap } => {
             let unmap = if unmap { "-u " } else { "" };
             format!("write -q -z {unmap}{}", place(range))
@@ -39,6 +67,13 @@ fn command(operation: Operation) -> String {
         Operation::Discard { range } => format!("discard -q {}", place(range)),
         Operation::Flush => "flush".to_owned(),
         Operation::Resize { length } => format!("truncate {length}"),
+    }
+}
+
+fn source(content: Content) -> String {
+    match content {
+        Content::Fill(byte) => format!("-P {byte}"),
+        Content::Noise => format!("-s {}", NOISE.0),
     }
 }
 

@@ -58,7 +58,7 @@ const AUTOCLEAR_DATA_FILE_RAW: u64 = 2;
 /// # Errors
 /// `Io` with the errno that ended the check early (as `qemu-img check` reports it), `Corrupt` and
 /// `Unsupported` when the header makes no sense.
-pub(super) async fn check(
+pub async fn check(
     file: &Edge,
     options: CheckOptions,
     sink: &mut dyn CheckSink,
