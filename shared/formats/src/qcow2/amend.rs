@@ -198,8 +198,8 @@ struct Amended {
 }
 
 async fn amend(open: &mut OpenRequest<'_>, changes: &mut AmendRequest<'_>) -> Result<(), Error> {
-    let keys = take_amendment(open, changes)?;
     let parts = take_parts(open).await?;
+    let keys = take_amendment(open, &parts.header, changes)?;
     open.finish()?;
     if let Some(keys) = keys {
         let crypto = parts.options.crypto.as_deref();

@@ -338,11 +338,13 @@ fn luks_options(members: &mut Members) -> Result<luks::CreateOptions, Error> {
 /// Takes the change of key slots that `encrypt` asks for.
 pub(super) fn take_amendment(
     request: &OpenRequest<'_>,
+    header: &Header,
     changes: &mut AmendRequest<'_>,
 ) -> Result<Option<luks::Amend>, Error> {
     let Some(value) = changes.take("encrypt") else {
         return Ok(None);
     };
+    header_offset(header)?;
     let mut members = Members::new(Some(value))?;
     if members
         .text("format")?
@@ -387,24 +389,26 @@ pub(super) fn take_amendment(
     }
 }
 
+/// Where the key slots of an image are.
+fn header_offset(header: &Header) -> Result<u64, Error> {
+    match header.crypt {
+        CryptMethod::Luks { offset, .. } => Ok(offset),
+        CryptMethod::Aes => Err(invalid(
+            "Only LUKS encryption options can be amended for qcow2 with blockdev-amend",
+        )),
+        CryptMethod::None => Err(invalid(
+            "Can't amend encryption options - encryption not present",
+        )),
+    }
+}
+
 /// Changes the key slots of an image that was opened with `crypto`.
 pub(super) async fn amend_keys(
     (file, header): (&Edge, &Header),
     crypto: Option<&Crypto>,
     amend: luks::Amend,
 ) -> Result<(), Error> {
-    let offset = match header.crypt {
-        CryptMethod::Luks { offset, .. } => offset,
-        CryptMethod::Aes => {
-            let message = "Only LUKS encryption options can be amended for qcow2 with \
-                           blockdev-amend";
-            return Err(invalid(message));
-        }
-        CryptMethod::None => {
-            let message = "Can't amend encryption options - encryption not present";
-            return Err(invalid(message));
-        }
-    };
+    let offset = header_offset(header)?;
     let luks = crypto.and_then(|crypto| crypto.luks.as_ref());
     let Some(Luks::Open(volume)) = luks else {
         return Err(missing_key());

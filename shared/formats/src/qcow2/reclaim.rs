@@ -123,7 +123,12 @@ impl Qcow2 {
         if self.state().reclaimable.is_empty() {
             return;
         }
-        let Some(structure) = self.structure.try_lock() else {
+        let structure = match requests {
+            Requests::MayRun => self.structure.try_lock(),
+            // Upkeep may still be at it; nobody comes after this.
+            Requests::Ended => Some(self.structure.lock().await),
+        };
+        let Some(structure) = structure else {
             return;
         };
         for _ in 0..most {
