@@ -1,10 +1,10 @@
-//! The drivers that `--blockdev` knows: the tables of the protocol and format crates, joined.
+//! The drivers that `--blockdev` knows: the tables of the protocol, format and filter crates, joined.
 
 use block::DriverEntry;
 
 /// Every driver table. A new driver is a line in its crate's table.
-pub fn drivers() -> [&'static [DriverEntry]; 2] {
-    [protocols::DRIVERS, formats::DRIVERS]
+pub fn drivers() -> [&'static [DriverEntry]; 3] {
+    [protocols::DRIVERS, formats::DRIVERS, filters::DRIVERS]
 }
 
 /// Whether there is a driver called `name`.

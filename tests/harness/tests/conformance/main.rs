@@ -38,7 +38,7 @@ fn subject(name: &'static str, files: Image, definition: Value) -> Subject {
     };
     Subject {
         name,
-        tables: vec![protocols::DRIVERS, formats::DRIVERS],
+        tables: vec![protocols::DRIVERS, formats::DRIVERS, filters::DRIVERS],
         files,
         definition,
         check: |_| Ok(()),
@@ -90,6 +90,19 @@ fn qcow2(name: &'static str, options: &str, backed: bool) -> Subject {
     }
 }
 
+/// Everything that is written to the image is compressed first.
+fn compress(options: &str) -> Subject {
+    let mut subject = qcow2("compress", options, false);
+    let mut image = std::mem::take(&mut subject.definition);
+    image.remove("node-name");
+    let filter =
+        json!({"driver": "compress", "node-name": "subject", "discard": "unmap", "file": image});
+    if let Value::Object(filter) = filter {
+        subject.definition = filter;
+    }
+    subject
+}
+
 /// Leaked clusters are no error.
 fn qemu_img_check(files: &Image) -> Result<(), String> {
     let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
@@ -139,6 +152,10 @@ conformance! {
     qcow2_tiny_refcounts: qcow2("qcow2, 1 bit refcounts", "cluster_size=512,refcount_bits=1", false);
     qcow2_version_2: qcow2("qcow2 v2", "compat=0.10,cluster_size=4k", false);
     qcow2_overlay: qcow2("qcow2 overlay", "cluster_size=16k", true);
+    qcow2_subclusters: qcow2("qcow2, subclusters", "cluster_size=16k,extended_l2=on", false);
+    qcow2_subclusters_overlay: qcow2("qcow2 overlay, subclusters", "cluster_size=16k,extended_l2=on", true);
+    compressed: compress("cluster_size=4k");
+    compressed_zstd: compress("cluster_size=16k,compression_type=zstd");
     qcow2_version_2_overlay: qcow2("qcow2 v2 overlay", "compat=0.10,cluster_size=4k", true);
 }
 

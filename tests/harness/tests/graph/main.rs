@@ -4,6 +4,7 @@
 
 mod allocation;
 mod catalogue;
+mod compress;
 mod drain;
 mod files;
 mod locks;

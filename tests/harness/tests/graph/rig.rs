@@ -10,7 +10,7 @@ use std::sync::Arc;
 /// A graph with every driver.
 pub(crate) fn graph() -> Graph {
     Graph::new(
-        &[protocols::DRIVERS, formats::DRIVERS],
+        &[protocols::DRIVERS, formats::DRIVERS, filters::DRIVERS],
         NamePolicy::default(),
     )
 }

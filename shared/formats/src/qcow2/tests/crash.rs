@@ -4,175 +4,24 @@
 //! A larger `OUTBOARD_SEEDS` runs more seeds, and every point of those sweeps that otherwise sample.
 
 use super::bitmaps::{self, State};
+use super::cases::{
+    BITMAPS, BRIEF, BRIEF_SNAPSHOTS, Case, DATA, DATA_FILE, Layout, RAW_DATA_FILE, ROOMY,
+    SNAPSHOTS, SUBCLUSTER_SNAPSHOTS, SUBCLUSTERS, TIGHT, TIGHT_SNAPSHOTS,
+};
 use super::checker::Checker;
 use super::checks::check_bytes;
 use super::rig::{self, Disk, Setup};
 use super::snapshots;
-use super::workload::{History, Workload};
-use crate::qcow2::CreateOptions;
+use super::workload::History;
 use block::{ByteRange, RedoLog};
 use executor::sim::{Config, Fault, PowerCut, Subset, World};
-use executor::{Errno, Executor, spawn};
-use rand::SeedableRng;
-use rand::rngs::SmallRng;
+use executor::{Errno, Executor};
 use std::cell::Cell;
 use std::ops::Range;
 use std::path::Path;
 use std::rc::Rc;
 
 const IMAGE: &str = "disk.qcow2";
-const DATA: &str = "disk.data";
-
-/// What is crashed.
-#[derive(Clone, Copy)]
-struct Case {
-    size: u64,
-    cluster_size: u64,
-    refcount_bits: u32,
-    layout: Layout,
-    /// Memory of each cache in bytes.
-    cache: u64,
-    /// Records in the redo log.
-    log: usize,
-    workload: Workload,
-    /// Operations on snapshots beside the workload.
-    snapshots: usize,
-    /// Bitmaps stored in the image before.
-    bitmaps: usize,
-}
-
-/// What the image's L2 entries are like.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Layout {
-    Standard,
-    /// Extended L2 entries.
-    Subclusters,
-    /// An external data file, raw when it is so by itself.
-    DataFile {
-        raw: bool,
-    },
-}
-
-impl Layout {
-    /// Incompatible and autoclear features.
-    fn features(self) -> (u64, u64) {
-        match self {
-            Self::Standard => (0, 0),
-            Self::Subclusters => (16, 0),
-            Self::DataFile { raw } => (4, u64::from(raw) * 2),
-        }
-    }
-}
-
-/// Few tables that all fit the caches.
-const ROOMY: Case = Case {
-    size: 256 << 10,
-    cluster_size: 1024,
-    refcount_bits: 16,
-    layout: Layout::Standard,
-    cache: 1 << 20,
-    log: 1024,
-    workload: Workload {
-        seed: 0,
-        tasks: 4,
-        requests: 40,
-        longest: 24 << 10,
-    },
-    snapshots: 0,
-    bitmaps: 0,
-};
-
-/// Subclusters of a sector each.
-const SUBCLUSTERS: Case = Case {
-    size: 1 << 20,
-    cluster_size: 16 << 10,
-    layout: Layout::Subclusters,
-    workload: Workload {
-        longest: 40 << 10,
-        ..ROOMY.workload
-    },
-    ..ROOMY
-};
-
-const SUBCLUSTER_SNAPSHOTS: Case = Case {
-    snapshots: 6,
-    ..SUBCLUSTERS
-};
-
-const DATA_FILE: Case = Case {
-    layout: Layout::DataFile { raw: false },
-    ..ROOMY
-};
-
-const RAW_DATA_FILE: Case = Case {
-    layout: Layout::DataFile { raw: true },
-    ..ROOMY
-};
-
-/// Caches that hold a fraction of the tables, a refcount table that must grow, a log that fills.
-const TIGHT: Case = Case {
-    size: 4 << 20,
-    cluster_size: 512,
-    refcount_bits: 64,
-    layout: Layout::Standard,
-    cache: 0,
-    log: 320,
-    workload: Workload {
-        seed: 0,
-        tasks: 4,
-        requests: 40,
-        longest: 400 << 10,
-    },
-    snapshots: 0,
-    bitmaps: 0,
-};
-
-/// Snapshots come and go meanwhile.
-const SNAPSHOTS: Case = Case {
-    snapshots: 12,
-    workload: Workload {
-        requests: 20,
-        ..ROOMY.workload
-    },
-    ..ROOMY
-};
-
-/// As brief as [`BRIEF`], with snapshots.
-const BRIEF_SNAPSHOTS: Case = Case {
-    snapshots: 4,
-    ..BRIEF
-};
-
-/// Stored bitmaps, one of which is removed meanwhile, and snapshots.
-const BITMAPS: Case = Case {
-    bitmaps: 2,
-    snapshots: 3,
-    ..BRIEF
-};
-
-/// Snapshots, with narrow clusters and more tables than the caches hold.
-const TIGHT_SNAPSHOTS: Case = Case {
-    size: 1 << 20,
-    snapshots: 6,
-    workload: Workload {
-        requests: 16,
-        longest: 100 << 10,
-        ..TIGHT.workload
-    },
-    ..TIGHT
-};
-
-/// So short that every operation can be the last one.
-const BRIEF: Case = Case {
-    size: 96 << 10,
-    workload: Workload {
-        seed: 0,
-        tasks: 3,
-        requests: 12,
-        longest: 12 << 10,
-    },
-    ..ROOMY
-};
 
 /// Random parts of what was not flushed that are tried in each epoch.
 const SUBSETS: usize = 50;
@@ -200,53 +49,6 @@ fn sample(total: u64, points: u64) -> usize {
         return 1;
     }
     (total / points).max(1) as usize
-}
-
-impl Case {
-    fn image(&self) -> CreateOptions {
-        CreateOptions {
-            cluster_size: self.cluster_size,
-            refcount_bits: self.refcount_bits,
-            // Extended entries map half as much with the same L1 table.
-            ..CreateOptions::new(self.size * 2)
-        }
-    }
-    fn workload(&self, seed: u64) -> Workload {
-        Workload {
-            seed,
-            ..self.workload
-        }
-    }
-    /// Runs the workload, and the operations on snapshots beside it.
-    async fn run(&self, disk: &Disk, history: &Rc<History>, seed: u64) {
-        let random = SmallRng::seed_from_u64(seed ^ 0x5eed);
-        let (other, operations) = (Rc::clone(history), self.snapshots);
-        let snapshots = spawn(snapshots::operate(disk.clone(), other, random, operations));
-        let replacing = (self.bitmaps > 1).then(|| spawn(bitmaps::replace(disk.clone())));
-        self.workload(seed).run(disk, history).await;
-        snapshots.await;
-        if let Some(replacing) = replacing {
-            replacing.await;
-        }
-    }
-    /// Checks the bitmaps of an image that was not closed, if it has any.
-    fn check_bitmaps(&self, image: &Checker<'_>, content: &[u8]) -> super::workload::Check {
-        match self.bitmaps {
-            0 => Ok(()),
-            _ => bitmaps::check(image, content, State::Crashed),
-        }
-    }
-    fn setup(&self) -> Setup {
-        self.setup_with(RedoLog::in_memory(self.log))
-    }
-    fn setup_with(&self, log: RedoLog) -> Setup {
-        Setup {
-            log,
-            cache: self.cache,
-            data_file: matches!(self.layout, Layout::DataFile { .. }).then(|| DATA.into()),
-            ..Setup::default()
-        }
-    }
 }
 
 fn world(seed: u64, case: &Case) -> World {

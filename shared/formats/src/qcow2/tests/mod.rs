@@ -2,6 +2,7 @@
 //! with QEMU's tools as oracle, and on hostile images.
 
 mod bitmaps;
+mod cases;
 mod change;
 mod checker;
 mod checks;
