@@ -60,6 +60,21 @@ fn shapes() -> Vec<(String, CreateOptions)> {
             shapes.push((name.to_lowercase(), options));
         }
     }
+    let clusters_of_16k = |version_3: CreateOptions| CreateOptions {
+        cluster_size: 16 << 10,
+        ..version_3
+    };
+    let disk = || CreateOptions::new(3 * (16 << 10) - 512);
+    let extended_l2 = CreateOptions {
+        extended_l2: true,
+        ..clusters_of_16k(disk())
+    };
+    let zstd = CreateOptions {
+        compression_type: 1,
+        ..clusters_of_16k(disk())
+    };
+    shapes.push(("extended-l2".to_owned(), extended_l2));
+    shapes.push(("zstd".to_owned(), zstd));
     shapes
 }
 

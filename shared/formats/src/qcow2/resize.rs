@@ -19,6 +19,7 @@ use super::reclaim::DiscardKind;
 use super::redo::RedoRecord;
 use super::tables::{
     ClusterRun, GuestCluster, HostCluster, HostOffset, MAX_HOST_OFFSET, MAX_L1_BYTES, OFFSET_MASK,
+    REFCOUNT_BLOCK_MASK,
 };
 use super::{Qcow2, cache, header};
 use block::{ByteRange, Error, ErrorKind, Preallocation, Resize, ZeroFlags};
@@ -180,8 +181,12 @@ impl Qcow2 {
         let length = self.file.node().length();
         let mut clusters = length.div_ceil(self.geometry.cluster_size());
         let mut pins = super::alloc::Pins::default();
-        while clusters > 0 {
-            let counted = self.refcount(&self.state(), HostCluster(clusters - 1));
+        loop {
+            clusters = self.end_of_refcount_blocks(clusters);
+            let Some(last) = clusters.checked_sub(1).map(HostCluster) else {
+                break;
+            };
+            let counted = self.refcount(&self.state(), last);
             match counted {
                 Ok(0) => clusters -= 1,
                 Ok(_) => break,
@@ -198,6 +203,21 @@ impl Qcow2 {
         };
         let trimmed = self.file.node().resize(resize).await;
         trimmed.map_err(|error| error.errno.unwrap_or(Errno::EIO))
+    }
+
+    /// `clusters`, or where the last refcount block below it ends: a sparse file may be much longer.
+    fn end_of_refcount_blocks(&self, clusters: u64) -> u64 {
+        let state = self.state();
+        let entries = &state.refcount_table.entries;
+        let covering = clusters.div_ceil(1 << self.geometry.refcount_block_bits());
+        let known = &entries[..entries.len().min(covering as usize)];
+        let last = known
+            .iter()
+            .rposition(|entry| entry & REFCOUNT_BLOCK_MASK != 0);
+        let end = last.map_or(0, |last| {
+            (last as u64 + 1) << self.geometry.refcount_block_bits()
+        });
+        clusters.min(end)
     }
 
     /// Makes the L1 table large enough for `length` bytes.
