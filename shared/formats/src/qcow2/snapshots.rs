@@ -22,11 +22,13 @@ mod transition;
 use super::header::{Header, MAX_SNAPSHOTS};
 use super::read_bytes;
 use super::tables::{HostOffset, MAX_HOST_OFFSET, MAX_L1_BYTES};
-use block::{Edge, Error, ErrorKind, SnapshotInfo};
+use block::{Edge, Errno, Error, ErrorKind, SnapshotInfo};
 use std::sync::Arc;
 
 /// Largest snapshot table in bytes.
 const MAX_TABLE_BYTES: u64 = 64 << 20;
+/// How much of the table is read at once, in bytes.
+const READ_STEP: usize = 64 << 10;
 /// Largest extra data of an entry in bytes.
 const MAX_EXTRA: usize = 1024;
 /// Length of the fixed part of an entry in bytes.
@@ -163,6 +165,32 @@ impl SnapshotEntry {
     }
 }
 
+/// A part of a table. Entries are not read one by one: a buffer begins at a page, and what is kept of
+/// each entry would lie between two of them and hold both pages.
+struct Window<'f> {
+    file: &'f Edge,
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Window<'_> {
+    async fn read(&mut self, offset: u64, length: usize) -> Result<&[u8], Errno> {
+        let within = offset
+            .checked_sub(self.start)
+            .and_then(|at| usize::try_from(at).ok());
+        let there = within.filter(|at| self.bytes.len().saturating_sub(*at) >= length);
+        let at = match there {
+            Some(at) => at,
+            None => {
+                self.bytes = read_bytes(self.file, offset, length.max(READ_STEP)).await?;
+                self.start = offset;
+                0
+            }
+        };
+        Ok(&self.bytes[at..at + length])
+    }
+}
+
 impl SnapshotTable {
     /// Reads the table that `header` refers to.
     pub(super) async fn read(file: &Edge, header: &Header) -> Result<Self, Error> {
@@ -171,9 +199,15 @@ impl SnapshotTable {
             ..Self::default()
         };
         let failed = |errno| Error::io("Could not read snapshots", errno);
+        let mut window = Window {
+            file,
+            start: 0,
+            bytes: Vec::new(),
+        };
         for index in 0..header.snapshots {
             let at = header.snapshots_offset.0 + table.length;
-            let fixed = read_bytes(file, at, FIXED).await.map_err(failed)?;
+            let fixed = window.read(at, FIXED).await.map_err(failed)?;
+            let fixed: [u8; FIXED] = fixed.try_into().expect("as long as was asked for");
             let length = |at, bytes| number(&fixed, at, bytes) as usize;
             let extra = length(field::EXTRA_LENGTH, 4);
             if extra > MAX_EXTRA {
@@ -181,7 +215,7 @@ impl SnapshotTable {
                 return Err(Error::new(ErrorKind::Corrupt, message));
             }
             let (id, name) = (length(field::ID_LENGTH, 2), length(field::NAME_LENGTH, 2));
-            let rest = read_bytes(file, at + FIXED as u64, extra + id + name);
+            let rest = window.read(at + FIXED as u64, extra + id + name);
             let rest = rest.await.map_err(failed)?;
             let l1_offset = number(&fixed, field::L1_OFFSET, 8);
             let l1_entries = number(&fixed, field::L1_ENTRIES, 4);
@@ -196,7 +230,7 @@ impl SnapshotTable {
                 extra: rest[..extra].to_vec(),
                 id: rest[extra..extra + id].to_vec(),
                 name: rest[extra + id..].to_vec(),
-                fixed: fixed.try_into().expect("as long as was asked for"),
+                fixed,
                 shown: Arc::default(),
             });
             table.length += ((FIXED + rest.len()) as u64).next_multiple_of(8);
