@@ -261,10 +261,11 @@ impl L2Entry {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    const GEOMETRY: Geometry = Geometry {
+    /// What most images are like.
+    pub(in crate::qcow2) const GEOMETRY: Geometry = Geometry {
         cluster_bits: 16,
         refcount_order: 4,
         zero_clusters: true,

@@ -176,16 +176,7 @@ pub(super) fn encode(entries: &[Entry]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const GEOMETRY: Geometry = Geometry {
-        cluster_bits: 16,
-        refcount_order: 4,
-        zero_clusters: true,
-        extended_l2: false,
-        external_data: false,
-        l2_slice_bits: 12,
-        refcount_slice_bits: 12,
-    };
+    use crate::qcow2::tables::tests::GEOMETRY;
 
     fn entry(name: &str) -> Entry {
         Entry {

@@ -1,7 +1,7 @@
 //! Encrypted images: QEMU's tools both ways, wrong passwords, and crashes.
 
 use super::checker::Checker;
-use super::peers::{Files, has_qemu, on_host, qemu};
+use super::peers::{Files, has_qemu, on_host, qemu, work, work_here};
 use super::rig::{self, Disk, Setup, password};
 use super::workload::{History, Workload};
 use crate::luks;
@@ -21,23 +21,6 @@ fn setup() -> Setup {
         password: Some(PASSWORD),
         ..Setup::default()
     }
-}
-
-/// A random workload; the disk's content at its end.
-async fn work(path: &Path, seed: u64) -> Vec<u8> {
-    let disk = Disk::open(path, setup()).await.unwrap();
-    let history = History::new(disk.node.length(), || 0);
-    let workload = Workload {
-        seed,
-        tasks: 4,
-        requests: 30,
-        longest: 256 << 10,
-    };
-    workload.run(&disk, &history).await;
-    assert_eq!(history.failures.get(), 0);
-    let content = disk.read_all().await.unwrap();
-    disk.close().await.unwrap();
-    content
 }
 
 fn options_of(files: &Files, name: &str) -> String {
@@ -114,7 +97,7 @@ fn images_that_qemu_encrypted_are_read_and_written() {
             zeroed.await.unwrap();
             disk.close().await.unwrap();
         });
-        let content = on_host(work(&files.path("a.qcow2"), seed as u64));
+        let content = work(&files.path("a.qcow2"), setup(), seed as u64);
         check(&files, "a.qcow2");
         assert!(content == content_by_qemu(&files, "a.qcow2"));
     }
@@ -151,7 +134,7 @@ fn images_that_are_encrypted_here_are_read_by_qemu() {
         };
         let content = on_host(async {
             rig::make(&path, &options).await;
-            work(&path, seed as u64 + 50).await
+            work_here(&path, setup(), seed as u64 + 50).await
         });
         check(&files, "a.qcow2");
         assert!(content == content_by_qemu(&files, "a.qcow2"));

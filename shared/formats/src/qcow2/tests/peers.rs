@@ -78,21 +78,24 @@ pub(super) async fn open(path: &Path) -> Disk {
 
 /// Runs a random workload on the image and gives the disk's content.
 pub(super) fn work(path: &Path, setup: Setup, seed: u64) -> Vec<u8> {
-    on_host(async {
-        let disk = Disk::open(path, setup).await.unwrap();
-        let history = History::new(disk.node.length(), || 0);
-        let workload = Workload {
-            seed,
-            tasks: 4,
-            requests: 40,
-            longest: 256 << 10,
-        };
-        workload.run(&disk, &history).await;
-        assert_eq!(history.failures.get(), 0);
-        let content = disk.read_all().await.unwrap();
-        disk.close().await.unwrap();
-        content
-    })
+    on_host(work_here(path, setup, seed))
+}
+
+/// The same on the executor that is running.
+pub(super) async fn work_here(path: &Path, setup: Setup, seed: u64) -> Vec<u8> {
+    let disk = Disk::open(path, setup).await.unwrap();
+    let history = History::new(disk.node.length(), || 0);
+    let workload = Workload {
+        seed,
+        tasks: 4,
+        requests: 40,
+        longest: 256 << 10,
+    };
+    workload.run(&disk, &history).await;
+    assert_eq!(history.failures.get(), 0);
+    let content = disk.read_all().await.unwrap();
+    disk.close().await.unwrap();
+    content
 }
 
 /// Cluster sizes, refcount widths, versions; not the whole product.
