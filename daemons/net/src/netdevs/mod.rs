@@ -1,0 +1,67 @@
+//! The types of network back-ends.
+//!
+//! A type is a module here, a variant of [`NetdevOptions`] and a line in [`open`].
+
+pub mod echo;
+pub mod null;
+
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+use executor::Handle;
+use serde::Deserialize;
+
+use crate::netdev::Netdev;
+
+/// A back-end as the user describes it: `--netdev type=TYPE,...`, without its id.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum NetdevOptions {
+    /// Takes every frame and gives none.
+    Null(null::NullOptions),
+    /// Gives every frame back to the queue that it came from.
+    Echo(echo::EchoOptions),
+}
+
+/// What a back-end may ask of the daemon while it is opened.
+pub struct Context<'a> {
+    /// The back-end's id.
+    pub id: &'a str,
+    /// Takes over the descriptor that this names: a number that was inherited, or a name of socket activation or `getfd`.
+    pub descriptor: &'a dyn Fn(&str) -> anyhow::Result<OwnedFd>,
+    /// The `iothread` object of this name; without one, a thread that belongs to the back-end.
+    pub thread: &'a dyn Fn(Option<&str>) -> anyhow::Result<Handle>,
+}
+
+/// Opens a back-end on the current (control) executor.
+///
+/// # Errors
+/// Names what was wrong or could not be opened.
+pub fn open(options: &NetdevOptions, _context: &Context<'_>) -> anyhow::Result<Rc<dyn Netdev>> {
+    Ok(match options {
+        NetdevOptions::Null(options) => Rc::new(null::Null::new(options)),
+        NetdevOptions::Echo(options) => Rc::new(echo::Echo::new(options)),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<NetdevOptions, serde_json::Error> {
+        serde_json::from_str(text)
+    }
+
+    #[test]
+    fn options_of_no_type_are_refused() {
+        assert!(parse(r#"{"type": "null"}"#).is_ok());
+        assert!(parse(r#"{"type": "echo"}"#).is_ok());
+        for wrong in [
+            r#"{}"#,
+            r#"{"type": "nul"}"#,
+            r#"{"type": "null", "ifname": "tap0"}"#,
+        ] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+    }
+}
