@@ -13,9 +13,10 @@ use serde::Deserialize;
 
 use crate::netdev::Netdev;
 
-/// A back-end as the user describes it: `--netdev type=TYPE,...`, without its id.
+/// A back-end as the user describes it: `--netdev type=TYPE,...`, without its id. Read it from [`qmp::Arguments`], to which
+/// the container's name is that of the member that chooses the variant; they also refuse what no variant knows.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(tag = "type", rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(rename = "type", rename_all = "kebab-case")]
 pub enum NetdevOptions {
     /// Takes every frame and gives none.
     Null(null::NullOptions),
@@ -48,20 +49,20 @@ pub fn open(options: &NetdevOptions, _context: &Context<'_>) -> anyhow::Result<R
 mod tests {
     use super::*;
 
-    fn parse(text: &str) -> Result<NetdevOptions, serde_json::Error> {
-        serde_json::from_str(text)
+    fn parse(text: &str) -> qmp::Result<NetdevOptions> {
+        qmp::keyval::parse(text, Some("type"))?.parse()
     }
 
     #[test]
     fn options_of_no_type_are_refused() {
         assert!(parse(r#"{"type": "null"}"#).is_ok());
-        assert!(parse(r#"{"type": "echo"}"#).is_ok());
-        for wrong in [
-            r#"{}"#,
-            r#"{"type": "nul"}"#,
-            r#"{"type": "null", "ifname": "tap0"}"#,
+        assert!(parse("type=echo").is_ok() && parse("echo").is_ok());
+        for (wrong, why) in [
+            (r#"{}"#, "Parameter 'type' is missing"),
+            ("nul", "Parameter 'type' does not accept value 'nul'"),
+            ("null,ifname=tap0", "Parameter 'ifname' is unexpected"),
         ] {
-            assert!(parse(wrong).is_err(), "{wrong}");
+            assert_eq!(parse(wrong).unwrap_err().to_string(), why);
         }
     }
 }
