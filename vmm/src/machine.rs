@@ -1,6 +1,6 @@
 //! The machine: everything that a power button or a reset acts upon.
 //!
-//! Some parts last as long as the process (memory, disks and their connections, the console, the kernel files); a [`Board`] is
+//! Some parts last as long as the process (memory, devices and their connections, the console, the kernel files); a [`Board`] is
 //! everything else: KVM's VM, CPUs, interrupt controllers, bus. A reset throws the board away and makes a new one, so that no state
 //! can be forgotten.
 //!
@@ -32,7 +32,7 @@ use crate::pci::root::{DeviceInfo, MAX_DEVICES, PciDevice, PciRoot};
 use crate::power::Power;
 use crate::seccomp::Sandbox;
 use crate::serial::{Console, SerialPort};
-use crate::vhost_user::{Disk, Environment};
+use crate::vhost_user::{Description, Device, Environment};
 use crate::virtio_pci::{BAR_SIZE, VirtioPci};
 
 /// Whether the guest runs.
@@ -40,7 +40,7 @@ use crate::virtio_pci::{BAR_SIZE, VirtioPci};
 pub(crate) enum RunState {
     /// CPUs run.
     Running,
-    /// CPUs are stopped and disks drained.
+    /// CPUs are stopped and devices drained.
     Paused,
 }
 
@@ -59,7 +59,7 @@ pub(crate) struct Machine {
     cpu_count: u8,
     kernel: Kernel,
     memory: Memory,
-    disks: Vec<Arc<Disk>>,
+    devices: Vec<Arc<Device>>,
     console: Console,
     gate: Arc<Gate>,
     events: EventSender,
@@ -67,7 +67,7 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Opens everything that `options` name and starts the disks' threads; the guest does not run yet.
+    /// Opens everything that `options` name and starts the devices' threads; the guest does not run yet.
     ///
     /// # Errors
     /// Something cannot be opened, or KVM lacks what is needed.
@@ -94,7 +94,7 @@ impl Machine {
             supported_cpuid,
             cpu_count: options.cpus,
             kernel,
-            disks: start_disks(options, &environment)?,
+            devices: start_devices(options, &environment)?,
             memory: environment.memory,
             console: Console::open(&options.serial)?,
             gate: environment.gate,
@@ -113,7 +113,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Stops the CPUs, then drains the disks.
+    /// Stops the CPUs, then drains the devices.
     ///
     /// # Errors
     /// A back-end does not answer; the CPUs are stopped all the same.
@@ -125,17 +125,17 @@ impl Machine {
         if let Some(board) = &self.board {
             board.cpus.pause();
         }
-        self.disks.iter().try_for_each(|disk| disk.pause())
+        self.devices.iter().try_for_each(|device| device.pause())
     }
 
-    /// Starts disks and CPUs again.
+    /// Starts devices and CPUs again.
     pub(crate) fn resume(&mut self) {
         if self.state == RunState::Running {
             return;
         }
         self.state = RunState::Running;
-        for disk in &self.disks {
-            disk.resume();
+        for device in &self.devices {
+            device.resume();
         }
         if let Some(board) = &self.board {
             board.cpus.resume();
@@ -152,8 +152,8 @@ impl Machine {
         self.board = None;
         // A guest may ask twice before it is stopped; that must not reset the new board.
         self.events.renew();
-        for disk in &self.disks {
-            disk.reset_and_wait()?;
+        for device in &self.devices {
+            device.reset_and_wait()?;
         }
         self.board = Some(self.make_board()?);
         self.state = RunState::Paused;
@@ -272,13 +272,13 @@ impl Machine {
         let power = Power::new(self.events.clone(), line(layout::EVENT_GSI)?);
         let bars = (layout::PCI_WINDOW_START as u32..).step_by(BAR_SIZE as usize);
         let devices = self
-            .disks
+            .devices
             .iter()
             .zip(bars)
-            .map(|(disk, bar)| -> Box<dyn PciDevice> {
+            .map(|(device, bar)| -> Box<dyn PciDevice> {
                 let doorbells = Box::new(vm.clone());
                 Box::new(VirtioPci::new(
-                    disk.clone(),
+                    device.clone(),
                     bar,
                     interrupts.clone(),
                     doorbells,
@@ -312,20 +312,24 @@ fn open_kvm(cpus: u8) -> Result<Kvm> {
     Ok(kvm)
 }
 
-fn start_disks(options: &Options, environment: &Environment) -> Result<Vec<Arc<Disk>>> {
-    let count = options.disks.len();
+/// Starts what the options name, in the order of their slots: disks first.
+fn start_devices(options: &Options, environment: &Environment) -> Result<Vec<Arc<Device>>> {
+    let disks = options.disks.iter().enumerate();
+    let disks = disks.map(|(index, disk)| disk.describe(index));
+    let descriptions: Vec<Description> = disks.collect();
+    let count = descriptions.len();
     ensure!(
         count <= MAX_DEVICES,
-        "--vhost-user-blk given {count} times, at most {MAX_DEVICES} are possible"
+        "{count} devices asked for, at most {MAX_DEVICES} are possible"
     );
-    let mut disks: Vec<Arc<Disk>> = Vec::new();
-    for (index, disk) in options.disks.iter().enumerate() {
-        let name = disk.id.clone().unwrap_or_else(|| format!("disk{index}"));
+    let mut devices: Vec<Arc<Device>> = Vec::new();
+    for description in descriptions {
+        let name = &description.name;
         ensure!(
-            disks.iter().all(|other| other.name() != name),
-            "--vhost-user-blk: there are two disks with id {name}"
+            devices.iter().all(|other| other.name() != name),
+            "there are two devices with id {name}"
         );
-        disks.push(Arc::new(Disk::start(name, disk, environment)?));
+        devices.push(Arc::new(Device::start(description, environment)?));
     }
-    Ok(disks)
+    Ok(devices)
 }

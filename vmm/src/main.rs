@@ -1,10 +1,10 @@
-//! `outboard-vmm`: boots a Linux guest on KVM and hands its disks to vhost-user back-ends.
+//! `outboard-vmm`: boots a Linux guest on KVM and hands its devices to vhost-user back-ends.
 //!
 //! ```text
-//! options -> machine (memory, disks, console, board) -> monitor (main thread: QMP, console, signals)
+//! options -> machine (memory, devices, console, board) -> monitor (main thread: QMP, console, signals)
 //!                        |            |
 //!                        |            +-- cpu/, bus, pci/, virtio_pci, power, serial, irq, acpi, boot
-//!                        +-- vhost_user/ (one thread per disk)
+//!                        +-- vhost_user/ (one thread per device)
 //! ```
 //!
 //! docs/vmm.md has the devices, the memory map and the threads.

@@ -4,8 +4,12 @@
 
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use clap::{Parser, ValueEnum};
+
+use crate::vhost_user::Description;
+use crate::vhost_user::blk::Disk;
 
 /// Boots a Linux guest on KVM with vhost-user disks.
 ///
@@ -117,6 +121,20 @@ impl FromStr for DiskOptions {
             ));
         }
         Ok(disk)
+    }
+}
+
+impl DiskOptions {
+    /// The device that the option at place `index` asks for.
+    pub(crate) fn describe(&self, index: usize) -> Description {
+        Description {
+            name: self.id.clone().unwrap_or_else(|| format!("disk{index}")),
+            socket: self.socket.clone(),
+            queue_size: self.queue_size,
+            model: Arc::new(Disk {
+                num_queues: self.num_queues,
+            }),
+        }
     }
 }
 

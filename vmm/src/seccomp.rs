@@ -16,7 +16,7 @@ pub(crate) enum ThreadKind {
     /// Runs a virtual CPU.
     Cpu,
     /// Talks to one back-end.
-    Disk,
+    Device,
     /// Serves QMP and the console, resets the machine.
     Main,
 }
@@ -91,7 +91,7 @@ const RUNTIME: &[i64] = &[
 const CPU: &[i64] = &[libc::SYS_ioctl, libc::SYS_sendto];
 
 /// Sockets and the watch on their directory.
-const DISK: &[i64] = &[
+const DEVICE: &[i64] = &[
     libc::SYS_connect,
     libc::SYS_fcntl,
     libc::SYS_recvfrom,
@@ -127,8 +127,8 @@ fn install(kind: ThreadKind) -> Result<()> {
 fn compile(kind: ThreadKind) -> Result<BpfProgram> {
     let lists: &[&[i64]] = match kind {
         ThreadKind::Cpu => &[RUNTIME, CPU],
-        ThreadKind::Disk => &[RUNTIME, DISK],
-        ThreadKind::Main => &[RUNTIME, CPU, DISK, MAIN],
+        ThreadKind::Device => &[RUNTIME, DEVICE],
+        ThreadKind::Main => &[RUNTIME, CPU, DEVICE, MAIN],
     };
     let rules: BTreeMap<i64, Vec<_>> = lists
         .iter()
@@ -152,10 +152,10 @@ mod tests {
 
     #[test]
     fn every_filter_compiles_and_the_kernel_takes_it() {
-        for kind in [ThreadKind::Cpu, ThreadKind::Disk, ThreadKind::Main] {
+        for kind in [ThreadKind::Cpu, ThreadKind::Device, ThreadKind::Main] {
             assert!(!compile(kind).unwrap().is_empty());
         }
-        std::thread::spawn(|| Sandbox::On.enter(ThreadKind::Disk))
+        std::thread::spawn(|| Sandbox::On.enter(ThreadKind::Device))
             .join()
             .unwrap();
     }

@@ -1,11 +1,11 @@
-//! virtio over PCI, modern only (virtio 1.2, 4.1): the registers of one disk, its doorbells and its interrupts.
+//! virtio over PCI, modern only (virtio 1.2, 4.1): the registers of one device, its doorbells and its interrupts.
 //!
 //! ```text
 //! BAR 0: 0x0000 common  0x1000 ISR  0x2000 device configuration  0x3000 doorbells  0x4000 MSI-X table  0x7000 MSI-X pending bits
 //! ```
 //!
 //! Each queue has its own doorbell address, an ioeventfd in KVM. There is no legacy interrupt: without MSI-X no interrupt arrives.
-//! The transport is made anew at each machine reset; the [`Disk`] behind it stays.
+//! The transport is made anew at each machine reset; the [`Device`] behind it stays.
 
 use std::sync::Arc;
 
@@ -17,7 +17,8 @@ use crate::pci::NotReady;
 use crate::pci::config::{ConfigSpace, Identity};
 use crate::pci::msix::{ENTRY_SIZE, Msix};
 use crate::pci::root::{DeviceInfo, PciDevice};
-use crate::vhost_user::{Activation, Disk, RingSetup};
+use crate::vhost_user::model::{Kind, VERSION_1};
+use crate::vhost_user::{Activation, Device, RingSetup};
 
 /// Size of BAR 0.
 pub(crate) const BAR_SIZE: u32 = 0x8000;
@@ -31,13 +32,9 @@ const NOTIFY_MULTIPLIER: u32 = 4;
 /// Bytes of the common configuration, up to and without the registers of features that are not offered.
 const COMMON_SIZE: usize = 0x38;
 
-const IDENTITY: Identity = Identity {
-    vendor: 0x1af4,
-    device: 0x1042,
-    class: 0x01_0000,
-    revision: 1,
-    subsystem: (0x1af4, 0x1100),
-};
+const VENDOR: u16 = 0x1af4;
+/// PCI device id of virtio device 0.
+const FIRST_DEVICE: u16 = 0x1040;
 
 const STATUS_DRIVER_OK: u8 = 4;
 const STATUS_FEATURES_OK: u8 = 8;
@@ -80,9 +77,9 @@ struct Common {
     queues: Vec<Queue>,
 }
 
-/// One disk on the bus.
+/// One device on the bus.
 pub(crate) struct VirtioPci {
-    disk: Arc<Disk>,
+    device: Arc<Device>,
     config: ConfigSpace,
     msix_capability: usize,
     window_capability: usize,
@@ -93,23 +90,25 @@ pub(crate) struct VirtioPci {
 }
 
 impl VirtioPci {
-    /// Puts `disk` on the bus with its BAR at `bar`; the guest may move it.
+    /// Puts `device` on the bus with its BAR at `bar`; the guest may move it.
     pub(crate) fn new(
-        disk: Arc<Disk>,
+        device: Arc<Device>,
         bar: u32,
         controller: Arc<dyn InterruptController>,
         doorbells: Box<dyn Doorbells>,
     ) -> Self {
-        let notifiers = disk.notifiers();
+        let kind = device.kind();
+        let notifiers = device.notifiers();
         let mut sources = notifiers.calls.clone();
         sources.push(notifiers.config.clone());
         let msix = Msix::new(controller, sources);
-        let mut config = ConfigSpace::new(IDENTITY);
+        let mut config = ConfigSpace::new(identity(kind));
         config.set_bar(bar, BAR_SIZE);
-        let (msix_capability, window_capability) = add_capabilities(&mut config, msix.vectors());
-        let common = Common::new(&disk);
+        let (msix_capability, window_capability) =
+            add_capabilities(&mut config, kind, msix.vectors());
+        let common = Common::new(&device);
         Self {
-            disk,
+            device,
             config,
             msix_capability,
             window_capability,
@@ -144,10 +143,10 @@ impl VirtioPci {
         start: u64,
         change: impl Fn(&dyn Doorbells, u64, &Notifier) -> anyhow::Result<()>,
     ) {
-        for (index, kick) in self.disk.notifiers().kicks.iter().enumerate() {
+        for (index, kick) in self.device.notifiers().kicks.iter().enumerate() {
             let address = start + index as u64 * u64::from(NOTIFY_MULTIPLIER);
             if let Err(error) = change(self.doorbells.as_ref(), address, kick) {
-                tracing::error!(disk = self.disk.name(), "doorbell {index}: {error:#}");
+                tracing::error!(device = self.device.name(), "doorbell {index}: {error:#}");
             }
         }
     }
@@ -156,7 +155,7 @@ impl VirtioPci {
         const DEVICE_FEATURE: u64 = 4;
         data.fill(0);
         let reads_features = at < DEVICE_FEATURE + 4 && at + data.len() as u64 > DEVICE_FEATURE;
-        let features = match self.disk.features() {
+        let features = match self.device.features() {
             Some(features) => features,
             None if reads_features => return Err(NotReady),
             None => 0,
@@ -185,7 +184,7 @@ impl VirtioPci {
         bytes.extend(self.msix.vector(self.config_source()).to_le_bytes());
         bytes.extend((common.queues.len() as u16).to_le_bytes());
         bytes.push(self.status());
-        bytes.push(self.disk.config().map_or(0, |(_, generation)| generation));
+        bytes.push(self.device.generation());
         bytes.extend(common.queue_select.to_le_bytes());
         bytes.extend(queue.setup.size.to_le_bytes());
         let vector = self.msix.vector(usize::from(common.queue_select));
@@ -204,10 +203,10 @@ impl VirtioPci {
 
     /// The device status; not zero until a reset is complete (virtio 1.2, 4.1.4.3.1).
     fn status(&self) -> u8 {
-        if self.common.status == 0 && self.disk.is_resetting() {
+        if self.common.status == 0 && self.device.is_resetting() {
             return STATUS_NEEDS_RESET;
         }
-        let broken = if self.disk.is_broken() {
+        let broken = if self.device.is_broken() {
             STATUS_NEEDS_RESET
         } else {
             0
@@ -236,7 +235,7 @@ impl VirtioPci {
                 self.msix.set_vector(index, value as u16);
             }
             (0x18 | 0x1c | 0x20..0x38, _) => {
-                let max_size = self.disk.queue_size();
+                let max_size = self.device.queue_size();
                 self.common.write_queue(at, (value, data.len()), max_size);
             }
             _ => {}
@@ -245,7 +244,7 @@ impl VirtioPci {
 
     fn write_status(&mut self, status: u8) {
         // A driver has to wait for the end of a reset (virtio 1.2, 4.1.4.3.2); one that does not cannot pile up orders.
-        if self.disk.is_resetting() {
+        if self.device.is_resetting() {
             return;
         }
         if status == 0 {
@@ -260,27 +259,26 @@ impl VirtioPci {
         }
         self.common.status = status;
         if driver_ok && status & STATUS_FEATURES_OK != 0 {
-            self.disk.activate(self.common.activation());
+            self.device.activate(self.common.activation());
         }
     }
 
     fn features_are_acceptable(&self) -> bool {
-        const VERSION_1: u64 = 1 << 32;
-        let offered = self.disk.features().unwrap_or(0);
+        let offered = self.device.features().unwrap_or(0);
         let chosen = self.common.driver_features;
         chosen & !offered == 0 && chosen & VERSION_1 != 0
     }
 
     fn reset(&mut self) {
         if self.common.status != 0 {
-            self.disk.reset();
+            self.device.reset();
         }
-        self.common = Common::new(&self.disk);
+        self.common = Common::new(&self.device);
         self.msix.clear_vectors();
     }
 
     fn read_device(&self, at: u64, data: &mut [u8]) -> Result<(), NotReady> {
-        let (config, _) = self.disk.config().ok_or(NotReady)?;
+        let (config, _) = self.device.config().ok_or(NotReady)?;
         for (index, byte) in data.iter_mut().enumerate() {
             *byte = config.get(at as usize + index).copied().unwrap_or(0);
         }
@@ -299,9 +297,9 @@ impl VirtioPci {
 }
 
 impl Common {
-    fn new(disk: &Disk) -> Self {
+    fn new(device: &Device) -> Self {
         let setup = RingSetup {
-            size: disk.queue_size(),
+            size: device.queue_size(),
             ..Default::default()
         };
         let queue = Queue {
@@ -309,7 +307,7 @@ impl Common {
             enabled: false,
         };
         Self {
-            queues: vec![queue; usize::from(disk.num_queues())],
+            queues: vec![queue; usize::from(device.num_queues())],
             ..Default::default()
         }
     }
@@ -363,6 +361,16 @@ impl Common {
     }
 }
 
+fn identity(kind: &Kind) -> Identity {
+    Identity {
+        vendor: VENDOR,
+        device: FIRST_DEVICE + kind.virtio_id,
+        class: kind.class,
+        revision: 1,
+        subsystem: (VENDOR, 0x1100),
+    }
+}
+
 /// Writes all of an address, or its low or high half.
 fn set_part(address: &mut u64, at: u64, value: u64, len: usize) {
     match (at, len) {
@@ -374,7 +382,7 @@ fn set_part(address: &mut u64, at: u64, value: u64, len: usize) {
 }
 
 /// Adds the virtio capabilities and MSI-X; returns where MSI-X and the window are.
-fn add_capabilities(config: &mut ConfigSpace, vectors: usize) -> (usize, usize) {
+fn add_capabilities(config: &mut ConfigSpace, kind: &Kind, vectors: usize) -> (usize, usize) {
     const VENDOR_SPECIFIC: u8 = 0x09;
     const MSIX: u8 = 0x11;
     let [common_type, notify_type, isr_type, device_type, window_type] = [1, 2, 3, 4, 5];
@@ -394,12 +402,7 @@ fn add_capabilities(config: &mut ConfigSpace, vectors: usize) -> (usize, usize) 
         &NOTIFY_MULTIPLIER.to_le_bytes(),
     );
     add(isr_type, ISR, 4, &[]);
-    add(
-        device_type,
-        DEVICE,
-        crate::vhost_user::CONFIG_SIZE as u32,
-        &[],
-    );
+    add(device_type, DEVICE, kind.config_size as u32, &[]);
     let window = add(window_type, 0, 0, &[0; 4]);
     config.allow(window + 4, &[0xff]);
     config.allow(window + 8, &[0xff; 8]);
@@ -450,12 +453,12 @@ impl PciDevice for VirtioPci {
         match at {
             0..ISR => self.write_common(at, data),
             DEVICE..NOTIFY => {
-                self.disk.config().ok_or(NotReady)?;
-                self.disk.write_config((at - DEVICE) as usize, data);
+                self.device.features().ok_or(NotReady)?;
+                self.device.write_config((at - DEVICE) as usize, data);
             }
             NOTIFY..TABLE => {
                 let queue = (at - NOTIFY) / u64::from(NOTIFY_MULTIPLIER);
-                if let Some(kick) = self.disk.notifiers().kicks.get(queue as usize) {
+                if let Some(kick) = self.device.notifiers().kicks.get(queue as usize) {
                     kick.raise();
                 }
             }
@@ -466,12 +469,13 @@ impl PciDevice for VirtioPci {
     }
 
     fn describe(&self) -> DeviceInfo {
+        let kind = self.device.kind();
         DeviceInfo {
-            id: self.disk.name().to_owned(),
-            class_name: "SCSI controller",
-            class: 0x0100,
-            vendor: IDENTITY.vendor,
-            device: IDENTITY.device,
+            id: self.device.name().to_owned(),
+            class_name: kind.class_name,
+            class: (kind.class >> 8) as u16,
+            vendor: VENDOR,
+            device: identity(kind).device,
             bar: self.bar(),
         }
     }

@@ -1,4 +1,4 @@
-//! A vhost-user-blk disk as the rest of the VMM sees it: a handle to the thread that talks to the back-end.
+//! A device behind a vhost-user socket as the rest of the VMM sees it: a handle to the thread that talks to the back-end.
 //!
 //! ```text
 //! virtio_pci --commands--> worker thread <--UNIX socket--> back-end
@@ -7,14 +7,17 @@
 //! ```
 //!
 //! [`wire`] moves messages, [`session`] holds the conversation (negotiation, starting and stopping rings), [`reconnect`] says when
-//! to try again, [`worker`] is the thread's loop. The handle and its notifiers live as long as the process: a machine reset makes a
-//! new virtio-pci transport around the same handle.
+//! to try again, [`worker`] is the thread's loop. What kind of device it is, only its [`model`] knows: [`blk`]. The handle
+//! and its notifiers live as long as the process: a machine reset makes a new virtio-pci transport around the same handle.
 
+pub(crate) mod blk;
+pub(crate) mod model;
 mod reconnect;
 mod session;
 mod wire;
 mod worker;
 
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -24,13 +27,10 @@ use anyhow::{Context, Result};
 use crate::cpu::vcpu::Gate;
 use crate::events::Notifier;
 use crate::memory::Memory;
-use crate::options::DiskOptions;
 use crate::seccomp::{Sandbox, ThreadKind};
 
-/// Bytes of the configuration space that the guest sees: `struct virtio_blk_config` up to the write-zeroes fields (virtio 1.2, 5.2.4).
-pub(crate) const CONFIG_SIZE: usize = 60;
-/// Offset of `writeback` in the configuration, the only field that a driver may write.
-const CONFIG_WRITEBACK: usize = 32;
+use self::model::{Kind, Model};
+
 /// Longest time that a back-end may take to finish what it has in flight.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -60,7 +60,7 @@ pub(crate) struct Activation {
 enum Command {
     Activate(Activation),
     Reset(SyncSender<()>),
-    WriteCache,
+    WriteSwitch,
     Pause(SyncSender<()>),
     Resume,
     Quit,
@@ -86,10 +86,10 @@ struct Shared {
 struct SharedState {
     /// Features on offer; `None` until the first connection.
     features: Option<u64>,
-    config: [u8; CONFIG_SIZE],
+    config: Vec<u8>,
     generation: u8,
-    /// An order to write the cache mode waits.
-    write_cache: bool,
+    /// An order to write the driver's switch waits.
+    write_switch: bool,
     resetting: bool,
     broken: bool,
 }
@@ -98,31 +98,45 @@ impl Shared {
     fn lock(&self) -> MutexGuard<'_, SharedState> {
         self.state
             .lock()
-            .expect("no thread panics while it holds a disk's state")
+            .expect("no thread panics while it holds a device's state")
     }
 }
 
-/// Handle to a disk.
-pub(crate) struct Disk {
+/// A device to make.
+pub(crate) struct Description {
+    /// Name in messages and answers.
+    pub(crate) name: String,
+    /// Where the back-end listens.
+    pub(crate) socket: PathBuf,
+    /// Largest number of descriptors of one queue.
+    pub(crate) queue_size: u16,
+    /// What it is.
+    pub(crate) model: Arc<dyn Model>,
+}
+
+/// Handle to a device.
+pub(crate) struct Device {
     name: String,
-    num_queues: u16,
     queue_size: u16,
+    model: Arc<dyn Model>,
     shared: Arc<Shared>,
     commands: Sender<Command>,
     wake: Arc<Notifier>,
 }
 
-impl Disk {
+impl Device {
     /// Starts the thread that connects to the back-end; the back-end need not be there.
     ///
     /// # Errors
     /// The socket's path is too long, its directory cannot be watched, or no thread can be made.
-    pub(crate) fn start(
-        name: String,
-        options: &DiskOptions,
-        environment: &Environment,
-    ) -> Result<Self> {
-        let queue_events = || (0..options.num_queues).map(|_| Notifier::new().map(Arc::new));
+    pub(crate) fn start(description: Description, environment: &Environment) -> Result<Self> {
+        let Description {
+            name,
+            socket,
+            queue_size,
+            model,
+        } = description;
+        let queue_events = || (0..model.num_queues()).map(|_| Notifier::new().map(Arc::new));
         let notifiers = Notifiers {
             kicks: queue_events().collect::<Result<_>>()?,
             calls: queue_events().collect::<Result<_>>()?,
@@ -131,9 +145,9 @@ impl Disk {
         let shared = Arc::new(Shared {
             state: Mutex::new(SharedState {
                 features: None,
-                config: [0; CONFIG_SIZE],
+                config: vec![0; model.kind().config_size],
                 generation: 0,
-                write_cache: false,
+                write_switch: false,
                 resetting: false,
                 broken: false,
             }),
@@ -141,29 +155,30 @@ impl Disk {
             gate: environment.gate.clone(),
         });
         let (commands, queue) = channel();
-        let wake = Arc::new(Notifier::new()?);
-        let disk = Self {
-            name: name.clone(),
-            num_queues: options.num_queues,
-            queue_size: options.queue_size,
-            shared: shared.clone(),
+        let device = Self {
+            name,
+            queue_size,
+            model,
+            shared,
             commands,
-            wake: wake.clone(),
+            wake: Arc::new(Notifier::new()?),
         };
-        disk.spawn(options, environment, queue)
-            .with_context(|| format!("--vhost-user-blk {name} ({})", options.socket.display()))?;
-        Ok(disk)
+        let option = device.model.kind().option;
+        device
+            .spawn(&socket, environment, queue)
+            .with_context(|| format!("{option} {} ({})", device.name, socket.display()))?;
+        Ok(device)
     }
 
     fn spawn(
         &self,
-        options: &DiskOptions,
+        socket: &Path,
         environment: &Environment,
         commands: Receiver<Command>,
     ) -> Result<()> {
-        let dialer = reconnect::Dialer::new(&options.socket, self.wake.clone())?;
+        let dialer = reconnect::Dialer::new(socket, self.wake.clone())?;
         let setup = session::Setup {
-            num_queues: self.num_queues,
+            model: self.model.clone(),
             queue_size: self.queue_size,
             memory: environment.memory.clone(),
             shared: self.shared.clone(),
@@ -173,7 +188,7 @@ impl Disk {
         std::thread::Builder::new()
             .name(self.name.clone())
             .spawn(move || {
-                sandbox.enter(ThreadKind::Disk);
+                sandbox.enter(ThreadKind::Device);
                 worker.run();
             })
             .context("thread")?;
@@ -185,9 +200,14 @@ impl Disk {
         &self.name
     }
 
+    /// What kind of device it is.
+    pub(crate) fn kind(&self) -> &'static Kind {
+        self.model.kind()
+    }
+
     /// Queues that the guest sees.
     pub(crate) fn num_queues(&self) -> u16 {
-        self.num_queues
+        self.model.num_queues()
     }
 
     /// Largest queue size.
@@ -205,24 +225,34 @@ impl Disk {
         self.shared.lock().features
     }
 
-    /// The configuration as last read from the back-end, and its generation; `None` as for [`Disk::features`].
-    pub(crate) fn config(&self) -> Option<([u8; CONFIG_SIZE], u8)> {
+    /// The configuration as last read from the back-end, and its generation; `None` as for [`Device::features`].
+    pub(crate) fn config(&self) -> Option<(Vec<u8>, u8)> {
         let state = self.shared.lock();
-        state.features.map(|_| (state.config, state.generation))
+        state
+            .features
+            .map(|_| (state.config.clone(), state.generation))
     }
 
-    /// Changes the one field that a driver may write, the cache mode: at once in the copy, soon in the back-end. However
-    /// often the guest writes, at most one order waits.
+    /// Which of its states the configuration is in.
+    pub(crate) fn generation(&self) -> u8 {
+        self.shared.lock().generation
+    }
+
+    /// Changes the one field that a driver may write: at once in the copy, soon in the back-end. However often the guest
+    /// writes, at most one order waits.
     pub(crate) fn write_config(&self, offset: usize, bytes: &[u8]) {
-        let (CONFIG_WRITEBACK, &[mode @ (0 | 1)]) = (offset, bytes) else {
+        let &[value @ (0 | 1)] = bytes else {
             return;
         };
+        if self.model.switch() != Some(offset) {
+            return;
+        }
         let mut state = self.shared.lock();
-        state.config[CONFIG_WRITEBACK] = mode;
-        let already_ordered = std::mem::replace(&mut state.write_cache, true);
+        state.config[offset] = value;
+        let already_ordered = std::mem::replace(&mut state.write_switch, true);
         drop(state);
         if !already_ordered {
-            self.send(Command::WriteCache);
+            self.send(Command::WriteSwitch);
         }
     }
 
@@ -231,7 +261,7 @@ impl Disk {
         self.send(Command::Activate(activation));
     }
 
-    /// Begins to stop the rings and forget the driver; done when [`Disk::is_resetting`] says no.
+    /// Begins to stop the rings and forget the driver; done when [`Device::is_resetting`] says no.
     pub(crate) fn reset(&self) {
         let _ = self.begin_reset();
     }
@@ -294,13 +324,13 @@ impl Disk {
     }
 }
 
-impl Drop for Disk {
+impl Drop for Device {
     fn drop(&mut self) {
         self.send(Command::Quit);
     }
 }
 
-/// What disks need from the machine.
+/// What devices need from the machine.
 pub(crate) struct Environment {
     /// Guest memory to share with back-ends.
     pub(crate) memory: Memory,

@@ -19,51 +19,25 @@ use std::sync::Arc;
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 use vhost::vhost_user::message::FrontendReq;
 
+use super::model::{Model, Offer, RING_FEATURES, RING_PACKED, VERSION_1};
 use super::wire::{Link, LinkError};
-use super::{Activation, CONFIG_SIZE, CONFIG_WRITEBACK, RingSetup, Shared};
+use super::{Activation, RingSetup, Shared};
 use crate::memory::Memory;
 
 type Result<T> = std::result::Result<T, LinkError>;
 
 /// Feature bit that says that protocol features exist.
 const PROTOCOL_FEATURES: u64 = 1 << 30;
-/// VIRTIO_F_VERSION_1.
-pub(crate) const VERSION_1: u64 = 1 << 32;
-/// VIRTIO_F_RING_PACKED.
-pub(super) const RING_PACKED: u64 = 1 << 34;
 /// Base of a packed ring at its start: both positions 0, both wrap counters 1.
 pub(super) const PACKED_START: u32 = 0x8000_8000;
-/// What a guest may be offered: of virtio-blk SIZE_MAX, SEG_MAX, GEOMETRY, RO, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, MQ, DISCARD,
-/// WRITE_ZEROES; of the rings INDIRECT_DESC, EVENT_IDX, VERSION_1, RING_PACKED, IN_ORDER, ORDER_PLATFORM. The rest needs help of
-/// the transport (ring reset, notification data) or more configuration space.
-const OFFERED: u64 = 1 << 1
-    | 1 << 2
-    | 1 << 4
-    | 1 << 5
-    | 1 << 6
-    | 1 << 9
-    | 1 << 10
-    | 1 << 11
-    | 1 << 12
-    | 1 << 13
-    | 1 << 14
-    | 1 << 28
-    | 1 << 29
-    | VERSION_1
-    | RING_PACKED
-    | 1 << 35
-    | 1 << 36;
-
-/// Offset of `num_queues` in the configuration.
-const CONFIG_NUM_QUEUES: usize = 34;
 
 const STATUS_ACKNOWLEDGE_DRIVER: u64 = 1 | 2;
 const STATUS_DRIVER_OK: u64 = 4;
 const STATUS_FEATURES_OK: u64 = 8;
 
-/// What stays the same over all connections of a disk.
+/// What stays the same over all connections of a device.
 pub(super) struct Setup {
-    pub(super) num_queues: u16,
+    pub(super) model: Arc<dyn Model>,
     pub(super) queue_size: u16,
     pub(super) memory: Memory,
     pub(super) shared: Arc<Shared>,
@@ -79,7 +53,7 @@ pub(super) struct Inflight {
 /// An open conversation.
 pub(super) struct Session {
     pub(super) link: Link,
-    features: u64,
+    offer: Offer,
 }
 
 impl Session {
@@ -95,20 +69,29 @@ impl Session {
             features & VERSION_1 != 0,
             "the back-end does not offer VIRTIO_F_VERSION_1",
         )?;
-        negotiate_protocol(&mut link)?;
-        check_queue_number(&mut link, setup.num_queues)?;
-        if link.protocol().contains(Protocol::BACKEND_REQ) {
+        let protocol = negotiate_protocol(&mut link)?;
+        let queues = match protocol.contains(Protocol::MQ) {
+            true => Some(link.call(FrontendReq::GET_QUEUE_NUM, &[])?.as_u64()?),
+            false => None,
+        };
+        let offer = Offer {
+            features,
+            protocol,
+            queues,
+        };
+        setup.model.check(&offer).map_err(LinkError::Refused)?;
+        if protocol.contains(Protocol::BACKEND_REQ) {
             let (ours, theirs) = UnixStream::pair()?;
             link.order(FrontendReq::SET_BACKEND_REQ_FD, &[], &[theirs.as_raw_fd()])?;
             link.set_channel(ours);
         }
         link.commit();
-        Ok(Self { link, features })
+        Ok(Self { link, offer })
     }
 
     /// Features that the guest may be offered.
-    pub(super) fn features(&self) -> u64 {
-        let offered = self.features & OFFERED;
+    pub(super) fn features(&self, setup: &Setup) -> u64 {
+        let offered = setup.model.features(&self.offer) | self.offer.features & RING_FEATURES;
         if self.tracks_inflight() {
             offered
         } else {
@@ -121,27 +104,23 @@ impl Session {
         self.link.protocol().contains(Protocol::INFLIGHT_SHMFD)
     }
 
-    /// Reads the configuration, with the number of queues that this VMM has.
-    pub(super) fn read_config(&mut self, setup: &Setup) -> Result<[u8; CONFIG_SIZE]> {
+    /// Reads the configuration, as the guest is to see it.
+    pub(super) fn read_config(&mut self, setup: &Setup) -> Result<Vec<u8>> {
         const HEADER: usize = 12;
-        let mut payload = words(&[0, CONFIG_SIZE as u32, 0]);
-        payload.resize(HEADER + CONFIG_SIZE, 0);
+        let size = setup.model.kind().config_size;
+        let mut payload = words(&[0, size as u32, 0]);
+        payload.resize(HEADER + size, 0);
         let reply = self.link.call(FrontendReq::GET_CONFIG, &payload)?;
-        let bytes = reply
-            .payload
-            .get(HEADER..)
-            .and_then(|bytes| bytes.try_into().ok());
-        let mut config: [u8; CONFIG_SIZE] =
-            bytes.ok_or_else(|| refused("the back-end did not tell its configuration"))?;
-        config[CONFIG_NUM_QUEUES..CONFIG_NUM_QUEUES + 2]
-            .copy_from_slice(&setup.num_queues.to_le_bytes());
-        Ok(config)
+        let told = reply.payload.get(HEADER..);
+        let told = told.filter(|bytes| bytes.len() == size);
+        let told = told.ok_or_else(|| refused("the back-end did not tell its configuration"))?;
+        Ok(setup.model.config(told.to_vec()))
     }
 
-    /// Changes the cache mode; returns whether the back-end agrees.
-    pub(super) fn write_cache_mode(&mut self, mode: u8) -> Result<bool> {
-        let mut payload = words(&[CONFIG_WRITEBACK as u32, 1, 0]);
-        payload.push(mode);
+    /// Changes one byte of the configuration; returns whether the back-end agrees.
+    pub(super) fn write_config(&mut self, at: usize, value: u8) -> Result<bool> {
+        let mut payload = words(&[at as u32, 1, 0]);
+        payload.push(value);
         match self.link.order(FrontendReq::SET_CONFIG, &payload, &[]) {
             Ok(()) => Ok(true),
             Err(LinkError::Rejected(_)) => Ok(false),
@@ -156,7 +135,7 @@ impl Session {
         activation: &Activation,
         progress: &mut Progress,
     ) -> Result<()> {
-        let missing = activation.features & !self.features;
+        let missing = activation.features & !self.offer.features;
         require(
             missing == 0,
             &format!("the back-end lacks features that the guest uses: {missing:#x}"),
@@ -256,7 +235,7 @@ impl Session {
     fn get_inflight(&mut self, setup: &Setup) -> Result<Inflight> {
         const DESCRIPTION_SIZE: usize = 24;
         let mut payload = vec![0; 16];
-        payload.extend_from_slice(&setup.num_queues.to_ne_bytes());
+        payload.extend_from_slice(&setup.model.num_queues().to_ne_bytes());
         payload.extend_from_slice(&setup.queue_size.to_ne_bytes());
         payload.resize(DESCRIPTION_SIZE, 0);
         let reply = self.link.call(FrontendReq::GET_INFLIGHT_FD, &payload)?;
@@ -357,7 +336,7 @@ fn active_rings(activation: &Activation) -> impl Iterator<Item = (usize, &RingSe
         .filter_map(|(index, ring)| Some((index, ring.as_ref()?)))
 }
 
-fn negotiate_protocol(link: &mut Link) -> Result<()> {
+fn negotiate_protocol(link: &mut Link) -> Result<Protocol> {
     let wanted = Protocol::MQ
         | Protocol::REPLY_ACK
         | Protocol::BACKEND_REQ
@@ -369,29 +348,13 @@ fn negotiate_protocol(link: &mut Link) -> Result<()> {
         .call(FrontendReq::GET_PROTOCOL_FEATURES, &[])?
         .as_u64()?;
     let protocol = Protocol::from_bits_truncate(offered) & wanted;
-    require(
-        protocol.contains(Protocol::CONFIG),
-        "the back-end has no CONFIG protocol feature",
-    )?;
     link.order(
         FrontendReq::SET_PROTOCOL_FEATURES,
         &protocol.bits().to_ne_bytes(),
         &[],
     )?;
     link.set_protocol(protocol);
-    Ok(())
-}
-
-fn check_queue_number(link: &mut Link, wanted: u16) -> Result<()> {
-    let available = if link.protocol().contains(Protocol::MQ) {
-        link.call(FrontendReq::GET_QUEUE_NUM, &[])?.as_u64()?
-    } else {
-        1
-    };
-    require(
-        available >= u64::from(wanted),
-        &format!("num-queues is {wanted}, but the back-end has only {available}"),
-    )
+    Ok(protocol)
 }
 
 fn require(condition: bool, otherwise: &str) -> Result<()> {

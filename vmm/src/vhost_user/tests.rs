@@ -1,4 +1,4 @@
-//! A disk against a back-end that lives in the test: what is negotiated, what a restarted back-end is told, what is refused.
+//! A device against a back-end that lives in the test: what is negotiated, what a restarted back-end is told, what is refused.
 
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -11,7 +11,9 @@ use tempfile::TempDir;
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
 
-use super::session::{PACKED_START, RING_PACKED, VERSION_1};
+use super::blk::{CONFIG_WRITEBACK, Disk};
+use super::model::{RING_PACKED, VERSION_1};
+use super::session::PACKED_START;
 use super::wire::{Message, NEED_REPLY, REPLY, encode, receive};
 use super::*;
 use crate::memory::Backing;
@@ -181,12 +183,12 @@ fn send_with_memory(stream: &UnixStream, bytes: &[u8]) -> bool {
     sendmsg::<()>(stream.as_raw_fd(), &parts, &rights, MsgFlags::empty(), None).is_ok()
 }
 
-/// A disk and the things around it.
+/// A device and the things around it.
 pub(crate) struct Rig {
     directory: TempDir,
     memory: Memory,
     gate: Arc<Gate>,
-    pub(crate) disk: Arc<Disk>,
+    pub(crate) device: Arc<Device>,
 }
 
 const RING: RingSetup = RingSetup {
@@ -199,27 +201,29 @@ const RING: RingSetup = RingSetup {
 impl Rig {
     pub(crate) fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let socket = directory.path().join("disk.sock");
-        let options: DiskOptions = format!("socket={},num-queues=2", socket.display())
-            .parse()
-            .unwrap();
+        let description = Description {
+            name: "disk0".into(),
+            socket: directory.path().join("device.sock"),
+            queue_size: 256,
+            model: Arc::new(Disk { num_queues: 2 }),
+        };
         let environment = Environment {
             memory: Memory::new(16 << 20, Backing::Pages).unwrap(),
             gate: Arc::default(),
             sandbox: Sandbox::Off,
         };
-        let disk = Disk::start("disk0".into(), &options, &environment).unwrap();
-        let disk = Arc::new(disk);
+        let device = Device::start(description, &environment).unwrap();
+        let device = Arc::new(device);
         Self {
             directory,
             memory: environment.memory,
             gate: environment.gate,
-            disk,
+            device,
         }
     }
 
     fn back_end(&self, character: Character) -> BackEnd {
-        BackEnd::listen(&self.directory.path().join("disk.sock"), character)
+        BackEnd::listen(&self.directory.path().join("device.sock"), character)
     }
 
     /// Starts a back-end and waits until the guest would see it.
@@ -235,7 +239,7 @@ impl Rig {
     }
 
     fn activate_with(&self, features: u64) {
-        self.disk.activate(Activation {
+        self.device.activate(Activation {
             features,
             rings: vec![Some(RING), None],
         });
@@ -245,15 +249,15 @@ impl Rig {
 #[test]
 fn a_disk_waits_for_its_back_end_and_then_shows_what_that_offers() {
     let rig = Rig::new();
-    assert_eq!(rig.disk.features(), None);
-    assert_eq!(rig.disk.config(), None);
+    assert_eq!(rig.device.features(), None);
+    assert_eq!(rig.device.config(), None);
     let _back_end = rig.connect(Character::default());
     assert_eq!(
-        rig.disk.features(),
+        rig.device.features(),
         Some(VERSION_1 | FLUSH | EVENT_IDX | RING_PACKED),
         "ring reset and the like are held back"
     );
-    let (config, _) = rig.disk.config().unwrap();
+    let (config, _) = rig.device.config().unwrap();
     assert_eq!(config[..8], 1000_u64.to_le_bytes());
     assert_eq!(
         config[34..36],
@@ -323,7 +327,7 @@ fn a_restarted_back_end_gets_the_same_inflight_region_and_goes_on_at_the_used_in
     };
     third.expect(FrontendReq::SET_VRING_ENABLE);
     assert!(
-        rig.disk.notifiers().kicks[0].is_raised(),
+        rig.device.notifiers().kicks[0].is_raised(),
         "requests of the dead are looked for"
     );
 }
@@ -335,7 +339,7 @@ fn packed_rings_are_offered_with_inflight_tracking_only() {
         protocol: Protocol::all() & !Protocol::INFLIGHT_SHMFD,
         ..Character::default()
     });
-    assert_eq!(rig.disk.features(), Some(VERSION_1 | FLUSH | EVENT_IDX));
+    assert_eq!(rig.device.features(), Some(VERSION_1 | FLUSH | EVENT_IDX));
 }
 
 #[test]
@@ -349,8 +353,8 @@ fn a_packed_ring_starts_at_its_beginning_and_goes_on_where_it_was_drained() {
     let start = PACKED_START;
     assert_eq!(first.expect(FrontendReq::SET_VRING_BASE).word(1), start);
     first.expect(FrontendReq::SET_VRING_ENABLE);
-    rig.disk.pause().unwrap();
-    rig.disk.resume();
+    rig.device.pause().unwrap();
+    rig.device.resume();
     let base = first.expect(FrontendReq::SET_VRING_BASE).word(1);
     assert_eq!(base, 0x8007_0005);
     first.expect(FrontendReq::SET_VRING_ENABLE);
@@ -405,7 +409,7 @@ fn a_configuration_change_interrupts_a_guest_that_is_running() {
     let mut channel = back_end.channels.recv().unwrap();
     rig.activate();
     back_end.expect(FrontendReq::SET_STATUS);
-    let (_, before) = rig.disk.config().unwrap();
+    let (_, before) = rig.device.config().unwrap();
     back_end.kill();
     let seen = rig.gate.device_changes();
     let bigger = Character {
@@ -414,10 +418,10 @@ fn a_configuration_change_interrupts_a_guest_that_is_running() {
     };
     let back_end = rig.back_end(bigger);
     rig.gate.wait_for_change(seen);
-    let (config, after) = rig.disk.config().unwrap();
+    let (config, after) = rig.device.config().unwrap();
     assert_eq!(config[..8], 2000_u64.to_le_bytes());
     assert_ne!(after, before);
-    assert!(rig.disk.notifiers().config.clear(), "grown while away");
+    assert!(rig.device.notifiers().config.clear(), "grown while away");
     assert!(channel.write_all(b"x").is_err() || back_end.channels.recv().is_ok());
 }
 
@@ -445,9 +449,9 @@ fn a_pause_drains_and_a_resume_goes_on_where_the_drain_ended() {
     let back_end = rig.connect(Character::default());
     rig.activate();
     back_end.expect(FrontendReq::SET_VRING_ENABLE);
-    rig.disk.pause().unwrap();
+    rig.device.pause().unwrap();
     assert_eq!(back_end.expect(FrontendReq::GET_VRING_BASE).word(0), 0);
-    rig.disk.resume();
+    rig.device.resume();
     let base = back_end.expect(FrontendReq::SET_VRING_BASE);
     assert_eq!((base.word(0), base.word(1)), (0, 7));
     back_end.expect(FrontendReq::SET_VRING_ENABLE);
@@ -459,8 +463,8 @@ fn a_reset_leaves_the_back_end_without_a_driver() {
     let back_end = rig.connect(Character::default());
     rig.activate();
     back_end.expect(FrontendReq::SET_VRING_ENABLE);
-    rig.disk.reset_and_wait().unwrap();
-    assert!(!rig.disk.is_resetting());
+    rig.device.reset_and_wait().unwrap();
+    assert!(!rig.device.is_resetting());
     back_end.expect(FrontendReq::GET_VRING_BASE);
     assert_eq!(
         back_end.expect(FrontendReq::SET_STATUS).payload,
@@ -476,9 +480,9 @@ fn a_reset_leaves_the_back_end_without_a_driver() {
 fn a_disk_without_a_back_end_can_be_reset_and_paused() {
     let rig = Rig::new();
     rig.activate();
-    rig.disk.pause().unwrap();
-    rig.disk.reset_and_wait().unwrap();
-    rig.disk.resume();
+    rig.device.pause().unwrap();
+    rig.device.reset_and_wait().unwrap();
+    rig.device.resume();
 }
 
 #[test]
@@ -489,15 +493,15 @@ fn a_ring_outside_the_memory_breaks_the_device_until_it_is_reset() {
         used: u64::MAX - 100,
         ..RING
     };
-    rig.disk.activate(Activation {
+    rig.device.activate(Activation {
         features: VERSION_1,
         rings: vec![Some(ring)],
     });
-    rig.disk.pause().unwrap();
-    assert!(rig.disk.is_broken());
-    assert!(rig.disk.notifiers().config.is_raised());
-    rig.disk.reset_and_wait().unwrap();
-    assert!(!rig.disk.is_broken());
+    rig.device.pause().unwrap();
+    assert!(rig.device.is_broken());
+    assert!(rig.device.notifiers().config.is_raised());
+    rig.device.reset_and_wait().unwrap();
+    assert!(!rig.device.is_broken());
     assert!(
         back_end
             .seen
@@ -510,15 +514,15 @@ fn a_ring_outside_the_memory_breaks_the_device_until_it_is_reset() {
 fn a_restarted_back_end_is_told_the_cache_mode_until_the_driver_is_reset() {
     let rig = Rig::new();
     let first = rig.connect(Character::default());
-    rig.disk.write_config(CONFIG_WRITEBACK, &[1]);
+    rig.device.write_config(CONFIG_WRITEBACK, &[1]);
     first.expect(FrontendReq::SET_CONFIG);
     first.kill();
     let second = rig.connect(Character::default());
     assert_eq!(second.expect(FrontendReq::SET_CONFIG).payload[12], 1);
-    assert_eq!(rig.disk.config().unwrap().0[CONFIG_WRITEBACK], 1);
-    rig.disk.reset_and_wait().unwrap();
+    assert_eq!(rig.device.config().unwrap().0[CONFIG_WRITEBACK], 1);
+    rig.device.reset_and_wait().unwrap();
     assert_eq!(
-        rig.disk.config().unwrap().0[CONFIG_WRITEBACK],
+        rig.device.config().unwrap().0[CONFIG_WRITEBACK],
         0,
         "the back-end's own"
     );
@@ -532,9 +536,9 @@ fn a_back_end_may_refuse_a_cache_mode_and_stays_connected() {
         ..Character::default()
     });
     let seen = rig.gate.device_changes();
-    rig.disk.write_config(CONFIG_WRITEBACK, &[1]);
+    rig.device.write_config(CONFIG_WRITEBACK, &[1]);
     rig.gate.wait_for_change(seen);
-    assert_eq!(rig.disk.config().unwrap().0[CONFIG_WRITEBACK], 0);
+    assert_eq!(rig.device.config().unwrap().0[CONFIG_WRITEBACK], 0);
     rig.activate();
     back_end.expect(FrontendReq::SET_VRING_ENABLE);
 }

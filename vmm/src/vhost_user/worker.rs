@@ -1,4 +1,4 @@
-//! The thread of one disk: carries out orders, keeps the connection, starts it again when it breaks.
+//! The thread of one device: carries out orders, keeps the connection, starts it again when it breaks.
 //!
 //! ```text
 //!          dial + open ok               Activate (and not paused)
@@ -34,8 +34,8 @@ pub(super) struct Worker {
     paused: bool,
     activation: Option<Activation>,
     progress: Progress,
-    /// The cache mode that the driver asked for.
-    cache_mode: Option<u8>,
+    /// What the driver wrote to its switch ([`Model::switch`](super::model::Model::switch)).
+    switched: Option<u8>,
     backoff: Backoff,
     next_attempt: Instant,
     away_since: Option<Instant>,
@@ -71,7 +71,7 @@ impl Worker {
             paused: false,
             activation: None,
             progress: Progress::default(),
-            cache_mode: None,
+            switched: None,
             backoff: Backoff::default(),
             next_attempt: Instant::now(),
             away_since: None,
@@ -104,7 +104,7 @@ impl Worker {
                 // Who asked may have stopped waiting.
                 let _ = reply.send(());
             }
-            Command::WriteCache => self.write_cache_mode(),
+            Command::WriteSwitch => self.write_switch(),
             Command::Pause(reply) => {
                 self.paused = true;
                 self.drain();
@@ -136,7 +136,10 @@ impl Worker {
             self.activation = Some(activation);
             return;
         }
-        tracing::error!(disk = self.name, "the guest put a ring outside its memory");
+        tracing::error!(
+            device = self.name,
+            "the guest put a ring outside its memory"
+        );
         self.setup.shared.lock().broken = true;
         self.setup.shared.notifiers.config.raise();
     }
@@ -149,22 +152,29 @@ impl Worker {
         }
         self.started = false;
         self.progress = Progress::default();
-        if self.cache_mode.take().is_some() {
+        if self.switched.take().is_some() {
             self.refresh_config();
         }
         self.setup.shared.lock().resetting = false;
     }
 
-    fn write_cache_mode(&mut self) {
+    fn write_switch(&mut self) {
+        let Some(at) = self.setup.model.switch() else {
+            return;
+        };
         let mut state = self.setup.shared.lock();
-        state.write_cache = false;
-        let mode = state.config[super::CONFIG_WRITEBACK];
+        state.write_switch = false;
+        let value = state.config[at];
         drop(state);
-        self.cache_mode = Some(mode);
-        let agreed = self.with_session(|session, _| session.write_cache_mode(mode));
+        self.switched = Some(value);
+        let agreed = self.with_session(|session, _| session.write_config(at, value));
         if agreed == Some(false) {
-            tracing::warn!(disk = self.name, mode, "the back-end keeps its cache mode");
-            self.cache_mode = None;
+            tracing::warn!(
+                device = self.name,
+                value,
+                "the back-end keeps its configuration"
+            );
+            self.switched = None;
             self.refresh_config();
         }
     }
@@ -204,7 +214,7 @@ impl Worker {
         if let Some(since) = self.away_since.take() {
             let away_ms = since.elapsed().as_millis() as u64;
             tracing::info!(
-                disk = self.name,
+                device = self.name,
                 away_ms,
                 "the back-end is back, the guest goes on"
             );
@@ -222,9 +232,9 @@ impl Worker {
         };
         match self.open(link) {
             Ok(session) => {
-                if !session.tracks_inflight() {
+                if self.setup.model.kind().needs_inflight && !session.tracks_inflight() {
                     let text = "no INFLIGHT_SHMFD: requests may be lost or repeated if it dies";
-                    tracing::warn!(disk = self.name, "the back-end has {text}");
+                    tracing::warn!(device = self.name, "the back-end has {text}");
                 }
                 self.session = Some(session);
                 self.backoff.clear();
@@ -233,7 +243,7 @@ impl Worker {
                     self.last_complaint.clear();
                 }
                 tracing::info!(
-                    disk = self.name,
+                    device = self.name,
                     "connected to {}",
                     self.dialer.path().display()
                 );
@@ -245,17 +255,17 @@ impl Worker {
     fn open(&mut self, link: super::wire::Link) -> Result<Session, LinkError> {
         let mut session = Session::open(link, &self.setup)?;
         let mut config = session.read_config(&self.setup)?;
-        if let Some(mode) = self.cache_mode
-            && session.write_cache_mode(mode)?
+        if let (Some(at), Some(value)) = (self.setup.model.switch(), self.switched)
+            && session.write_config(at, value)?
         {
-            config[super::CONFIG_WRITEBACK] = mode;
+            config[at] = value;
         }
-        self.publish(Some(session.features()), config);
+        self.publish(Some(session.features(&self.setup)), config);
         Ok(session)
     }
 
     /// Shows the guest features and configuration; raises the configuration interrupt if a running guest sees a change.
-    fn publish(&self, features: Option<u64>, config: [u8; super::CONFIG_SIZE]) {
+    fn publish(&self, features: Option<u64>, config: Vec<u8>) {
         let mut state = self.setup.shared.lock();
         let changed = state.config != config;
         state.config = config;
@@ -297,7 +307,11 @@ impl Worker {
             LinkError::Refused(_) | LinkError::Rejected(_) => {
                 let text = error.to_string();
                 if self.last_complaint != text {
-                    tracing::error!(disk = self.name, "{}: {text}", self.dialer.path().display());
+                    tracing::error!(
+                        device = self.name,
+                        "{}: {text}",
+                        self.dialer.path().display()
+                    );
                     self.last_complaint = text;
                 }
             }
@@ -307,7 +321,11 @@ impl Worker {
     /// Warns once about each new reason.
     fn complain(&mut self, text: &str) {
         if self.last_complaint != text {
-            tracing::warn!(disk = self.name, "{}: {text}", self.dialer.path().display());
+            tracing::warn!(
+                device = self.name,
+                "{}: {text}",
+                self.dialer.path().display()
+            );
             text.clone_into(&mut self.last_complaint);
         }
     }
@@ -356,7 +374,7 @@ impl Worker {
         }
         match poll(&mut fds, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
-            Err(error) => panic!("poll of a disk's own descriptors: {error}"),
+            Err(error) => panic!("poll of a device's own descriptors: {error}"),
         }
         let ready = |index: usize| fds.get(index).is_some_and(|fd| fd.any().unwrap_or(false));
         let connected = self.session.is_some();

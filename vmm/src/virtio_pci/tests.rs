@@ -28,7 +28,7 @@ fn device(rig: &Rig) -> (VirtioPci, FakeDoorbells) {
     let controller = Arc::new(FakeController::default());
     let bells = Box::new(doorbells.clone());
     (
-        VirtioPci::new(rig.disk.clone(), BAR, controller, bells),
+        VirtioPci::new(rig.device.clone(), BAR, controller, bells),
         doorbells,
     )
 }
