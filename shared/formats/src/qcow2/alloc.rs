@@ -92,6 +92,14 @@ impl Drop for Reserved<'_> {
     }
 }
 
+/// Contiguous clusters, allocated in parts.
+pub(super) struct Contiguous<'q> {
+    pub(super) run: ClusterRun,
+    pub(super) parts: Vec<Reserved<'q>>,
+    /// Allocated on the way, too short by themselves: the caller gives them back.
+    pub(super) skipped: Vec<Reserved<'q>>,
+}
+
 /// What a synchronous step under the state lock lacks.
 pub(super) enum Need {
     /// This slice of refcounts in the cache.

@@ -8,7 +8,8 @@
 use super::tables::{ClusterRun, HostCluster};
 use block::{Error, ErrorKind};
 use serde_json::Value;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
+use std::ops::Range;
 
 /// A structure that `overlap-check` can name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,9 +163,15 @@ fn wrong(message: String) -> Error {
 }
 
 /// All metadata clusters of an image that is open for writing.
+///
+/// An image can have 65536 snapshots, each with an L1 table, and every allocation is compared with
+/// all of them: so structures are ordered by place, and do not overlap.
 #[derive(Default)]
 pub(super) struct MetadataMap {
-    fixed: Vec<(Fixed, ClusterRun)>,
+    /// By first cluster: the structure, and the cluster behind it.
+    fixed: BTreeMap<u64, (Fixed, u64)>,
+    /// Two structures, the lower one first, that claimed one cluster.
+    clash: Option<(Fixed, Fixed)>,
     l2_tables: HashSet<HostCluster>,
     refcount_blocks: HashSet<HostCluster>,
     /// L2 tables of snapshots, when they are checked; unknown once snapshots have changed.
@@ -191,14 +198,39 @@ impl MetadataMap {
     pub(super) fn add_snapshot_l2_table(&mut self, cluster: HostCluster) {
         self.snapshot_l2_tables.insert(cluster);
     }
-    /// Adds a structure.
+    /// Adds a structure; an empty one has no place. Of one that overlaps another, only what is left
+    /// is added, and [`Self::fixed_conflict`] tells of it.
     pub(super) fn add_fixed(&mut self, what: Fixed, run: ClusterRun) {
-        self.fixed.push((what, run));
+        let mut free = run.first.0..run.end();
+        let others: Vec<_> = self.fixed_within(run).collect();
+        for (first, (other, end)) in others.into_iter().rev() {
+            let pair = match first < run.first.0 {
+                true => (other, what),
+                false => (what, other),
+            };
+            self.clash.get_or_insert(pair);
+            self.insert_fixed(what, free.start..first);
+            free.start = end;
+        }
+        self.insert_fixed(what, free);
+    }
+    fn insert_fixed(&mut self, what: Fixed, clusters: Range<u64>) {
+        if !clusters.is_empty() {
+            self.fixed.insert(clusters.start, (what, clusters.end));
+        }
+    }
+    /// The structures that have a cluster of the run, the highest first.
+    fn fixed_within(&self, run: ClusterRun) -> impl Iterator<Item = (u64, (Fixed, u64))> {
+        let below = self.fixed.range(..run.end()).rev();
+        below
+            .map(|(first, structure)| (*first, *structure))
+            .take_while(move |(_, (_, end))| *end > run.first.0)
+            .take_while(move |_| run.count != 0)
     }
     /// The structure has moved.
     pub(super) fn move_fixed(&mut self, what: Fixed, run: ClusterRun) {
-        self.fixed.retain(|(kind, _)| *kind != what);
-        self.fixed.push((what, run));
+        self.fixed.retain(|_, (kind, _)| *kind != what);
+        self.add_fixed(what, run);
     }
     pub(super) fn add_l2_table(&mut self, cluster: HostCluster) {
         self.l2_tables.insert(cluster);
@@ -213,10 +245,8 @@ impl MetadataMap {
 
     /// What a run of clusters would overwrite.
     pub(super) fn overlap(&self, run: ClusterRun) -> Option<&'static str> {
-        let fixed = self.fixed.iter().find(|(what, other)| {
-            self.checks.has(*what) && run.first.0 < other.end() && other.first.0 < run.end()
-        });
-        if let Some((what, _)) = fixed {
+        let mut fixed = self.fixed_within(run);
+        if let Some((_, (what, _))) = fixed.find(|(_, (what, _))| self.checks.has(*what)) {
             return Some(what.text());
         }
         let sets = [
@@ -235,25 +265,15 @@ impl MetadataMap {
 
     /// Two fixed structures that claim one cluster.
     pub(super) fn fixed_conflict(&self) -> Option<String> {
-        let mut sorted: Vec<_> = self
-            .fixed
-            .iter()
-            .filter(|(_, run)| run.count != 0)
-            .collect();
-        sorted.sort_by_key(|(_, run)| run.first);
-        let pairs = sorted.iter().zip(sorted.iter().skip(1));
-        pairs
-            .clone()
-            .find(|((_, lower), (_, upper))| lower.end() > upper.first.0)
-            .map(|((lower, _), (upper, _))| format!("{} and {}", lower.text(), upper.text()))
+        let (lower, upper) = self.clash?;
+        Some(format!("{} and {}", lower.text(), upper.text()))
     }
 
     /// Whether two kinds of metadata claim one cluster; tells which cluster.
     pub(super) fn conflict(&self) -> Option<(HostCluster, &'static str)> {
-        let inside = |cluster: HostCluster| {
-            self.fixed
-                .iter()
-                .any(|(_, run)| (run.first.0..run.end()).contains(&cluster.0))
+        let inside = |first| {
+            let cluster = ClusterRun { first, count: 1 };
+            self.fixed_within(cluster).next().is_some()
         };
         let blocks = self.refcount_blocks.iter().copied();
         let tables = self.l2_tables.iter().copied();
@@ -306,12 +326,64 @@ mod tests {
         assert_eq!(unknown, "Parameter 'overlap-check.header' is unexpected");
     }
 
-    #[test]
-    fn only_what_is_checked_is_found() {
-        let run = |first, count| ClusterRun {
+    fn run(first: u64, count: u64) -> ClusterRun {
+        ClusterRun {
             first: HostCluster(first),
             count,
-        };
+        }
+    }
+
+    #[test]
+    fn an_empty_structure_is_nowhere() {
+        let mut map = MetadataMap::default();
+        map.add_fixed(Structure::SnapshotL1Table, run(5, 0));
+        map.add_fixed(Structure::SnapshotL1Table, run(5, 0));
+        assert_eq!(map.overlap(run(4, 3)), None);
+        map.add_fixed(Structure::L1Table, run(4, 3));
+        assert_eq!(map.fixed_conflict(), None);
+        assert_eq!(map.overlap(run(5, 0)), None, "nothing is overwritten");
+    }
+
+    #[test]
+    fn structures_in_one_place_are_told_and_stay_known() {
+        let structures = [
+            (Structure::L1Table, run(4, 2)),
+            (Structure::SnapshotL1Table, run(8, 1)),
+            (Structure::RefcountTable, run(2, 8)),
+        ];
+        let mut map = MetadataMap::default();
+        for (what, run) in structures {
+            map.add_fixed(what, run);
+        }
+        let expected = "refcount table and active L1 table";
+        assert_eq!(map.fixed_conflict().as_deref(), Some(expected));
+        let (table, l1, inactive) = ("refcount table", "active L1 table", "inactive L1 table");
+        let found: Vec<_> = (1..11).map(|at| map.overlap(run(at, 1))).collect();
+        let texts = [table, table, l1, l1, table, table, inactive, table];
+        assert_eq!(found[0], None);
+        assert_eq!(found[1..9], texts.map(Some));
+        assert_eq!(found[9], None);
+        map.move_fixed(Structure::RefcountTable, run(20, 2));
+        assert_eq!(map.overlap(run(6, 2)), None);
+        assert_eq!(map.overlap(run(19, 2)), Some(table));
+    }
+
+    #[test]
+    fn neighbours_do_not_overlap() {
+        let mut map = MetadataMap::default();
+        for first in (0..2000).rev().step_by(2) {
+            map.add_fixed(Structure::SnapshotL1Table, run(first, 2));
+        }
+        assert_eq!(map.fixed_conflict(), None);
+        assert_eq!(map.overlap(run(2001, 9)), None);
+        assert!((0..2000).all(|at| map.overlap(run(at + 1, 1)).is_some()));
+        assert_eq!(map.conflict(), None);
+        map.add_l2_table(HostCluster(1999));
+        assert_eq!(map.conflict(), Some((HostCluster(1999), "an L2 table")));
+    }
+
+    #[test]
+    fn only_what_is_checked_is_found() {
         let all = |checks| {
             let mut map = MetadataMap::new(checks);
             map.add_fixed(Structure::Header, run(0, 1));

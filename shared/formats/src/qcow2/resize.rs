@@ -13,7 +13,7 @@
 //! Requests may run meanwhile. Nothing is mapped beyond `mappable`: it is looked at under the lock
 //! of the guest clusters, which the unmapping takes too.
 
-use super::alloc::Reserved;
+use super::alloc::{Contiguous, Reserved, Structure};
 use super::overlap::Fixed;
 use super::reclaim::DiscardKind;
 use super::redo::RedoRecord;
@@ -239,8 +239,12 @@ impl Qcow2 {
         let geometry = &self.geometry;
         let structure = self.structure.lock().await;
         let clusters = (entries * 8).div_ceil(geometry.cluster_size());
-        let run = self.allocate_contiguous(&structure, clusters).await?;
-        let reserved = Reserved::new(self, run);
+        let Contiguous {
+            run,
+            parts,
+            skipped,
+        } = self.allocate_contiguous(&structure, clusters).await?;
+        skipped.into_iter().for_each(Reserved::give_back);
         self.flush_metadata().await?;
         let mut bytes: Vec<u8> = self.l1.iter().flat_map(u64::to_be_bytes).collect();
         bytes.resize((clusters << geometry.cluster_bits) as usize, 0);
@@ -259,7 +263,7 @@ impl Qcow2 {
         };
         state.l1_offset = offset;
         state.metadata.move_fixed(Fixed::L1Table, run);
-        reserved.keep();
+        parts.into_iter().for_each(Reserved::keep);
         self.l1.grow(entries);
         if old.count != 0 {
             state.free(old, DiscardKind::Other);
@@ -270,34 +274,56 @@ impl Qcow2 {
     /// Exactly `count` contiguous clusters, all or nothing.
     pub(super) async fn allocate_contiguous(
         &self,
-        structure: &super::alloc::Structure<'_>,
+        structure: &Structure<'_>,
         count: u64,
+    ) -> Result<Contiguous<'_>, Errno> {
+        let mut held: Vec<Reserved<'_>> = Vec::new();
+        match self.extend_to(count, structure, &mut held).await {
+            Ok(run) => {
+                let clusters = run.first.0..run.end();
+                let (parts, skipped) = held
+                    .into_iter()
+                    .partition(|part| clusters.contains(&part.run().first.0));
+                Ok(Contiguous {
+                    run,
+                    parts,
+                    skipped,
+                })
+            }
+            Err(errno) => {
+                held.into_iter().for_each(Reserved::give_back);
+                Err(errno)
+            }
+        }
+    }
+
+    /// Allocates until the last parts of `held` are `count` clusters in one piece.
+    async fn extend_to<'q>(
+        &'q self,
+        count: u64,
+        structure: &Structure<'_>,
+        held: &mut Vec<Reserved<'q>>,
     ) -> Result<ClusterRun, Errno> {
         let most = MAX_HOST_OFFSET >> self.geometry.cluster_bits;
-        let mut held: Option<ClusterRun> = None;
+        let mut whole: Option<ClusterRun> = None;
         loop {
-            let want = count - held.map_or(0, |run| run.count);
+            let want = count - whole.map_or(0, |run| run.count);
             let (run, _) = self.allocate_in(structure, want).await?;
+            held.push(Reserved::new(self, run));
             if run.end() > most {
                 return Err(Errno::EFBIG);
             }
-            held = match held {
-                Some(previous) if previous.end() == run.first.0 => Some(ClusterRun {
-                    first: previous.first,
-                    count: previous.count + run.count,
-                }),
-                previous => {
-                    if let Some(previous) = previous {
-                        self.state().give_back(previous);
-                    }
-                    Some(run)
-                }
+            let longer = match whole {
+                Some(before) if before.end() == run.first.0 => ClusterRun {
+                    first: before.first,
+                    count: before.count + run.count,
+                },
+                _ => run,
             };
-            if let Some(run) = held
-                && run.count == count
-            {
-                return Ok(run);
+            if longer.count == count {
+                return Ok(longer);
             }
+            whole = Some(longer);
         }
     }
 

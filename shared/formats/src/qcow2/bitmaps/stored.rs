@@ -10,7 +10,7 @@
 
 use super::directory::{self, Entry, FLAGS_AT, flag};
 use super::{Extension, Stored};
-use crate::qcow2::alloc::Reserved;
+use crate::qcow2::alloc::{Contiguous, Reserved};
 use crate::qcow2::overlap::Fixed;
 use crate::qcow2::reclaim::DiscardKind;
 use crate::qcow2::tables::{ClusterRun, HostOffset, MAX_HOST_OFFSET, OFFSET_MASK};
@@ -183,11 +183,16 @@ impl Qcow2 {
         new: &mut New<'q>,
     ) -> Result<HostOffset, Errno> {
         let count = (bytes.len() as u64).div_ceil(self.geometry.cluster_size());
-        let run = {
+        let Contiguous {
+            run,
+            parts,
+            skipped,
+        } = {
             let structure = self.structure.lock().await;
             self.allocate_contiguous(&structure, count).await?
         };
-        new.0.push(Reserved::new(self, run));
+        skipped.into_iter().for_each(Reserved::give_back);
+        new.0.extend(parts);
         let mut whole = bytes.to_vec();
         whole.resize((count << self.geometry.cluster_bits) as usize, 0);
         let offset = self.geometry.host_offset(run.first);

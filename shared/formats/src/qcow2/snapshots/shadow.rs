@@ -22,6 +22,9 @@ impl<'q> Reservations<'q> {
     pub(super) fn add(&mut self, image: &'q Qcow2, run: ClusterRun) {
         self.0.push(Reserved::new(image, run));
     }
+    pub(super) fn extend(&mut self, more: impl Iterator<Item = Reserved<'q>>) {
+        self.0.extend(more);
+    }
     /// The new state refers to them.
     pub(super) fn keep(self) {
         self.0.into_iter().for_each(Reserved::keep);

@@ -15,6 +15,7 @@
 //!
 //! The redo log is empty from 4 to 6: writers are quiet, and what was reserved is flushed.
 
+use super::super::alloc::{Contiguous, Reserved};
 use super::super::overlap::Fixed;
 use super::super::reclaim::DiscardKind;
 use super::super::tables::{
@@ -475,12 +476,20 @@ impl Builder<'_, '_> {
         }
         let geometry = self.image.geometry;
         let count = (bytes.len() as u64).div_ceil(geometry.cluster_size());
-        let run = self
+        let Contiguous {
+            run,
+            parts,
+            skipped,
+        } = self
             .image
             .allocate_contiguous(&self.quiet.structure, count)
             .await?;
-        self.reserved.add(self.image, run);
+        let unwanted: Vec<_> = skipped.iter().map(Reserved::run).collect();
+        self.reserved.extend(parts.into_iter().chain(skipped));
         self.shadow.set_one(run).await?;
+        for run in unwanted {
+            self.keep_counted(run).await?;
+        }
         let mut whole = bytes.to_vec();
         whole.resize((count << geometry.cluster_bits) as usize, 0);
         let offset = geometry.host_offset(run.first).0;

@@ -16,3 +16,12 @@ pub(crate) mod rig;
 mod snapshots;
 mod threads;
 mod workload;
+
+use std::time::Duration;
+
+/// Processor time that this thread has used so far.
+fn processor_time() -> Duration {
+    let statistics = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    let nanoseconds = statistics.split_whitespace().next().unwrap();
+    Duration::from_nanos(nanoseconds.parse().unwrap())
+}

@@ -4,6 +4,7 @@
 
 use super::check_as_tool;
 use crate::qcow2::tests::hostile::sample;
+use crate::qcow2::tests::processor_time;
 use block::Repair;
 use executor::Executor;
 use executor::sim::{Config, World};
@@ -62,13 +63,6 @@ impl Image {
         }
         self
     }
-}
-
-/// What this thread has used so far.
-fn processor_time() -> Duration {
-    let statistics = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
-    let nanoseconds = statistics.split_whitespace().next().unwrap();
-    Duration::from_nanos(nanoseconds.parse().unwrap())
 }
 
 /// Checks and repairs it every way; what is found does not matter.
