@@ -7,6 +7,7 @@ use block::ByteRange;
 use rand::rngs::SmallRng;
 use rand::{Rng, RngCore, SeedableRng};
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::path::Path;
 
 const ROUNDS: usize = 3;
@@ -39,6 +40,8 @@ pub(crate) fn run(family: Family, seed: u64) {
         length: shape.size,
         snapshots: Vec::new(),
         written: BTreeSet::new(),
+        compressed: BTreeSet::new(),
+        unpacked: false,
     };
     for round in 0..ROUNDS {
         // The side that works on an image changes with every round.
@@ -76,6 +79,11 @@ struct State {
     snapshots: Vec<(u32, u64)>,
     /// Clusters that were written: the peer does not compress those any more.
     written: BTreeSet<u64>,
+    /// Clusters that were compressed since the peer opened the image.
+    compressed: BTreeSet<u64>,
+    /// One of those was changed. It may have been the last one in its host cluster, where the peer
+    /// would go on packing compressed clusters after it became another cluster's.
+    unpacked: bool,
 }
 
 impl State {
@@ -91,22 +99,35 @@ impl State {
         match operation {
             Operation::Resize { .. } if !may_resize => Operation::Flush,
             Operation::Resize { length } => {
+                self.unpack(length / shape.cluster_size..u64::MAX);
                 self.length = length;
                 operation
             }
-            Operation::WriteCompressed { range, .. }
-                if self.written.range(clusters(range)).next().is_some() =>
-            {
-                Operation::Flush
+            Operation::WriteCompressed { range, .. } => {
+                let clusters = clusters(range);
+                if self.unpacked || self.written.range(clusters.clone()).next().is_some() {
+                    return Operation::Flush;
+                }
+                self.written.extend(clusters.clone());
+                self.compressed.extend(clusters);
+                operation
             }
-            Operation::Write { range, .. }
-            | Operation::Zero { range, .. }
-            | Operation::WriteCompressed { range, .. } => {
+            Operation::Write { range, .. } | Operation::Zero { range, .. } => {
+                self.unpack(clusters(range));
                 self.written.extend(clusters(range));
                 operation
             }
-            _ => operation,
+            Operation::Discard { range } => {
+                self.unpack(clusters(range));
+                operation
+            }
+            Operation::Flush => operation,
         }
+    }
+
+    /// Clusters are changed.
+    fn unpack(&mut self, clusters: Range<u64>) {
+        self.unpacked |= self.compressed.range(clusters).next().is_some();
     }
 
     fn change(&mut self, random: &mut SmallRng) -> Change {
@@ -130,6 +151,8 @@ fn operations(
     state: &mut State,
     (family, shape): (Family, &Shape),
 ) -> Vec<Operation> {
+    state.compressed.clear();
+    state.unpacked = false;
     (0..OPERATIONS)
         .map(|_| {
             let operation = Operation::random(random, state.length, shape);
