@@ -19,6 +19,9 @@ pub enum DeviceError {
         /// One past the last byte.
         end: u64,
     },
+    /// The device has no such thing.
+    #[error("the device has no {0}")]
+    Unsupported(&'static str),
     /// The value makes no sense.
     #[error("invalid value for {0}")]
     InvalidValue(&'static str),
@@ -30,7 +33,8 @@ pub trait Device: 'static {
     fn name(&self) -> &str;
     /// Virtio feature bits offered, those of the ring included, bit 30 not.
     fn features(&self) -> u64;
-    /// Protocol feature bits offered, a subset of [`crate::session::PROTOCOL_FEATURES`].
+    /// Protocol feature bits offered, a subset of [`crate::session::PROTOCOL_FEATURES`] and
+    /// [`crate::session::NET_PROTOCOL_FEATURES`].
     fn protocol_features(&self) -> u64;
     /// The front-end acknowledged these of them. No queue runs.
     fn set_features(&self, acked: u64);
@@ -45,6 +49,20 @@ pub trait Device: 'static {
     /// # Errors
     /// [`DeviceError`] when the bytes are not writable or the value is invalid.
     fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), DeviceError>;
+    /// The front-end tells the MTU that the guest is to use, in bytes (NET_SET_MTU).
+    ///
+    /// # Errors
+    /// [`DeviceError`] when the device has none or the value is out of range.
+    fn set_mtu(&self, _mtu: u16) -> Result<(), DeviceError> {
+        Err(DeviceError::Unsupported("MTU"))
+    }
+    /// The guest of this address has come here from another host: the network has to learn that (SEND_RARP).
+    ///
+    /// # Errors
+    /// [`DeviceError::Unsupported`] when the device is on no network.
+    fn send_rarp(&self, _address: [u8; 6]) -> Result<(), DeviceError> {
+        Err(DeviceError::Unsupported("network"))
+    }
     /// Starts serving a ring. It is not running.
     fn start_queue(&self, setup: QueueSetup) -> impl Future<Output = Result<(), QueueError>>;
     /// Changes something of a running queue at a point where no descriptor is half parsed.

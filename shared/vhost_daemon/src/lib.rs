@@ -32,8 +32,11 @@ mod store;
 pub mod wire;
 
 pub use device::{Device, DeviceError};
-pub use queue::{Handler, Queue, QueueError, QueueRemote, QueueSetup, RingState, Stopped};
-pub use ring::Chain;
+pub use queue::{
+    Handler, Queue, QueueError, QueueRemote, QueueSetup, RingState, RunningQueue, ServedRing,
+    Stopped,
+};
+pub use ring::{Chain, RingOrigin};
 pub use server::{Address, Server};
 
 #[cfg(test)]

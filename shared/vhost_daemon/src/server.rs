@@ -116,6 +116,11 @@ impl Server {
         self.shared.changed.clone()
     }
 
+    /// Whether a front-end is there.
+    pub fn connected(&self) -> bool {
+        self.shared.current.borrow().is_some()
+    }
+
     /// Ends the session, drains the queues, closes and removes the socket.
     pub async fn stop(self) {
         self.shared.stopping.set(true);

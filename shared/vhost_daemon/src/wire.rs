@@ -227,6 +227,8 @@ pub enum Message {
     RemMemReg(RegionSpec),
     SetStatus(u64),
     GetStatus,
+    SendRarp([u8; 6]),
+    NetSetMtu(u64),
 }
 
 /// Payload and descriptors of one request, consumed field by field.
@@ -444,6 +446,12 @@ impl Message {
             Req::RESET_DEVICE => parts.empty(Message::ResetDevice),
             Req::GET_STATUS => parts.empty(Message::GetStatus),
             Req::SET_STATUS => parts.number().map(Message::SetStatus),
+            Req::NET_SET_MTU => parts.number().map(Message::NetSetMtu),
+            Req::SEND_RARP => parts.number().map(|number| {
+                // The first six bytes of the payload; the other two mean nothing.
+                let [a, b, c, d, e, f, ..] = number.to_ne_bytes();
+                Message::SendRarp([a, b, c, d, e, f])
+            }),
             Req::SET_BACKEND_REQ_FD => parts.one_fd().map(Message::SetBackendReqFd),
             Req::SET_LOG_BASE => parts.log_base(),
             Req::SET_MEM_TABLE | Req::ADD_MEM_REG | Req::REM_MEM_REG => Self::memory(parts),

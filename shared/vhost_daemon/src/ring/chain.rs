@@ -123,6 +123,20 @@ impl Chain {
         self.iovecs(&self.segments[self.readable..], range, iovecs)
     }
 
+    /// Calls `piece` with the contiguous pieces of readable guest memory in `range`; false when there are fewer bytes. The
+    /// pointers are good for as long as the chain is not fetched into again.
+    #[inline]
+    pub fn readable_pieces(&self, range: Range<usize>, piece: impl FnMut(*mut u8, usize)) -> bool {
+        for_each_piece(&self.segments[..self.readable], range, piece)
+    }
+
+    /// Calls `piece` with the contiguous pieces of writable guest memory in `range`, as
+    /// [`Chain::readable_pieces`] does.
+    #[inline]
+    pub fn writable_pieces(&self, range: Range<usize>, piece: impl FnMut(*mut u8, usize)) -> bool {
+        for_each_piece(&self.segments[self.readable..], range, piece)
+    }
+
     #[inline]
     fn iovecs(&self, segments: &[Segment], range: Range<usize>, iovecs: &mut IoVecs) -> bool {
         iovecs.set_owner(self.memory.clone());

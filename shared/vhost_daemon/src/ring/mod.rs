@@ -82,6 +82,17 @@ impl RingFeatures {
     }
 }
 
+/// Where a ring is gone on with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RingOrigin {
+    /// At the base that the front-end tells, or where the inflight region says.
+    Base,
+    /// At the used index. For devices that return every request in the order in which it came: whatever a predecessor had
+    /// fetched and not returned is fetched again, whoever told the base. A packed ring has no such index in memory, so its
+    /// base has to be the used position.
+    Used,
+}
+
 /// What a ring is made of.
 #[derive(Debug)]
 pub struct RingParts {
@@ -91,6 +102,8 @@ pub struct RingParts {
     pub size: u16,
     /// Where to go on, as SET_VRING_BASE tells it, unless the inflight region knows better.
     pub base: u32,
+    /// What decides where to go on.
+    pub origin: RingOrigin,
     /// What was negotiated.
     pub features: RingFeatures,
     /// Where the parts are.
@@ -209,6 +222,18 @@ impl Ring {
     #[inline]
     pub fn push_used(&mut self, head: u16, written: u32) {
         either!(self, ring => ring.push_used(head, written));
+    }
+
+    /// Gives every request that was fetched and not returned back, as if it had never been fetched. Those returned were the
+    /// oldest and are published, and there is no inflight region.
+    pub fn rewind(&mut self) {
+        either!(self, ring => ring.rewind());
+    }
+
+    /// Whether the driver made something available.
+    #[inline]
+    pub fn has_work(&self) -> bool {
+        either!(self, ring => ring.has_work())
     }
 
     /// Shows the guest every request returned by now; false when there is none.

@@ -476,6 +476,20 @@ impl PackedRing {
         }
     }
 
+    /// Gives every request that was fetched and not returned back. Those returned were the oldest, and are published.
+    pub fn rewind(&mut self) {
+        assert!(
+            self.inflight.is_none() && self.batch.is_empty(),
+            "what is in flight is recorded as such; what was returned is published first"
+        );
+        self.next_avail = self.next_used;
+        let free: Vec<u16> = (0..self.size).collect();
+        self.link(&free);
+        self.free_head = 0;
+        self.states.iter_mut().for_each(|state| state.held = false);
+        self.in_flight = 0;
+    }
+
     /// Shows the guest every request returned by now; false when there is none.
     #[inline]
     pub fn publish(&mut self) -> bool {

@@ -20,7 +20,7 @@ use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_N
 use super::chain::{Chain, MAX_CHAIN, SharedMemory};
 use super::descriptor::{DESC_LEN, Descriptor, Indirect, prefetch, read_words};
 use super::dirty::Dirty;
-use super::{RingError, RingParts, StartError};
+use super::{RingError, RingOrigin, RingParts, StartError};
 use crate::dirty_log::RingLog;
 use crate::inflight::SplitInflight;
 use crate::memory::{Mapped, MemoryTable};
@@ -121,6 +121,9 @@ impl SplitRing {
         };
         let used = ring.used_u16(INDEX_AT).load(Ordering::Acquire);
         (ring.next_used, ring.published, ring.considered) = (used, used, used);
+        if parts.origin == RingOrigin::Used {
+            ring.next_avail = used;
+        }
         let mut resubmit = Vec::new();
         if let Some(inflight) = &mut ring.inflight {
             let recovery = inflight.recover(used)?;
@@ -374,6 +377,17 @@ impl SplitRing {
             dirty.complete(head);
             dirty.used(offset, 8);
         }
+    }
+
+    /// Gives every request that was fetched and not returned back. Those returned were the oldest.
+    pub fn rewind(&mut self) {
+        assert!(
+            self.inflight.is_none(),
+            "what is in flight is recorded as such"
+        );
+        self.next_avail = self.next_avail.wrapping_sub(self.in_flight);
+        self.held.fill(false);
+        self.in_flight = 0;
     }
 
     /// Shows the guest every request returned by now; false when there is none.

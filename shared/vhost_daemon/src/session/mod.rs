@@ -51,6 +51,9 @@ pub const PROTOCOL_FEATURES: u64 = Protocol::MQ.bits()
     | Protocol::CONFIGURE_MEM_SLOTS.bits()
     | Protocol::STATUS.bits();
 
+/// Protocol features that only network devices have.
+pub const NET_PROTOCOL_FEATURES: u64 = Protocol::RARP.bits() | Protocol::MTU.bits();
+
 /// `VHOST_USER_F_PROTOCOL_FEATURES`.
 const F_PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 /// `VHOST_F_LOG_ALL`: writes to guest memory are logged.
@@ -292,6 +295,17 @@ impl<D: Device> Session<D> {
                 self.device.write_config(range.offset, &data)?;
                 Ok(Answer::Done)
             }
+            Message::SendRarp(address) => {
+                self.need(Protocol::RARP, "RARP")?;
+                self.device.send_rarp(address)?;
+                Ok(Answer::Done)
+            }
+            Message::NetSetMtu(mtu) => {
+                self.need(Protocol::MTU, "NET_MTU")?;
+                let mtu = u16::try_from(mtu).map_err(|_| DeviceError::InvalidValue("the MTU"))?;
+                self.device.set_mtu(mtu)?;
+                Ok(Answer::Done)
+            }
             Message::SetBackendReqFd(fd) => self.set_channel(fd),
             Message::GetInflightFd(spec) => self.get_inflight(spec),
             Message::SetInflightFd(spec, fd) => self.set_inflight(spec, fd),
@@ -305,7 +319,7 @@ impl<D: Device> Session<D> {
     }
 
     fn offered_protocol(&self) -> u64 {
-        self.device.protocol_features() & PROTOCOL_FEATURES
+        self.device.protocol_features() & (PROTOCOL_FEATURES | NET_PROTOCOL_FEATURES)
     }
 
     fn offered_features(&self) -> u64 {

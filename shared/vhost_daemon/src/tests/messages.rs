@@ -48,6 +48,8 @@ fn payload_sizes_and_descriptor_counts_are_exact() {
         (Req::SET_VRING_CALL, 8, 1),
         (Req::SET_BACKEND_REQ_FD, 0, 1),
         (Req::GET_STATUS, 0, 0),
+        (Req::SEND_RARP, 8, 0),
+        (Req::NET_SET_MTU, 8, 0),
     ];
     for (request, size, count) in good {
         let payload = vec![0; size];

@@ -14,7 +14,7 @@ use super::front_end::{FrontEnd, GUEST_BASE, INDIRECT, Memory, NEXT, PATIENCE_MS
 use super::front_end::{WRITE, wait};
 use super::packed_driver::PackedDriver;
 use crate::memory::MemoryTable;
-use crate::ring::{Chain, PackedRing, Position, RingError, RingFeatures, RingParts};
+use crate::ring::{Chain, PackedRing, Position, RingError, RingFeatures, RingOrigin, RingParts};
 use crate::session::PROTOCOL_FEATURES;
 use crate::wire::{RegionSpec, RingAddresses};
 
@@ -165,6 +165,7 @@ impl Fixture {
             index: 0,
             size: 16,
             base: driver.places().base,
+            origin: RingOrigin::Base,
             features: RingFeatures::of(features | 1 << 34),
             addresses: RingAddresses {
                 descriptors: user(0),
@@ -426,4 +427,34 @@ fn a_guest_that_scribbles_over_its_rings_harms_only_itself() {
     driver.publish();
     assert_eq!(driver.complete(), (0, 5));
     back_end.stop();
+}
+
+#[test]
+fn what_was_not_returned_is_fetched_again_after_a_rewind() {
+    let mut fixture = Fixture::new(1 << 29);
+    let at = GUEST_BASE + 0x8000;
+    let two = [(at, 8, WRITE), (at + 64, 8, WRITE)];
+    for lap in 0..9 {
+        for id in 0..5 {
+            fixture.driver.push(id, &two);
+        }
+        assert_eq!(fixture.fetch(), (5, None), "lap {lap}");
+        for number in 0..2 {
+            let head = fixture.chains[number].head();
+            fixture.ring.push_used(head, 1);
+        }
+        fixture.ring.publish();
+        fixture.ring.rewind();
+        let base = fixture.ring.base();
+        assert_eq!((fixture.ring.in_flight(), base >> 16), (0, base & 0xffff));
+        assert_eq!(fixture.fetch(), (3, None), "lap {lap}");
+        for number in 0..3 {
+            let head = fixture.chains[number].head();
+            fixture.ring.push_used(head, 1);
+        }
+        fixture.ring.publish();
+        for id in 0..5 {
+            assert_eq!(fixture.driver.try_complete(), Some((id, 1)), "lap {lap}");
+        }
+    }
 }

@@ -13,7 +13,7 @@ use rand::{Rng, SeedableRng};
 
 use super::front_end::{Driver, GUEST_BASE, INDIRECT, Memory, NEXT, USER_BASE, WRITE};
 use crate::memory::MemoryTable;
-use crate::ring::{Chain, RingError, RingFeatures, RingParts, SharedMemory, SplitRing};
+use crate::ring::{Chain, RingError, RingFeatures, RingOrigin, RingParts, SharedMemory, SplitRing};
 use crate::wire::{RegionSpec, RingAddresses};
 
 const MEMORY: usize = 1 << 18;
@@ -47,11 +47,16 @@ impl Fixture {
     }
 
     fn ring(&self, features: u64) -> SplitRing {
+        self.ring_from(features, RingOrigin::Base)
+    }
+
+    fn ring_from(&self, features: u64, origin: RingOrigin) -> SplitRing {
         let user = |offset: usize| USER_BASE + offset as u64;
         let parts = RingParts {
             index: 0,
             size: SIZE,
             base: u32::from(self.driver.avail),
+            origin,
             features: RingFeatures::of(features),
             addresses: RingAddresses {
                 descriptors: user(0),
@@ -301,4 +306,34 @@ fn random_rings_never_leave_shared_memory() {
         served > 100 && refused > 100,
         "{served} served, {refused} refused"
     );
+}
+
+#[test]
+fn what_was_not_returned_is_fetched_again_after_a_rewind_and_by_a_successor() {
+    let mut fixture = Fixture::new();
+    let mut chains = fixture.chains();
+    let mut ring = fixture.ring(1 << 28 | 1 << 29);
+    let heads = |chains: &[Chain]| chains.iter().map(Chain::head).collect::<Vec<_>>();
+    for head in 0..6 {
+        let at = GUEST_BASE + 0x8000;
+        fixture.driver.descriptor(head, at, 64, WRITE, 0);
+        fixture.driver.make_available(head);
+    }
+    fixture.driver.publish();
+    assert_eq!(ring.fetch(&mut chains), (6, None));
+    ring.push_used(0, 1);
+    ring.push_used(1, 2);
+    ring.publish();
+    ring.rewind();
+    assert_eq!((ring.in_flight(), ring.base()), (0, 2));
+    assert_eq!(ring.fetch(&mut chains), (4, None));
+    assert_eq!(heads(&chains[..4]), [2, 3, 4, 5]);
+    ring.push_used(2, 3);
+    ring.publish();
+    // Killed here; the front-end knows no better than the available index.
+    drop(ring);
+    let mut successor = fixture.ring_from(1 << 28 | 1 << 29, RingOrigin::Used);
+    assert_eq!(successor.base(), 3);
+    assert_eq!(successor.fetch(&mut chains), (3, None));
+    assert_eq!(heads(&chains[..3]), [3, 4, 5]);
 }

@@ -17,7 +17,7 @@ use super::front_end::{Driver, GUEST_BASE, INDIRECT, Memory, NEXT, USER_BASE, WR
 use super::packed_driver::PackedDriver;
 use crate::inflight::InflightRegion;
 use crate::memory::MemoryTable;
-use crate::ring::{Chain, Ring, RingFeatures, RingLayout, RingParts, SharedMemory};
+use crate::ring::{Chain, Ring, RingFeatures, RingLayout, RingOrigin, RingParts, SharedMemory};
 use crate::store::death;
 use crate::wire::{RegionSpec, RingAddresses};
 
@@ -204,6 +204,7 @@ impl Game {
             index: 0,
             size: SIZE,
             base: self.guest.base(),
+            origin: RingOrigin::Base,
             features: RingFeatures::of(match self.layout {
                 RingLayout::Split => 1 << 28 | 1 << 29,
                 RingLayout::Packed => 1 << 28 | 1 << 29 | 1 << 34,
