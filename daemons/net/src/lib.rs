@@ -19,4 +19,6 @@ pub mod link;
 pub mod live;
 pub mod netdev;
 pub mod netdevs;
+pub mod offload;
+mod packet;
 pub mod port;
