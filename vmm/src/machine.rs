@@ -32,7 +32,9 @@ use crate::pci::root::{DeviceInfo, MAX_DEVICES, PciDevice, PciRoot};
 use crate::power::Power;
 use crate::seccomp::Sandbox;
 use crate::serial::{Console, SerialPort};
-use crate::vhost_user::{Description, Device, Environment};
+use crate::vhost_user::blk::Disk;
+use crate::vhost_user::net::Card;
+use crate::vhost_user::{Device, Environment};
 use crate::virtio_pci::{BAR_SIZE, VirtioPci};
 
 /// Whether the guest runs.
@@ -315,8 +317,10 @@ fn open_kvm(cpus: u8) -> Result<Kvm> {
 /// Starts what the options name, in the order of their slots: disks first.
 fn start_devices(options: &Options, environment: &Environment) -> Result<Vec<Arc<Device>>> {
     let disks = options.disks.iter().enumerate();
-    let disks = disks.map(|(index, disk)| disk.describe(index));
-    let descriptions: Vec<Description> = disks.collect();
+    let mut descriptions: Vec<_> = disks.map(|(i, disk)| Disk::describe(i, disk)).collect();
+    for (index, net) in options.nets.iter().enumerate() {
+        descriptions.push(Card::describe(index, net)?);
+    }
     let count = descriptions.len();
     ensure!(
         count <= MAX_DEVICES,

@@ -2,20 +2,18 @@
 //!
 //! Promises that a value that leaves this module is in range; it must not open or create anything.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Arc;
 
 use clap::{Parser, ValueEnum};
 
-use crate::vhost_user::Description;
-use crate::vhost_user::blk::Disk;
+use crate::vhost_user::net::{MAX_PAIRS, MacAddress};
 
-/// Boots a Linux guest on KVM with vhost-user disks.
+/// Boots a Linux guest on KVM with vhost-user disks and network cards.
 ///
-/// The guest's memory and the events of each virtqueue are handed to the back-ends (outboard-blkd or any other
-/// vhost-user-blk server); outboard-vmm is not in the data path. A back-end may come late, die and come back:
-/// the guest waits and goes on.
+/// The guest's memory and the events of each virtqueue are handed to the back-ends (outboard-blkd, outboard-netd or any
+/// other vhost-user-blk or vhost-user-net server); outboard-vmm is not in the data path. A back-end may come late, die
+/// and come back: the guest waits and goes on.
 #[derive(Debug, Parser)]
 #[command(name = "outboard-vmm", version, max_term_width = 100, after_help = EXAMPLES)]
 pub(crate) struct Options {
@@ -50,6 +48,16 @@ pub(crate) struct Options {
     #[arg(long = "vhost-user-blk", value_name = "KEY=VALUE,...")]
     pub(crate) disks: Vec<DiskOptions>,
 
+    /// A network card: socket=PATH[,mac=ADDRESS][,mtu=N][,queues=N][,queue-size=N][,ctrl_vq=on|off][,id=NAME]; may be
+    /// given several times.
+    ///
+    /// socket: where the vhost-user-net back-end listens (it need not be there yet). mac, mtu: default the back-end's.
+    /// queues: pairs, 1 to 64, default 1. queue-size: a power of two, 32 to 1024, default 256. ctrl_vq: off for a
+    /// back-end that offers the control queue and does not serve it, as DPDK does (default on). id: name in messages and
+    /// query-pci, default net0, net1, ...
+    #[arg(long = "vhost-user-net", value_name = "KEY=VALUE,...")]
+    pub(crate) nets: Vec<NetOptions>,
+
     /// First serial port: stdio, file:PATH, socket:PATH (a listening UNIX socket) or none
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     pub(crate) serial: SerialOptions,
@@ -66,7 +74,8 @@ pub(crate) struct Options {
 const EXAMPLES: &str = "\
 Example:
   outboard-vmm --kernel /boot/vmlinuz --initrd initrd.img --cmdline 'console=ttyS0 root=/dev/vda' \\
-      --cpus 2 --memory 1G --vhost-user-blk socket=/run/disk0.sock,num-queues=2 --qmp /run/vm0.qmp
+      --cpus 2 --memory 1G --vhost-user-blk socket=/run/disk0.sock,num-queues=2 \\
+      --vhost-user-net socket=/run/net0.sock,mac=52:54:00:12:34:56,queues=2 --qmp /run/vm0.qmp
 
 Exit status: 0 after the guest powered off or `quit`, 1 on an error. RUST_LOG=debug shows more on stderr.";
 
@@ -111,31 +120,83 @@ impl FromStr for DiskOptions {
                 _ => return Err(format!("unknown key '{key}'")),
             }
         }
-        if disk.socket.as_os_str().is_empty() {
-            return Err("'socket' is missing".into());
-        }
-        if !disk.queue_size.is_power_of_two() {
-            return Err(format!(
-                "queue-size {} is not a power of two",
-                disk.queue_size
-            ));
-        }
+        check_device(&disk.socket, disk.queue_size)?;
         Ok(disk)
     }
 }
 
-impl DiskOptions {
-    /// The device that the option at place `index` asks for.
-    pub(crate) fn describe(&self, index: usize) -> Description {
-        Description {
-            name: self.id.clone().unwrap_or_else(|| format!("disk{index}")),
-            socket: self.socket.clone(),
-            queue_size: self.queue_size,
-            model: Arc::new(Disk {
-                num_queues: self.num_queues,
-            }),
+/// One `--vhost-user-net`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct NetOptions {
+    /// Where the back-end listens.
+    pub(crate) socket: PathBuf,
+    /// The guest's address; `None` for the back-end's.
+    pub(crate) mac: Option<MacAddress>,
+    /// The guest's MTU; `None` for the back-end's.
+    pub(crate) mtu: Option<u16>,
+    /// Queue pairs that the guest sees.
+    pub(crate) queues: u16,
+    /// Largest number of descriptors of one queue.
+    pub(crate) queue_size: u16,
+    /// Whether the back-end gets the control queue, if it offers one.
+    pub(crate) ctrl_vq: bool,
+    /// Name in messages and answers; `None` for a numbered one.
+    pub(crate) id: Option<String>,
+}
+
+impl FromStr for NetOptions {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        /// Smallest MTU of a device (virtio 1.2, 5.1.4.1).
+        const MTU_MIN: u16 = 68;
+        /// Linux needs room for the fragments of a large packet.
+        const QUEUE_SIZE_MIN: u16 = 32;
+        let mut net = Self {
+            socket: PathBuf::new(),
+            mac: None,
+            mtu: None,
+            queues: 1,
+            queue_size: 256,
+            ctrl_vq: true,
+            id: None,
+        };
+        for (key, value) in key_values(text)? {
+            match key.as_str() {
+                "socket" => net.socket = value.into(),
+                "mac" => net.mac = Some(value.parse()?),
+                "mtu" => net.mtu = Some(parse_in_range(&key, &value, MTU_MIN, u16::MAX)?),
+                "queues" => net.queues = parse_in_range(&key, &value, 1, MAX_PAIRS)?,
+                "queue-size" => {
+                    net.queue_size = parse_in_range(&key, &value, QUEUE_SIZE_MIN, 1024)?;
+                }
+                "ctrl_vq" => {
+                    let switch = Switch::from_str(&value, false);
+                    net.ctrl_vq = switch
+                        .map_err(|_| format!("ctrl_vq '{value}' is not on or off"))?
+                        == Switch::On;
+                }
+                "id" => net.id = Some(value),
+                _ => return Err(format!("unknown key '{key}'")),
+            }
         }
+        check_device(&net.socket, net.queue_size)?;
+        if net.queues > 1 && !net.ctrl_vq {
+            return Err("more than one of queues needs ctrl_vq=on".into());
+        }
+        Ok(net)
     }
+}
+
+/// What holds for every device.
+fn check_device(socket: &Path, queue_size: u16) -> Result<(), String> {
+    if socket.as_os_str().is_empty() {
+        return Err("'socket' is missing".into());
+    }
+    if !queue_size.is_power_of_two() {
+        return Err(format!("queue-size {queue_size} is not a power of two"));
+    }
+    Ok(())
 }
 
 /// Splits `key=value,key=value`; a doubled comma stands for one inside a value, as in QEMU.
@@ -252,6 +313,56 @@ mod tests {
         ] {
             assert_eq!(text.parse::<DiskOptions>().unwrap_err(), reason);
         }
+    }
+
+    #[test]
+    fn network_options_have_defaults_and_take_all_keys() {
+        let net: NetOptions = "socket=/run/a.sock".parse().unwrap();
+        assert_eq!((net.mac, net.mtu, net.id), (None, None, None));
+        assert_eq!((net.queues, net.queue_size, net.ctrl_vq), (1, 256, true));
+        let text = "socket=a,mac=52:54:00:00:00:01,mtu=9000,queues=4,queue-size=1024,id=lan";
+        let net: NetOptions = text.parse().unwrap();
+        assert_eq!(net.mac, Some("52:54:00:00:00:01".parse().unwrap()));
+        assert_eq!((net.mtu, net.queues, net.queue_size), (Some(9000), 4, 1024));
+        assert_eq!(net.id.as_deref(), Some("lan"));
+        let net: NetOptions = "socket=a,ctrl_vq=off".parse().unwrap();
+        assert!(!net.ctrl_vq);
+    }
+
+    #[test]
+    fn bad_network_options_are_refused_with_the_reason() {
+        for (text, reason) in [
+            ("queues=1", "'socket' is missing"),
+            (
+                "socket=a,mtu=67",
+                "mtu '67' is not a number from 68 to 65535",
+            ),
+            (
+                "socket=a,queues=65",
+                "queues '65' is not a number from 1 to 64",
+            ),
+            (
+                "socket=a,queue-size=16",
+                "queue-size '16' is not a number from 32 to 1024",
+            ),
+            (
+                "socket=a,queue-size=48",
+                "queue-size 48 is not a power of two",
+            ),
+            ("socket=a,ctrl_vq=yes", "ctrl_vq 'yes' is not on or off"),
+            (
+                "socket=a,ctrl_vq=off,queues=2",
+                "more than one of queues needs ctrl_vq=on",
+            ),
+            ("socket=a,num-queues=2", "unknown key 'num-queues'"),
+        ] {
+            assert_eq!(text.parse::<NetOptions>().unwrap_err(), reason);
+        }
+        assert!(
+            "socket=a,mac=33:33:00:00:00:01"
+                .parse::<NetOptions>()
+                .is_err()
+        );
     }
 
     #[test]

@@ -18,6 +18,7 @@ use crate::pci::config::{ConfigSpace, Identity};
 use crate::pci::msix::{ENTRY_SIZE, Msix};
 use crate::pci::root::{DeviceInfo, PciDevice};
 use crate::vhost_user::model::{Kind, VERSION_1};
+use crate::vhost_user::net::MAX_PAIRS;
 use crate::vhost_user::{Activation, Device, RingSetup};
 
 /// Size of BAR 0.
@@ -481,7 +482,8 @@ impl PciDevice for VirtioPci {
     }
 }
 
-const _: () = assert!(129 * ENTRY_SIZE as u64 <= PENDING - TABLE);
+/// The most queues are those of a network card; one vector more is for the configuration.
+const _: () = assert!((2 * MAX_PAIRS + 2) as u64 * ENTRY_SIZE as u64 <= PENDING - TABLE);
 
 #[cfg(test)]
 mod tests;

@@ -1,8 +1,12 @@
 //! virtio-blk (virtio 1.2, 5.2): everything but the number of queues is the back-end's.
 
+use std::sync::Arc;
+
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
+use super::Description;
 use super::model::{Kind, Model, Offer};
+use crate::options::DiskOptions;
 
 /// The kind; its configuration is `struct virtio_blk_config` up to the write-zeroes fields (5.2.4).
 const KIND: Kind = Kind {
@@ -40,6 +44,20 @@ pub(crate) struct Disk {
     pub(crate) num_queues: u16,
 }
 
+impl Disk {
+    /// The device that option number `index` asks for.
+    pub(crate) fn describe(index: usize, options: &DiskOptions) -> Description {
+        Description {
+            name: options.id.clone().unwrap_or_else(|| format!("disk{index}")),
+            socket: options.socket.clone(),
+            queue_size: options.queue_size,
+            model: Arc::new(Self {
+                num_queues: options.num_queues,
+            }),
+        }
+    }
+}
+
 impl Model for Disk {
     fn kind(&self) -> &'static Kind {
         &KIND
@@ -51,6 +69,10 @@ impl Model for Disk {
 
     fn switch(&self) -> Option<usize> {
         Some(CONFIG_WRITEBACK)
+    }
+
+    fn protocol(&self) -> Protocol {
+        Protocol::empty()
     }
 
     fn check(&self, offer: &Offer) -> Result<(), String> {
@@ -70,9 +92,10 @@ impl Model for Disk {
         offer.features & FEATURES
     }
 
-    fn config(&self, mut told: Vec<u8>) -> Vec<u8> {
-        told[CONFIG_NUM_QUEUES..CONFIG_NUM_QUEUES + 2]
+    fn config(&self, _: &Offer, told: Option<&[u8]>) -> Result<Vec<u8>, String> {
+        let mut config = told.unwrap_or(&[0; KIND.config_size]).to_vec();
+        config[CONFIG_NUM_QUEUES..CONFIG_NUM_QUEUES + 2]
             .copy_from_slice(&self.num_queues.to_le_bytes());
-        told
+        Ok(config)
     }
 }

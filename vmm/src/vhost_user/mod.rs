@@ -7,11 +7,12 @@
 //! ```
 //!
 //! [`wire`] moves messages, [`session`] holds the conversation (negotiation, starting and stopping rings), [`reconnect`] says when
-//! to try again, [`worker`] is the thread's loop. What kind of device it is, only its [`model`] knows: [`blk`]. The handle
-//! and its notifiers live as long as the process: a machine reset makes a new virtio-pci transport around the same handle.
+//! to try again, [`worker`] is the thread's loop. What kind of device it is, only its [`model`] knows: [`blk`] or [`net`]. The
+//! handle and its notifiers live as long as the process: a machine reset makes a new virtio-pci transport around the same handle.
 
 pub(crate) mod blk;
 pub(crate) mod model;
+pub(crate) mod net;
 mod reconnect;
 mod session;
 mod wire;

@@ -4,6 +4,7 @@
 //! nothing itself and keeps no state: all that it decides follows from the command line and from what the back-end offers.
 
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
+use vhost::vhost_user::message::FrontendReq;
 
 /// VIRTIO_F_INDIRECT_DESC.
 const INDIRECT_DESC: u64 = 1 << 28;
@@ -61,12 +62,37 @@ pub(crate) trait Model: Send + Sync {
     /// Offset of the one byte of the configuration that a driver may write, with 0 or 1.
     fn switch(&self) -> Option<usize>;
 
+    /// Protocol features to negotiate, beyond those that every device can use.
+    fn protocol(&self) -> Protocol;
+
     /// Whether a back-end can serve the device; the reason if it cannot.
     fn check(&self, offer: &Offer) -> Result<(), String>;
 
     /// Features of the device itself that the guest is offered. Those of the rings are none of the model's business.
     fn features(&self, offer: &Offer) -> u64;
 
-    /// The configuration that the guest sees, as long as [`Kind::config_size`], from the back-end's.
-    fn config(&self, told: Vec<u8>) -> Vec<u8>;
+    /// Features that need nothing of a back-end, so that it may lack them.
+    fn own_features(&self) -> u64 {
+        0
+    }
+
+    /// A part of the configuration that the command line decides, with its offset: each back-end is told at once, and may keep
+    /// its own.
+    fn announced_config(&self) -> Option<(usize, Vec<u8>)> {
+        None
+    }
+
+    /// The configuration that the guest sees, as long as [`Kind::config_size`], from the back-end's if that has one; or why the
+    /// back-end's does not fit.
+    fn config(&self, offer: &Offer, told: Option<&[u8]>) -> Result<Vec<u8>, String>;
+
+    /// A request with a number that a back-end has to agree to before rings are started with these features.
+    fn order_at_start(&self, _offer: &Offer, _features: u64) -> Option<(FrontendReq, u64)> {
+        None
+    }
+
+    /// Where the guest's `queue` is at a back-end with that configuration.
+    fn ring_at_back_end(&self, queue: u16, _features: u64, _told: Option<&[u8]>) -> u16 {
+        queue
+    }
 }

@@ -1,8 +1,8 @@
 //! The conversation with one back-end: what is negotiated, in which order rings are started, how they are drained.
 //!
 //! ```text
-//! open:   SET_OWNER  GET_FEATURES  GET/SET_PROTOCOL_FEATURES  GET_QUEUE_NUM  SET_BACKEND_REQ_FD  GET_CONFIG
-//! start:  SET_STATUS  SET_FEATURES  SET_MEM_TABLE  GET/SET_INFLIGHT_FD
+//! open:   SET_OWNER  GET_FEATURES  GET/SET_PROTOCOL_FEATURES  GET_QUEUE_NUM  SET_BACKEND_REQ_FD  SET_CONFIG  GET_CONFIG
+//! start:  SET_STATUS  SET_FEATURES  NET_SET_MTU  SET_MEM_TABLE  GET/SET_INFLIGHT_FD
 //!         per ring: NUM ADDR BASE KICK CALL, then ENABLE          SET_STATUS
 //! drain:  per ring: GET_VRING_BASE
 //! reset:  drain  SET_STATUS(0)  RESET_DEVICE
@@ -21,7 +21,7 @@ use vhost::vhost_user::message::FrontendReq;
 
 use super::model::{Model, Offer, RING_FEATURES, RING_PACKED, VERSION_1};
 use super::wire::{Link, LinkError};
-use super::{Activation, RingSetup, Shared};
+use super::{Activation, Notifiers, RingSetup, Shared};
 use crate::memory::Memory;
 
 type Result<T> = std::result::Result<T, LinkError>;
@@ -54,6 +54,8 @@ pub(super) struct Inflight {
 pub(super) struct Session {
     pub(super) link: Link,
     offer: Offer,
+    /// The back-end's own configuration, if it has one.
+    told: Option<Vec<u8>>,
 }
 
 impl Session {
@@ -69,7 +71,7 @@ impl Session {
             features & VERSION_1 != 0,
             "the back-end does not offer VIRTIO_F_VERSION_1",
         )?;
-        let protocol = negotiate_protocol(&mut link)?;
+        let protocol = negotiate_protocol(&mut link, setup.model.protocol())?;
         let queues = match protocol.contains(Protocol::MQ) {
             true => Some(link.call(FrontendReq::GET_QUEUE_NUM, &[])?.as_u64()?),
             false => None,
@@ -86,7 +88,11 @@ impl Session {
             link.set_channel(ours);
         }
         link.commit();
-        Ok(Self { link, offer })
+        Ok(Self {
+            link,
+            offer,
+            told: None,
+        })
     }
 
     /// Features that the guest may be offered.
@@ -106,21 +112,38 @@ impl Session {
 
     /// Reads the configuration, as the guest is to see it.
     pub(super) fn read_config(&mut self, setup: &Setup) -> Result<Vec<u8>> {
+        if self.offer.protocol.contains(Protocol::CONFIG) {
+            self.told = Some(self.get_config(setup.model.kind().config_size)?);
+        }
+        let config = setup.model.config(&self.offer, self.told.as_deref());
+        config.map_err(LinkError::Refused)
+    }
+
+    fn get_config(&mut self, size: usize) -> Result<Vec<u8>> {
         const HEADER: usize = 12;
-        let size = setup.model.kind().config_size;
         let mut payload = words(&[0, size as u32, 0]);
         payload.resize(HEADER + size, 0);
         let reply = self.link.call(FrontendReq::GET_CONFIG, &payload)?;
         let told = reply.payload.get(HEADER..);
         let told = told.filter(|bytes| bytes.len() == size);
         let told = told.ok_or_else(|| refused("the back-end did not tell its configuration"))?;
-        Ok(setup.model.config(told.to_vec()))
+        Ok(told.to_vec())
     }
 
-    /// Changes one byte of the configuration; returns whether the back-end agrees.
-    pub(super) fn write_config(&mut self, at: usize, value: u8) -> Result<bool> {
-        let mut payload = words(&[at as u32, 1, 0]);
-        payload.push(value);
+    /// Tells the back-end what the command line decides about the configuration; returns whether it agrees.
+    pub(super) fn announce_config(&mut self, setup: &Setup) -> Result<bool> {
+        match setup.model.announced_config() {
+            Some((at, bytes)) if self.offer.protocol.contains(Protocol::CONFIG) => {
+                self.write_config(at, &bytes)
+            }
+            _ => Ok(true),
+        }
+    }
+
+    /// Changes bytes of the configuration; returns whether the back-end agrees.
+    pub(super) fn write_config(&mut self, at: usize, bytes: &[u8]) -> Result<bool> {
+        let mut payload = words(&[at as u32, bytes.len() as u32, 0]);
+        payload.extend_from_slice(bytes);
         match self.link.order(FrontendReq::SET_CONFIG, &payload, &[]) {
             Ok(()) => Ok(true),
             Err(LinkError::Rejected(_)) => Ok(false),
@@ -135,30 +158,35 @@ impl Session {
         activation: &Activation,
         progress: &mut Progress,
     ) -> Result<()> {
-        let missing = activation.features & !self.offer.features;
+        let missing = activation.features & !(self.offer.features | setup.model.own_features());
         require(
             missing == 0,
             &format!("the back-end lacks features that the guest uses: {missing:#x}"),
         )?;
         self.set_status(STATUS_ACKNOWLEDGE_DRIVER)?;
-        let features = activation.features | PROTOCOL_FEATURES;
+        let features = activation.features & self.offer.features | PROTOCOL_FEATURES;
         self.link
             .order(FrontendReq::SET_FEATURES, &features.to_ne_bytes(), &[])?;
+        if let Some((request, value)) = setup.model.order_at_start(&self.offer, activation.features)
+        {
+            self.link.order(request, &value.to_ne_bytes(), &[])?;
+        }
         self.set_status(STATUS_ACKNOWLEDGE_DRIVER | STATUS_FEATURES_OK)?;
         self.set_memory(&setup.memory)?;
         self.set_inflight(setup, &mut progress.inflight)?;
         for (index, ring) in active_rings(activation) {
             let base = progress.bases.get(index).copied().flatten();
-            let places = RingPlaces::find(&setup.memory, ring, activation.features)
+            let mut places = RingPlaces::find(&setup.memory, ring, activation.features)
                 .ok_or_else(|| refused("a ring is outside the guest's memory"))?;
-            self.set_ring(setup, (index, ring.size), &places, base)?;
+            places.base = base.unwrap_or(places.base);
+            let number = self.ring_number(setup, activation, index);
+            self.set_ring(number, ring.size, &places)?;
+            self.set_events(number, &setup.shared.notifiers, index)?;
         }
         for (index, _) in active_rings(activation) {
-            self.link.order(
-                FrontendReq::SET_VRING_ENABLE,
-                &words(&[index as u32, 1]),
-                &[],
-            )?;
+            let number = self.ring_number(setup, activation, index);
+            self.link
+                .order(FrontendReq::SET_VRING_ENABLE, &words(&[number, 1]), &[])?;
         }
         self.set_status(STATUS_ACKNOWLEDGE_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK)?;
         // What was kicked while nobody listened, or taken and lost by a back-end that died, is found by one more kick.
@@ -168,34 +196,37 @@ impl Session {
         Ok(())
     }
 
-    fn set_ring(
-        &mut self,
-        setup: &Setup,
-        (index, size): (usize, u16),
-        places: &RingPlaces,
-        base: Option<u32>,
-    ) -> Result<()> {
-        let queue = index as u32;
+    /// The back-end's number for a queue of the guest.
+    fn ring_number(&self, setup: &Setup, activation: &Activation, index: usize) -> u32 {
+        let told = self.told.as_deref();
+        let features = activation.features & self.offer.features;
+        setup
+            .model
+            .ring_at_back_end(index as u16, features, told)
+            .into()
+    }
+
+    fn set_ring(&mut self, number: u32, size: u16, places: &RingPlaces) -> Result<()> {
         let size = u32::from(size);
-        let base = base.unwrap_or(places.base);
         self.link
-            .order(FrontendReq::SET_VRING_NUM, &words(&[queue, size]), &[])?;
-        self.link
-            .order(FrontendReq::SET_VRING_BASE, &words(&[queue, base]), &[])?;
-        let mut address = words(&[queue, 0]);
+            .order(FrontendReq::SET_VRING_NUM, &words(&[number, size]), &[])?;
+        let base = words(&[number, places.base]);
+        self.link.order(FrontendReq::SET_VRING_BASE, &base, &[])?;
+        let mut address = words(&[number, 0]);
         for place in [places.descriptors, places.used, places.available, 0] {
             address.extend_from_slice(&place.to_ne_bytes());
         }
-        self.link
-            .order(FrontendReq::SET_VRING_ADDR, &address, &[])?;
-        let notifiers = &setup.shared.notifiers;
-        let index_bytes = u64::from(queue).to_ne_bytes();
+        self.link.order(FrontendReq::SET_VRING_ADDR, &address, &[])
+    }
+
+    fn set_events(&mut self, number: u32, notifiers: &Notifiers, index: usize) -> Result<()> {
+        let number = u64::from(number).to_ne_bytes();
         let kick = notifiers.kicks[index].event_fd().as_raw_fd();
         self.link
-            .order(FrontendReq::SET_VRING_KICK, &index_bytes, &[kick])?;
+            .order(FrontendReq::SET_VRING_KICK, &number, &[kick])?;
         let call = notifiers.calls[index].event_fd().as_raw_fd();
         self.link
-            .order(FrontendReq::SET_VRING_CALL, &index_bytes, &[call])
+            .order(FrontendReq::SET_VRING_CALL, &number, &[call])
     }
 
     fn set_memory(&mut self, memory: &Memory) -> Result<()> {
@@ -260,20 +291,25 @@ impl Session {
     }
 
     /// Stops all rings; returns when nothing is in flight. The result is where each ring goes on.
-    pub(super) fn drain(&mut self, activation: &Activation) -> Result<Vec<Option<u32>>> {
+    pub(super) fn drain(
+        &mut self,
+        setup: &Setup,
+        activation: &Activation,
+    ) -> Result<Vec<Option<u32>>> {
         let mut bases = vec![None; activation.rings.len()];
         for (index, _) in active_rings(activation) {
+            let number = self.ring_number(setup, activation, index);
             let reply = self
                 .link
-                .call(FrontendReq::GET_VRING_BASE, &words(&[index as u32, 0]))?;
+                .call(FrontendReq::GET_VRING_BASE, &words(&[number, 0]))?;
             bases[index] = Some(reply.as_u64().map(|reply| (reply >> 32) as u32)?);
         }
         Ok(bases)
     }
 
     /// Stops all rings and takes the device back to where it was before a driver came.
-    pub(super) fn reset(&mut self, activation: &Activation) -> Result<()> {
-        self.drain(activation)?;
+    pub(super) fn reset(&mut self, setup: &Setup, activation: &Activation) -> Result<()> {
+        self.drain(setup, activation)?;
         self.set_status(0)?;
         if self.link.protocol().contains(Protocol::RESET_DEVICE) {
             self.link.order(FrontendReq::RESET_DEVICE, &[], &[])?;
@@ -336,8 +372,9 @@ fn active_rings(activation: &Activation) -> impl Iterator<Item = (usize, &RingSe
         .filter_map(|(index, ring)| Some((index, ring.as_ref()?)))
 }
 
-fn negotiate_protocol(link: &mut Link) -> Result<Protocol> {
-    let wanted = Protocol::MQ
+fn negotiate_protocol(link: &mut Link, particular: Protocol) -> Result<Protocol> {
+    let wanted = particular
+        | Protocol::MQ
         | Protocol::REPLY_ACK
         | Protocol::BACKEND_REQ
         | Protocol::CONFIG

@@ -28,7 +28,10 @@ const RING_RESET: u64 = 1 << 40;
 pub(crate) struct Character {
     features: u64,
     protocol: Protocol,
-    capacity: u64,
+    /// The answer to GET_QUEUE_NUM.
+    queues: u64,
+    /// The start of the configuration; the rest is zero.
+    config: [u8; 16],
     vring_base: u32,
     /// Acknowledges this request with an error.
     rejects: Option<FrontendReq>,
@@ -39,11 +42,17 @@ impl Default for Character {
         Self {
             features: PROTOCOL_FEATURES | VERSION_1 | FLUSH | EVENT_IDX | RING_PACKED | RING_RESET,
             protocol: Protocol::all(),
-            capacity: 1000,
+            queues: 4,
+            config: capacity(1000),
             vring_base: 7,
             rejects: None,
         }
     }
+}
+
+/// The configuration of a disk of that many sectors.
+fn capacity(sectors: u64) -> [u8; 16] {
+    u128::from(sectors).to_le_bytes()
 }
 
 /// A request as the back-end saw it.
@@ -154,7 +163,7 @@ fn answer(request: FrontendReq, message: &Message, character: Character) -> Opti
     match request {
         FrontendReq::GET_FEATURES => number(character.features),
         FrontendReq::GET_PROTOCOL_FEATURES => number(character.protocol.bits()),
-        FrontendReq::GET_QUEUE_NUM => number(4),
+        FrontendReq::GET_QUEUE_NUM => number(character.queues),
         FrontendReq::GET_VRING_BASE => {
             let mut reply = message.payload.clone();
             reply[4..8].copy_from_slice(&character.vring_base.to_ne_bytes());
@@ -162,7 +171,9 @@ fn answer(request: FrontendReq, message: &Message, character: Character) -> Opti
         }
         FrontendReq::GET_CONFIG => {
             let mut reply = message.payload.clone();
-            reply[12..20].copy_from_slice(&character.capacity.to_le_bytes());
+            for (byte, value) in reply[12..].iter_mut().zip(character.config) {
+                *byte = value;
+            }
             Some(reply)
         }
         FrontendReq::GET_INFLIGHT_FD => {
@@ -199,13 +210,19 @@ const RING: RingSetup = RingSetup {
 };
 
 impl Rig {
+    /// A disk with two queues.
     pub(crate) fn new() -> Self {
+        Self::with(Arc::new(Disk { num_queues: 2 }))
+    }
+
+    /// A device of that model.
+    pub(crate) fn with(model: Arc<dyn Model>) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let description = Description {
-            name: "disk0".into(),
+            name: "device0".into(),
             socket: directory.path().join("device.sock"),
             queue_size: 256,
-            model: Arc::new(Disk { num_queues: 2 }),
+            model,
         };
         let environment = Environment {
             memory: Memory::new(16 << 20, Backing::Pages).unwrap(),
@@ -245,6 +262,8 @@ impl Rig {
         });
     }
 }
+
+mod net;
 
 #[test]
 fn a_disk_waits_for_its_back_end_and_then_shows_what_that_offers() {
@@ -413,7 +432,7 @@ fn a_configuration_change_interrupts_a_guest_that_is_running() {
     back_end.kill();
     let seen = rig.gate.device_changes();
     let bigger = Character {
-        capacity: 2000,
+        config: capacity(2000),
         ..Character::default()
     };
     let back_end = rig.back_end(bigger);

@@ -148,7 +148,7 @@ impl Worker {
         if let Some(activation) = self.activation.take()
             && self.started
         {
-            self.with_session(|session, _| session.reset(&activation));
+            self.with_session(|session, setup| session.reset(setup, &activation));
         }
         self.started = false;
         self.progress = Progress::default();
@@ -167,7 +167,7 @@ impl Worker {
         let value = state.config[at];
         drop(state);
         self.switched = Some(value);
-        let agreed = self.with_session(|session, _| session.write_config(at, value));
+        let agreed = self.with_session(|session, _| session.write_config(at, &[value]));
         if agreed == Some(false) {
             tracing::warn!(
                 device = self.name,
@@ -186,7 +186,7 @@ impl Worker {
         let Some(activation) = self.activation.clone() else {
             return;
         };
-        if let Some(bases) = self.with_session(|session, _| session.drain(&activation)) {
+        if let Some(bases) = self.with_session(|session, setup| session.drain(setup, &activation)) {
             self.progress.bases = bases;
         }
         self.started = false;
@@ -254,9 +254,13 @@ impl Worker {
 
     fn open(&mut self, link: super::wire::Link) -> Result<Session, LinkError> {
         let mut session = Session::open(link, &self.setup)?;
+        if !session.announce_config(&self.setup)? {
+            let text = "the back-end keeps its address, the guest has the command line's";
+            tracing::warn!(device = self.name, "{text}");
+        }
         let mut config = session.read_config(&self.setup)?;
         if let (Some(at), Some(value)) = (self.setup.model.switch(), self.switched)
-            && session.write_config(at, value)?
+            && session.write_config(at, &[value])?
         {
             config[at] = value;
         }

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::pci::msix::tests::FakeController;
+use crate::vhost_user::net::Card;
 use crate::vhost_user::tests::{Character, Rig};
 use std::sync::Mutex;
 use vhost::vhost_user::message::FrontendReq;
@@ -111,6 +112,24 @@ fn a_ready_driver_reaches_the_back_end_and_a_reset_takes_it_back() {
     write(&mut device, 0x16, 1, 2);
     assert_eq!(read(&mut device, 0x1a, 2), 0xffff);
     assert_eq!(read(&mut device, 0x1c, 2), 0);
+}
+
+#[test]
+fn a_card_is_told_apart_from_a_disk_by_its_identity() {
+    let options = "socket=unused,queues=64".parse().unwrap();
+    let card = Card::describe(0, &options).unwrap().model;
+    for (rig, id, class, queues) in [
+        (Rig::new(), 0x1042_1af4, 0x0100_0001, 2),
+        (Rig::with(card), 0x1041_1af4, 0x0200_0001, 129),
+    ] {
+        let (mut device, _) = device(&rig);
+        let mut word = [0; 4];
+        device.read_config(0, &mut word).unwrap();
+        assert_eq!(u32::from_le_bytes(word), id);
+        device.read_config(8, &mut word).unwrap();
+        assert_eq!(u32::from_le_bytes(word), class);
+        assert_eq!(read(&mut device, 0x12, 2), queues);
+    }
 }
 
 #[test]
