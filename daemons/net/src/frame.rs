@@ -14,6 +14,8 @@
 
 use std::marker::PhantomData;
 
+use serde::{Deserialize, Serialize};
+
 /// Bytes of a frame that are copied before anything looks at them: more than Ethernet with two tags, IP with options and TCP
 /// with options take, and than a neighbour solicitation does.
 pub const HEAD_LEN: usize = 192;
@@ -22,7 +24,10 @@ pub const HEAD_LEN: usize = 192;
 pub const MAX_FRAME: usize = 65_535 + 14 + 8;
 
 /// An IEEE 802 address.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
+#[serde(try_from = "String", into = "String")]
 pub struct MacAddress(pub [u8; 6]);
 
 impl MacAddress {
@@ -66,6 +71,20 @@ impl std::str::FromStr for MacAddress {
             None => Ok(MacAddress(bytes)),
             Some(_) => Err(wrong()),
         }
+    }
+}
+
+impl TryFrom<String> for MacAddress {
+    type Error = MacAddressError;
+
+    fn try_from(text: String) -> Result<Self, MacAddressError> {
+        text.parse()
+    }
+}
+
+impl From<MacAddress> for String {
+    fn from(address: MacAddress) -> String {
+        address.to_string()
     }
 }
 

@@ -14,6 +14,7 @@
 
 pub mod counters;
 pub mod frame;
+pub mod guard;
 pub mod limit;
 pub mod link;
 pub mod live;

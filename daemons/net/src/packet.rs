@@ -7,6 +7,8 @@
 //!
 //! Everything here reads private bytes, takes any bytes for possible, and says when they end before what is looked for does.
 
+/// Bytes of an Ethernet header without tags.
+pub(crate) const ETHERNET_LEN: usize = 14;
 /// Where the ethertype, or the first tag, is.
 pub(crate) const ETHERTYPE_AT: usize = 12;
 /// Bytes of a VLAN tag.
@@ -14,6 +16,10 @@ pub(crate) const TAG_LEN: usize = 4;
 
 /// IPv4 (IEEE 802 numbers, as all of these).
 pub(crate) const ETHERTYPE_IPV4: u16 = 0x0800;
+/// ARP (RFC 826).
+pub(crate) const ETHERTYPE_ARP: u16 = 0x0806;
+/// Reverse ARP (RFC 903).
+pub(crate) const ETHERTYPE_RARP: u16 = 0x8035;
 /// IPv6.
 pub(crate) const ETHERTYPE_IPV6: u16 = 0x86dd;
 /// A customer's VLAN tag (IEEE 802.1Q).
@@ -27,6 +33,8 @@ pub(crate) const ETHERTYPE_OLD_PROVIDER_VLAN: u16 = 0x9100;
 pub(crate) const PROTOCOL_TCP: u8 = 6;
 /// UDP.
 pub(crate) const PROTOCOL_UDP: u8 = 17;
+/// ICMP for IPv6.
+pub(crate) const PROTOCOL_ICMPV6: u8 = 58;
 
 const PROTOCOL_HOP_BY_HOP: u8 = 0;
 const PROTOCOL_ROUTING: u8 = 43;
