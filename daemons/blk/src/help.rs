@@ -64,6 +64,9 @@ removed over QMP while the daemon runs.
                          serve QMP on a character device; give several for
                          several clients
 
+  --qmp <path>           serve QMP on a socket at this path: a chardev and a monitor
+                         in one, without waiting for a client
+
   --daemonize            go into the background; the started process ends when
                          the daemon is ready, with status 1 when it failed.
                          The daemon's working directory is then /

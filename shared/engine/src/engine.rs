@@ -1,16 +1,16 @@
 //! The engine: what exists, and who hears about it.
 
-use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
-use std::os::fd::{OwnedFd, RawFd};
+use std::cell::RefCell;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::rc::{Rc, Weak};
+use std::rc::Rc;
 
 use block::Graph;
 use block::graph::NamePolicy;
 use executor::Handle;
-use executor::sync::{Mutex, Notify};
-use qmp::{Arguments, CommandTable, Error, Event, Result, Value, Version};
+use executor::sync::{Latch, Mutex};
+use qmp::{Arguments, CommandTable, Error, Event, EventSink, EventSinks, Result, Value, Version};
+use vhost_daemon::notify::NamedFds;
 
 use crate::catalogue;
 use crate::commands::{self, Handler};
@@ -26,16 +26,10 @@ pub struct EngineOptions {
     /// Where the redo logs of writable images are kept: a private directory on tmpfs. Without one,
     /// metadata changes that were not flushed do not survive a kill.
     pub redo_dir: Option<PathBuf>,
-    /// Descriptors that came with a name (socket activation): `addr.type=fd,addr.str=NAME`.
-    pub named_fds: BTreeMap<String, RawFd>,
+    /// Descriptors that were handed over: `addr.type=fd,addr.str=NAME`.
+    pub fds: NamedFds,
     /// What `query-version` tells.
     pub version: Version,
-}
-
-/// Hears every event. It must not call back into the engine.
-pub trait EventSink {
-    /// Something happened.
-    fn event(&self, event: &Event);
 }
 
 /// Nodes, exports and iothreads of a process. Lives on the control thread.
@@ -44,18 +38,12 @@ pub struct Engine {
     pub(crate) exports: Exports,
     pub(crate) iothreads: RefCell<Vec<Rc<IoThread>>>,
     pub(crate) version: Version,
-    named_fds: BTreeMap<String, RawFd>,
+    fds: NamedFds,
     table: CommandTable<Handler>,
     /// Held while a command runs: several monitors, one command at a time.
     command: Mutex<()>,
-    sinks: RefCell<Vec<Weak<dyn EventSink>>>,
-    quit: Quit,
-}
-
-/// Whether the process is to end.
-struct Quit {
-    requested: Cell<bool>,
-    changed: Notify,
+    sinks: EventSinks,
+    quit: Latch,
 }
 
 impl Engine {
@@ -70,14 +58,11 @@ impl Engine {
             exports: Exports::default(),
             iothreads: RefCell::default(),
             version: options.version,
-            named_fds: options.named_fds,
+            fds: options.fds,
             table: commands::table(),
             command: Mutex::new(()),
-            sinks: RefCell::default(),
-            quit: Quit {
-                requested: Cell::new(false),
-                changed: Notify::new(),
-            },
+            sinks: EventSinks::default(),
+            quit: Latch::new(),
         })
     }
 
@@ -95,22 +80,12 @@ impl Engine {
 
     /// Sends every later event to `sink` while it lives.
     pub fn subscribe(&self, sink: &Rc<dyn EventSink>) {
-        let mut sinks = self.sinks.borrow_mut();
-        sinks.retain(|known| known.strong_count() > 0);
-        sinks.push(Rc::downgrade(sink));
+        self.sinks.subscribe(sink);
     }
 
     /// Tells everyone of `event`.
     pub(crate) fn emit(&self, event: &Event) {
-        let sinks: Vec<_> = self
-            .sinks
-            .borrow()
-            .iter()
-            .filter_map(Weak::upgrade)
-            .collect();
-        for sink in sinks {
-            sink.event(event);
-        }
+        self.sinks.emit(event);
     }
 
     /// The executors of all iothreads that exist now.
@@ -131,34 +106,25 @@ impl Engine {
             .ok_or_else(|| Error::generic(format!("iothread \"{id}\" not found")))
     }
 
+    /// The descriptors that were handed over.
+    pub fn fds(&self) -> &NamedFds {
+        &self.fds
+    }
+
     /// Takes over an inherited descriptor by number or by the name it came with.
-    pub fn claim_fd(&self, name: &str) -> Result<OwnedFd> {
-        let number = match name.parse::<RawFd>() {
-            Ok(number) => number,
-            Err(_) => *self.named_fds.get(name).ok_or_else(|| {
-                Error::generic(format!("No file descriptor named '{name}' was passed"))
-            })?,
-        };
-        vhost_daemon::notify::claim_inherited(number).map_err(|error| {
-            Error::generic(format!("Cannot use file descriptor '{name}': {error}"))
-        })
+    pub(crate) fn claim_fd(&self, name: &str) -> Result<OwnedFd> {
+        let claimed = self.fds.claim(name);
+        claimed.map_err(|error| Error::generic(error.to_string()))
     }
 
     /// Asks whoever waits in [`Engine::quit_requested`] to end the process.
     pub fn request_quit(&self) {
-        self.quit.requested.set(true);
-        self.quit.changed.notify_all();
+        self.quit.set();
     }
 
     /// Resolves once the `quit` command ran or [`Engine::request_quit`] was called.
     pub async fn quit_requested(&self) {
-        loop {
-            let changed = self.quit.changed.notified();
-            if self.quit.requested.get() {
-                return;
-            }
-            changed.await;
-        }
+        self.quit.wait().await;
     }
 
     /// Ends all exports (each request in flight completes), flushes and closes all nodes, ends

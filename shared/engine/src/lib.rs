@@ -28,7 +28,7 @@ pub mod secret;
 mod snapshots;
 
 pub use block::graph::NamePolicy;
-pub use engine::{Engine, EngineOptions, EventSink};
+pub use engine::{Engine, EngineOptions};
 
 #[cfg(test)]
 mod tests;

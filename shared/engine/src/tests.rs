@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use executor::{Config, Executor};
-use qmp::{Arguments, Error, Event, Value, Version, json, keyval};
+use qmp::{Arguments, Error, Event, EventSink, Value, Version, json, keyval};
 
-use crate::{Engine, EngineOptions, EventSink, NamePolicy};
+use crate::{Engine, EngineOptions, NamePolicy};
 
 #[derive(Default)]
 struct Heard(RefCell<Vec<&'static str>>);
@@ -22,7 +22,7 @@ fn engine() -> Rc<Engine> {
     Engine::new(EngineOptions {
         name_policy: NamePolicy::default(),
         redo_dir: None,
-        named_fds: std::collections::BTreeMap::from([("named".to_owned(), 9999)]),
+        fds: vhost_daemon::notify::NamedFds::new(vec![("named".to_owned(), 9999)]),
         version: Version::announced("test"),
     })
 }

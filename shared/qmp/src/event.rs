@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 use serde_json::{Map, Value, json};
+use std::cell::RefCell;
+use std::rc::{Rc, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// One event, stamped with the time it happened.
@@ -52,5 +54,39 @@ impl Event {
             message["data"] = data.clone();
         }
         message
+    }
+}
+
+/// Hears every event. It must not call back into whoever tells it.
+pub trait EventSink {
+    /// Something happened.
+    fn event(&self, event: &Event);
+}
+
+/// Everyone who hears the events of a server.
+#[derive(Default)]
+pub struct EventSinks {
+    sinks: RefCell<Vec<Weak<dyn EventSink>>>,
+}
+
+impl EventSinks {
+    /// Sends every later event to `sink` while it lives.
+    pub fn subscribe(&self, sink: &Rc<dyn EventSink>) {
+        let mut sinks = self.sinks.borrow_mut();
+        sinks.retain(|known| known.strong_count() > 0);
+        sinks.push(Rc::downgrade(sink));
+    }
+
+    /// Tells everyone of `event`.
+    pub fn emit(&self, event: &Event) {
+        let sinks: Vec<_> = self
+            .sinks
+            .borrow()
+            .iter()
+            .filter_map(Weak::upgrade)
+            .collect();
+        for sink in sinks {
+            sink.event(event);
+        }
     }
 }

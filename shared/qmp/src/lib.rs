@@ -26,7 +26,7 @@ mod table;
 
 pub use arguments::{Arguments, Syntax};
 pub use error::{Error, ErrorClass, Result};
-pub use event::Event;
+pub use event::{Event, EventSink, EventSinks};
 pub use session::{Request, Session, SessionOptions, Version, VersionTriple};
 pub use table::{Command, CommandTable, SyncHandler};
 

@@ -1,7 +1,7 @@
 //! What a daemon gets from whoever starts it, and what it tells back.
 //!
 //! Owns readiness and stop messages to the service manager ([`Notifier`]), descriptors handed over
-//! by number or by name ([`claim_inherited`], [`activation_fds`]), and the way into the background
+//! by number or by name ([`NamedFds`], [`claim_inherited`], [`activation_fds`]), and the way into the background
 //! ([`daemonize`]). Everything here runs on the control thread.
 //!
 //! Must not know: what is served on a descriptor.
@@ -11,6 +11,7 @@
     reason = "taking over inherited descriptors and forking have no safe form"
 )]
 
+use std::collections::BTreeMap;
 use std::env;
 use std::io::{self, Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
@@ -113,6 +114,55 @@ pub fn claim_inherited(number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: the descriptor is open, and nobody in this process owns it: whatever the process
     // opens is close-on-exec from the start, and a claimed descriptor has become so above.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Why a descriptor that an option names cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum FdError {
+    /// Nobody passed one.
+    #[error("No file descriptor named '{0}' was passed")]
+    Unknown(String),
+    /// It is not open, or not for us.
+    #[error("Cannot use file descriptor '{name}': {source}")]
+    Unusable {
+        /// How it was asked for.
+        name: String,
+        /// The host's.
+        source: io::Error,
+    },
+}
+
+/// Descriptors by the name that they came with.
+#[derive(Debug, Default)]
+pub struct NamedFds {
+    inherited: BTreeMap<String, RawFd>,
+}
+
+impl NamedFds {
+    /// Those of socket activation; of equal names the last one counts.
+    pub fn new(activation_fds: Vec<(String, RawFd)>) -> Self {
+        Self {
+            inherited: activation_fds.into_iter().collect(),
+        }
+    }
+
+    /// Takes over an inherited descriptor by number or by the name it came with.
+    ///
+    /// # Errors
+    /// [`FdError`]; its text is a whole message.
+    pub fn claim(&self, name: &str) -> Result<OwnedFd, FdError> {
+        let number = match name.parse::<RawFd>() {
+            Ok(number) => number,
+            Err(_) => {
+                let known = self.inherited.get(name);
+                *known.ok_or_else(|| FdError::Unknown(name.to_owned()))?
+            }
+        };
+        claim_inherited(number).map_err(|source| FdError::Unusable {
+            name: name.to_owned(),
+            source,
+        })
+    }
 }
 
 /// The two sides of [`daemonize`].

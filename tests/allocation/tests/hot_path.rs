@@ -75,7 +75,7 @@ impl Daemon {
                 let engine = Engine::new(EngineOptions {
                     name_policy: NamePolicy::default(),
                     redo_dir: None,
-                    named_fds: std::collections::BTreeMap::new(),
+                    fds: Default::default(),
                     version: Version::announced("test"),
                 });
                 let export = json!({"type": "vhost-user-blk", "id": "e", "node-name": "n",

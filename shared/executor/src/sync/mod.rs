@@ -10,11 +10,13 @@
 //!
 //! A lock is handed over, not thrown open: a newcomer never overtakes one that waits.
 
+mod latch;
 mod mutex;
 mod notify;
 mod range;
 mod semaphore;
 
+pub use latch::Latch;
 pub use mutex::{Mutex, MutexGuard};
 pub use notify::{Notified, Notify};
 pub use range::{RangeGuard, RangeLock};

@@ -171,3 +171,14 @@ fn a_notification_after_the_call_is_not_missed() {
     notify.notify_all();
     assert!(after.woken() && after.poll().is_some());
 }
+
+#[test]
+fn a_latch_stays_set_for_those_who_come_later() {
+    let latch = Latch::new();
+    let mut early = Probe::new(latch.wait());
+    assert!(early.poll().is_none() && !latch.is_set());
+    latch.set();
+    latch.set();
+    assert!(early.woken() && early.poll().is_some());
+    assert!(Probe::new(latch.wait()).poll().is_some() && latch.is_set());
+}

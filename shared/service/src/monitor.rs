@@ -1,7 +1,7 @@
 //! A QMP server on a character device.
 //!
 //! ```text
-//!   receive ──> Session ──request──> Engine::run ──reply──> Session ──> writer task ──> send
+//!   receive ──> Session ──request──> Server::run ──reply──> Session ──> writer task ──> send
 //!                                            events ──────────┘
 //! ```
 //!
@@ -10,18 +10,29 @@
 //! costs bounded memory.
 
 use std::cell::{Cell, RefCell};
+use std::future::Future;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
-use engine::{Engine, EventSink};
 use executor::sync::Notify;
-use qmp::{Arguments, Error, Event, Request, Result, Session, SessionOptions, Value, Version};
+use qmp::{
+    Arguments, Error, Event, EventSink, Request, Result, Session, SessionOptions, Value, Version,
+};
 use serde::Deserialize;
 
 use crate::chardev::{Channel, Chardev, Endpoint, SocketFile};
 
 /// How long a client may take to read its last replies when the daemon ends.
 const FAREWELL: Duration = Duration::from_secs(1);
+
+/// Whoever runs the commands.
+pub trait Server: 'static {
+    /// Runs a request of a client.
+    fn run(self: &Rc<Self>, request: &Request) -> impl Future<Output = Result<Value>>;
+
+    /// Sends every later event to `sink` while it lives.
+    fn subscribe(&self, sink: &Rc<dyn EventSink>);
+}
 
 #[derive(Deserialize)]
 struct MonitorOptions {
@@ -70,6 +81,13 @@ impl Monitor {
         Ok(Self { endpoint, options })
     }
 
+    /// A monitor without options.
+    pub(crate) fn on(endpoint: Endpoint, version: Version) -> Self {
+        let layout = qmp::json::Layout::OneLine;
+        let options = SessionOptions { version, layout };
+        Self { endpoint, options }
+    }
+
     /// The socket it listens on.
     pub(crate) fn socket_file(&self) -> Option<&SocketFile> {
         match &self.endpoint {
@@ -88,14 +106,14 @@ pub(crate) struct Monitors {
 
 impl Monitors {
     /// Starts serving the clients of `monitor`.
-    pub(crate) fn serve(&mut self, engine: &Rc<Engine>, monitor: Monitor) {
-        let engine = Rc::clone(engine);
+    pub(crate) fn serve<S: Server>(&mut self, server: &Rc<S>, monitor: Monitor) {
+        let server = Rc::clone(server);
         let clients = Rc::clone(&self.clients);
         self.tasks.push(executor::spawn(async move {
             let options = monitor.options;
             match monitor.endpoint {
                 Endpoint::Connected(channel) => {
-                    serve_client(&engine, &options, &clients, channel).await;
+                    serve_client(&server, &options, &clients, channel).await;
                 }
                 Endpoint::Listening {
                     listener,
@@ -110,7 +128,7 @@ impl Monitors {
                     match accepted {
                         Ok(stream) => {
                             let channel = Channel::Socket(stream);
-                            serve_client(&engine, &options, &clients, channel).await;
+                            serve_client(&server, &options, &clients, channel).await;
                         }
                         Err(errno) => {
                             tracing::error!(%errno, "a monitor accepts no more clients");
@@ -211,7 +229,7 @@ impl Client {
     }
 
     /// Runs requests until the client has gone.
-    async fn read(&self, engine: &Rc<Engine>) {
+    async fn read<S: Server>(&self, server: &Rc<S>) {
         loop {
             let bytes = match self.channel.receive().await {
                 Ok(bytes) if !bytes.is_empty() => bytes,
@@ -222,7 +240,7 @@ impl Client {
                 let request = self.session.borrow_mut().next_request();
                 self.mark_output();
                 let Some(request) = request else { break };
-                let result = run(engine, &request).await;
+                let result = run(server, &request).await;
                 self.session.borrow_mut().reply(request.id, result);
                 self.mark_output();
                 self.sent().await;
@@ -235,8 +253,8 @@ impl Client {
     }
 }
 
-async fn serve_client(
-    engine: &Rc<Engine>,
+async fn serve_client<S: Server>(
+    server: &Rc<S>,
     options: &SessionOptions,
     clients: &RefCell<Vec<Weak<Client>>>,
     channel: Channel,
@@ -255,18 +273,17 @@ async fn serve_client(
         clients.push(Rc::downgrade(&client));
     }
     let sink: Rc<dyn EventSink> = client.clone();
-    engine.subscribe(&sink);
+    server.subscribe(&sink);
     let writing = Rc::clone(&client);
     let writer = executor::spawn(async move { writing.write().await });
-    client.read(engine).await;
+    client.read(server).await;
     client.gone.set(true);
     client.output.notify_all();
     writer.await;
 }
 
-async fn run(engine: &Rc<Engine>, request: &Request) -> Result<Value> {
-    engine.commands().handler_of(request)?;
-    let result = engine.run(&request.command, request.arguments()).await;
+async fn run<S: Server>(server: &Rc<S>, request: &Request) -> Result<Value> {
+    let result = server.run(request).await;
     match &result {
         Ok(_) => tracing::debug!(command = request.command, "done"),
         Err(error) => tracing::debug!(command = request.command, %error, "failed"),

@@ -4,15 +4,35 @@
 //! options are parsed when their turn comes, so that errors come in order too.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
 use qmp::{Arguments, keyval};
 use vhost_daemon::sandbox::Mode;
 
+/// An ordered option of a daemon's own.
+#[derive(Clone, Copy, Debug)]
+pub struct StepOption<K: 'static> {
+    /// Its name without dashes.
+    pub name: &'static str,
+    /// The key of a first part without `=`.
+    pub implied_key: &'static str,
+    /// What it is to the daemon.
+    pub kind: K,
+}
+
+/// What a daemon's command line knows beside what all have.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Syntax<K: 'static> {
+    /// Ordered options.
+    pub(crate) steps: &'static [StepOption<K>],
+    /// Options with a value that hold for the whole process.
+    pub(crate) settings: &'static [&'static str],
+}
+
 /// What the process is asked to be.
 #[derive(Debug)]
-pub(crate) enum Invocation {
+pub(crate) enum Invocation<K> {
     /// Print the manual.
     Help,
     /// Print the object types.
@@ -20,103 +40,108 @@ pub(crate) enum Invocation {
     /// Print the version.
     Version,
     /// Serve.
-    Run(Box<CommandLine>),
+    Run(Box<CommandLine<K>>),
 }
 
 /// Everything the daemon is told.
-#[derive(Debug, Default)]
-pub(crate) struct CommandLine {
+#[derive(Debug)]
+pub(crate) struct CommandLine<K> {
     /// `--blockdev`, `--object`, ... in order.
-    pub(crate) steps: Vec<Step>,
+    pub(crate) steps: Vec<Step<K>>,
     /// `--daemonize`
     pub(crate) daemonize: bool,
     /// `--pidfile`
     pub(crate) pidfile: Option<PathBuf>,
     /// `--sandbox`
     pub(crate) sandbox: Mode,
-    /// `--allow-dir`, each.
-    pub(crate) allowed_dirs: Vec<PathBuf>,
-    /// `--redo-dir`
-    pub(crate) redo_dir: Option<PathBuf>,
     /// `--log-level`
     pub(crate) log_level: Option<String>,
+    /// `--allow-dir` and the daemon's own settings.
+    pub(crate) options: Options,
+}
+
+/// Options that hold for the whole process.
+#[derive(Debug, Default)]
+pub struct Options {
+    /// `--allow-dir`, each.
+    pub allowed_dirs: Vec<PathBuf>,
+    settings: Vec<(&'static str, String)>,
+}
+
+impl Options {
+    /// The value given last to one of [`crate::Program::settings`].
+    pub fn setting(&self, name: &str) -> Option<&str> {
+        let given = self.settings.iter().rev().find(|(known, _)| *known == name);
+        given.map(|(_, value)| value.as_str())
+    }
+
+    /// The value given last, as a path.
+    pub fn path(&self, name: &str) -> Option<&Path> {
+        self.setting(name).map(Path::new)
+    }
 }
 
 /// An option that makes something.
 #[derive(Debug)]
-pub(crate) struct Step {
+pub struct Step<K> {
     /// What it makes.
-    pub(crate) kind: StepKind,
-    /// Its value as given.
-    pub(crate) text: String,
+    pub(crate) kind: StepKind<K>,
+    name: &'static str,
+    implied_key: &'static str,
+    text: String,
 }
 
 /// The ordered options.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum StepKind {
-    /// A node.
-    Blockdev,
+pub(crate) enum StepKind<K> {
     /// A character device for a monitor.
     Chardev,
-    /// An export.
-    Export,
     /// A QMP server on a character device.
     Monitor,
-    /// An iothread.
-    Object,
+    /// Both in one.
+    Qmp,
+    /// The daemon's own.
+    Own(K),
 }
 
-impl StepKind {
-    const ALL: [Self; 5] = [
-        Self::Blockdev,
-        Self::Chardev,
-        Self::Export,
-        Self::Monitor,
-        Self::Object,
-    ];
-
-    /// The option's name.
-    pub(crate) fn option(self) -> &'static str {
-        match self {
-            Self::Blockdev => "blockdev",
-            Self::Chardev => "chardev",
-            Self::Export => "export",
-            Self::Monitor => "monitor",
-            Self::Object => "object",
-        }
-    }
-
-    /// The key of a first part without `=`.
-    fn implied_key(self) -> &'static str {
-        match self {
-            Self::Blockdev => "driver",
-            Self::Chardev => "backend",
-            Self::Export => "type",
-            Self::Monitor => "chardev",
-            Self::Object => "qom-type",
-        }
-    }
-}
-
-impl Step {
+impl<K> Step<K> {
     /// Its value taken apart.
     pub(crate) fn arguments(&self) -> qmp::Result<Arguments> {
-        keyval::parse(&self.text, Some(self.kind.implied_key()))
+        keyval::parse(&self.text, Some(self.implied_key))
     }
 
     /// How error messages name it.
     pub(crate) fn shown(&self) -> String {
-        format!("--{} {}", self.kind.option(), self.text)
+        format!("--{} {}", self.name, self.text)
     }
 }
 
+/// Ordered options of every daemon: name, implied key, kind.
+fn common<K>() -> [(&'static str, &'static str, StepKind<K>); 3] {
+    [
+        ("chardev", "backend", StepKind::Chardev),
+        ("monitor", "chardev", StepKind::Monitor),
+        ("qmp", "path", StepKind::Qmp),
+    ]
+}
+
 /// Parses the arguments after the program's name.
-pub(crate) fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Invocation> {
+pub(crate) fn parse<K: Copy>(
+    syntax: &Syntax<K>,
+    arguments: impl Iterator<Item = OsString>,
+) -> Result<Invocation<K>> {
     let mut arguments = arguments.map(|argument| {
         let utf8 = argument.into_string();
         utf8.map_err(|raw| anyhow!("{}: not valid UTF-8", raw.display()))
     });
-    let mut command_line = CommandLine::default();
+    let mut command_line = CommandLine {
+        steps: Vec::new(),
+        daemonize: false,
+        pidfile: None,
+        sandbox: Mode::default(),
+        log_level: None,
+        options: Options::default(),
+    };
     while let Some(argument) = arguments.next().transpose()? {
         let (name, inline) = match (argument.as_str(), argument.strip_prefix("--")) {
             ("-h", _) => ("help", None),
@@ -142,7 +167,7 @@ pub(crate) fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Invocat
                         .next()
                         .unwrap_or_else(|| bail!("option '--{name}' requires an argument")),
                 };
-                if command_line.take(name, &mut value)? == Taken::ObjectHelp {
+                if command_line.take(syntax, name, &mut value)? == Taken::ObjectHelp {
                     return Ok(Invocation::ObjectHelp);
                 }
             }
@@ -158,20 +183,36 @@ enum Taken {
     ObjectHelp,
 }
 
-impl CommandLine {
-    fn take(&mut self, name: &str, value: &mut dyn FnMut() -> Result<String>) -> Result<Taken> {
-        if let Some(kind) = StepKind::ALL.into_iter().find(|kind| kind.option() == name) {
+impl<K: Copy> CommandLine<K> {
+    fn take(
+        &mut self,
+        syntax: &Syntax<K>,
+        name: &str,
+        value: &mut dyn FnMut() -> Result<String>,
+    ) -> Result<Taken> {
+        let own = syntax.steps.iter();
+        let own = own.map(|step| (step.name, step.implied_key, StepKind::Own(step.kind)));
+        let step = common().into_iter().chain(own).find(|step| step.0 == name);
+        if let Some((name, implied_key, kind)) = step {
             let text = value()?;
-            if kind == StepKind::Object && (text == "help" || text.ends_with(",help")) {
+            if name == "object" && (text == "help" || text.ends_with(",help")) {
                 return Ok(Taken::ObjectHelp);
             }
-            self.steps.push(Step { kind, text });
+            self.steps.push(Step {
+                kind,
+                name,
+                implied_key,
+                text,
+            });
+            return Ok(Taken::Setting);
+        }
+        if let Some(name) = syntax.settings.iter().find(|known| **known == name) {
+            self.options.settings.push((name, value()?));
             return Ok(Taken::Setting);
         }
         match name {
             "pidfile" => self.pidfile = Some(value()?.into()),
-            "allow-dir" => self.allowed_dirs.push(value()?.into()),
-            "redo-dir" => self.redo_dir = Some(value()?.into()),
+            "allow-dir" => self.options.allowed_dirs.push(value()?.into()),
             "log-level" => self.log_level = Some(value()?),
             "sandbox" => {
                 self.sandbox = match value()?.as_str() {
@@ -191,8 +232,24 @@ impl CommandLine {
 mod tests {
     use super::*;
 
-    fn run(arguments: &[&str]) -> Result<CommandLine> {
-        match parse(arguments.iter().map(OsString::from))? {
+    const SYNTAX: Syntax<()> = Syntax {
+        steps: &[
+            StepOption {
+                name: "object",
+                implied_key: "qom-type",
+                kind: (),
+            },
+            StepOption {
+                name: "blockdev",
+                implied_key: "driver",
+                kind: (),
+            },
+        ],
+        settings: &["redo-dir"],
+    };
+
+    fn run(arguments: &[&str]) -> Result<CommandLine<()>> {
+        match parse(&SYNTAX, arguments.iter().map(OsString::from))? {
             Invocation::Run(command_line) => Ok(*command_line),
             other => bail!("{other:?}"),
         }
@@ -204,12 +261,24 @@ mod tests {
             "--object=iothread,id=a",
             "--blockdev",
             "null-co",
+            "--qmp=/q",
             "--daemonize",
         ]);
         let parsed = parsed.unwrap();
         let shown: Vec<_> = parsed.steps.iter().map(Step::shown).collect();
-        assert_eq!(shown, ["--object iothread,id=a", "--blockdev null-co"]);
+        assert_eq!(
+            shown,
+            ["--object iothread,id=a", "--blockdev null-co", "--qmp /q"]
+        );
         assert!(parsed.daemonize);
+    }
+
+    #[test]
+    fn the_last_of_equal_settings_holds() {
+        let parsed = run(&["--redo-dir", "/a", "--allow-dir=/x", "--redo-dir=/b"]).unwrap();
+        assert_eq!(parsed.options.path("redo-dir"), Some(Path::new("/b")));
+        assert_eq!(parsed.options.setting("other"), None);
+        assert_eq!(parsed.options.allowed_dirs, [Path::new("/x")]);
     }
 
     #[test]
@@ -219,6 +288,7 @@ mod tests {
             (&["-z"], "unrecognized option '-z'"),
             (&["foo"], "foo: Unexpected argument"),
             (&["--blockdev"], "option '--blockdev' requires an argument"),
+            (&["--redo-dir"], "option '--redo-dir' requires an argument"),
             (&["--help=x"], "option '--help' doesn't allow an argument"),
             (
                 &["--sandbox", "x"],

@@ -4,13 +4,12 @@ use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 
-use engine::Engine;
 use executor::Errno;
 use executor::net::{Listener, Stream, poll_fd};
 use qmp::{Arguments, Error, Result};
 use serde::Deserialize;
+use vhost_daemon::notify::NamedFds;
 
 /// Bytes per read.
 const READ_BYTES: usize = 16 << 10;
@@ -40,14 +39,21 @@ pub(crate) enum Endpoint {
     Connected(Channel),
 }
 
-/// A socket in the file system that this process made.
-pub(crate) struct SocketFile {
+/// A socket in the file system that this process made, removed when dropped.
+pub struct SocketFile {
     path: PathBuf,
 }
 
 impl SocketFile {
+    /// The socket at `path`.
+    pub fn new(path: PathBuf) -> SocketFile {
+        // The working directory changes when the daemon goes into the background.
+        let path = std::path::absolute(&path).unwrap_or(path);
+        SocketFile { path }
+    }
+
     /// Where it is.
-    pub(crate) fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         &self.path
     }
 }
@@ -131,7 +137,7 @@ enum Backend {
 }
 
 /// Opens the device that a `--chardev` option describes.
-pub(crate) async fn open(engine: &Rc<Engine>, mut arguments: Arguments) -> Result<Chardev> {
+pub(crate) async fn open(fds: &NamedFds, mut arguments: Arguments) -> Result<Chardev> {
     let Identity { id } = arguments.take()?;
     let id = id.ok_or_else(|| Error::generic("chardev: no id specified"))?;
     match arguments.get("backend").and_then(|name| name.as_str()) {
@@ -152,7 +158,10 @@ pub(crate) async fn open(engine: &Rc<Engine>, mut arguments: Arguments) -> Resul
         } => {
             let socket = match (path, fd) {
                 (Some(path), None) => Address::Path(path.into()),
-                (None, Some(name)) => Address::Fd(engine.claim_fd(&name)?),
+                (None, Some(name)) => {
+                    let claimed = fds.claim(&name);
+                    Address::Fd(claimed.map_err(|error| Error::generic(error.to_string()))?)
+                }
                 _ => {
                     let what = "chardev: socket: exactly one of 'path' and 'fd' is needed";
                     return Err(Error::generic(what));
@@ -172,6 +181,17 @@ pub(crate) async fn open(engine: &Rc<Engine>, mut arguments: Arguments) -> Resul
     Ok(Chardev { id, endpoint })
 }
 
+#[derive(Deserialize)]
+struct ListenOptions {
+    path: PathBuf,
+}
+
+/// Listens where a `--qmp` option says, without waiting for a client.
+pub(crate) async fn listen(arguments: Arguments) -> Result<Endpoint> {
+    let ListenOptions { path } = arguments.parse()?;
+    Address::Path(path).listen(false).await
+}
+
 enum Address {
     Path(PathBuf),
     Fd(OwnedFd),
@@ -189,14 +209,7 @@ impl Address {
             let reason = Errno::from_raw(error.raw_os_error().unwrap_or(0)).desc();
             Error::generic(format!("Failed to bind socket to {shown}: {reason}"))
         })?;
-        let socket_file = match path {
-            // The working directory changes when the daemon goes into the background.
-            Some(path) => {
-                let path = std::path::absolute(&path).unwrap_or(path);
-                Some(SocketFile { path })
-            }
-            None => None,
-        };
+        let socket_file = path.map(SocketFile::new);
         let mut first = None;
         if wait {
             tracing::info!(socket = shown, "waiting for a client");

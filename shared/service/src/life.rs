@@ -1,0 +1,333 @@
+//! The daemon's life: options in order, sandbox, readiness, the end.
+
+use std::future::Future;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::rc::Rc;
+
+use anyhow::{Context, Result, anyhow};
+use executor::{Config, Executor, Handle};
+use qmp::{Arguments, Version};
+use tracing_subscriber::EnvFilter;
+use vhost_daemon::notify::{self, Background, Daemonized, NamedFds, Notifier};
+use vhost_daemon::sandbox::{self, Paths, Sandbox};
+
+use crate::chardev::{self, Chardev};
+use crate::command_line::{self, CommandLine, Invocation, Options, Step, StepKind, Syntax};
+use crate::monitor::{Monitor, Monitors, Server};
+use crate::pidfile::PidFile;
+use crate::race::{First, race};
+use crate::signals::Signals;
+use crate::{SocketFile, StepOption};
+
+/// Exit status after a panic.
+const PANICKED: i32 = 101;
+
+/// What differs between daemons before they serve.
+#[derive(Clone, Copy, Debug)]
+pub struct Program<K: 'static> {
+    /// The program's name in messages.
+    pub name: &'static str,
+    /// Its version.
+    pub version: &'static str,
+    /// The manual.
+    pub help: &'static str,
+    /// What `--object help` prints.
+    pub object_help: &'static str,
+    /// Its ordered options, beside `--chardev`, `--monitor` and `--qmp`.
+    pub steps: &'static [StepOption<K>],
+    /// Its options that hold for the whole process, each with a value, beside those of every daemon.
+    pub settings: &'static [&'static str],
+}
+
+/// What the daemon reaches by path once it is in the sandbox, and which syscalls it needs beyond those of every daemon.
+#[derive(Debug, Default)]
+pub struct Reach {
+    /// Directories whose files may be opened, created and removed.
+    pub file_dirs: Vec<PathBuf>,
+    /// Sockets; in the directories of these, sockets may be made and removed.
+    pub sockets: Vec<PathBuf>,
+}
+
+/// What a daemon does beside living. All of it runs on the control thread.
+pub trait Daemon: Server + Sized {
+    /// Tells its ordered options apart.
+    type Kind: Copy + 'static;
+
+    /// A daemon that has done nothing yet. `fds` are those of socket activation.
+    ///
+    /// # Errors
+    /// Names the option that cannot be followed.
+    fn new(options: &Options, fds: NamedFds, version: Version) -> Result<Rc<Self>>;
+
+    /// Runs an ordered option.
+    fn apply(
+        self: &Rc<Self>,
+        kind: Self::Kind,
+        arguments: Arguments,
+    ) -> impl Future<Output = qmp::Result<()>>;
+
+    /// Descriptors that came with a name or by number.
+    fn fds(&self) -> &NamedFds;
+
+    /// What it reaches once it serves.
+    fn reach(&self) -> Reach;
+
+    /// The executors of all threads that exist now, beside the control thread.
+    fn threads(&self) -> Vec<Handle>;
+
+    /// Asks the process to end.
+    fn request_quit(&self);
+
+    /// Resolves once the process is to end.
+    fn quit_requested(&self) -> impl Future<Output = ()>;
+
+    /// Ends what it serves: no client is there after this. Monitors still are.
+    fn stop(&self) -> impl Future<Output = ()>;
+
+    /// Ends everything, whether or not [`Daemon::stop`] was called.
+    ///
+    /// # Errors
+    /// What could not be ended in order; everything is ended nevertheless.
+    fn shut_down(self: &Rc<Self>) -> impl Future<Output = Result<()>>;
+}
+
+/// The whole program: parses the command line, serves, and gives the exit status.
+pub fn run<D: Daemon>(program: &Program<D::Kind>) -> ExitCode {
+    let syntax = Syntax {
+        steps: program.steps,
+        settings: program.settings,
+    };
+    let fail = |error: &anyhow::Error| {
+        eprintln!("{}: {error:#}", program.name);
+        ExitCode::FAILURE
+    };
+    let invocation = match command_line::parse(&syntax, std::env::args_os().skip(1)) {
+        Ok(invocation) => invocation,
+        Err(error) => return fail(&error),
+    };
+    let command_line = match invocation {
+        Invocation::Help => return show(program.help),
+        Invocation::ObjectHelp => return show(program.object_help),
+        Invocation::Version => {
+            return show(&format!("{} version {}", program.name, program.version));
+        }
+        Invocation::Run(command_line) => command_line,
+    };
+    match start::<D>(program, *command_line) {
+        Ok(code) => code,
+        Err(error) => fail(&error),
+    }
+}
+
+fn start<D: Daemon>(
+    program: &Program<D::Kind>,
+    command_line: CommandLine<D::Kind>,
+) -> Result<ExitCode> {
+    let filter = log_filter(command_line.log_level.as_deref())?;
+    // The process id that socket activation names is that of the parent.
+    let activation_fds = notify::activation_fds()?;
+    let background: Option<Background> = match command_line.daemonize {
+        false => None,
+        true => match notify::daemonize()? {
+            Daemonized::Parent { ready: true } => return Ok(ExitCode::SUCCESS),
+            Daemonized::Parent { ready: false } => return Ok(ExitCode::FAILURE),
+            Daemonized::Child(background) => Some(background),
+        },
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
+    end_on_panic();
+    let signals = Signals::block()?;
+    let executor = Executor::new(&Config::default())?;
+    let notifier = Notifier::from_env().context("cannot reach $NOTIFY_SOCKET")?;
+    let version = Version::announced(format!("outboard {}", program.version));
+    let fds = NamedFds::new(activation_fds);
+    let life = Life {
+        daemon: D::new(&command_line.options, fds, version.clone())?,
+        command_line,
+        notifier,
+        version,
+        chardevs: Vec::new(),
+        monitors: Vec::new(),
+    };
+    executor.block_on(life.run(signals, background))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A queue thread that panics would leave its guest waiting for ever; a successor of the whole
+/// process finds the requests in flight and serves them.
+fn end_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::exit(PANICKED);
+    }));
+}
+
+/// `--log-level`, else `$RUST_LOG`, else information about rare changes of state.
+fn log_filter(level: Option<&str>) -> Result<EnvFilter> {
+    let from_env = std::env::var("RUST_LOG").ok();
+    let directives = level.or(from_env.as_deref()).unwrap_or("info");
+    EnvFilter::try_new(directives).map_err(|error| anyhow!("--log-level {directives}: {error}"))
+}
+
+fn show(text: &str) -> ExitCode {
+    // A reader that closes its end early has seen enough.
+    let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
+    ExitCode::SUCCESS
+}
+
+/// Everything between the command line and the exit code.
+struct Life<D: Daemon> {
+    daemon: Rc<D>,
+    command_line: CommandLine<D::Kind>,
+    notifier: Notifier,
+    version: Version,
+    chardevs: Vec<Chardev>,
+    monitors: Vec<Monitor>,
+}
+
+impl<D: Daemon> Life<D> {
+    /// Serves until a signal or `quit`.
+    async fn run(mut self, signals: Signals, background: Option<Background>) -> Result<()> {
+        let daemon = Rc::clone(&self.daemon);
+        let watcher = executor::spawn(async move {
+            match signals.wait().await {
+                Ok(signal) => tracing::info!(%signal, "ending"),
+                Err(error) => tracing::error!(%error, "cannot wait for signals"),
+            }
+            daemon.request_quit();
+        });
+        let daemon = Rc::clone(&self.daemon);
+        let started = match race(self.start_up(), daemon.quit_requested()).await {
+            First::Left(started) => started.map(Some),
+            First::Right(()) => Ok(None),
+        };
+        let served = match started {
+            Ok(Some(pidfile)) => self.serve(background).await.map(|()| Some(pidfile)),
+            other => other,
+        };
+        let stopped = daemon.shut_down().await;
+        watcher.cancel();
+        let _pidfile = served?;
+        stopped
+    }
+
+    async fn start_up(&mut self) -> Result<Option<PidFile>> {
+        let steps = std::mem::take(&mut self.command_line.steps);
+        for step in &steps {
+            self.apply(step)
+                .await
+                .map_err(|error| anyhow!("{}: {error}", step.shown()))?;
+        }
+        // The pid file says that the daemon got this far.
+        let path = self.command_line.pidfile.as_deref();
+        path.map(PidFile::create).transpose()
+    }
+
+    async fn apply(&mut self, step: &Step<D::Kind>) -> qmp::Result<()> {
+        let arguments = step.arguments()?;
+        match step.kind {
+            StepKind::Own(kind) => self.daemon.apply(kind, arguments).await,
+            StepKind::Chardev => {
+                let chardev = chardev::open(self.daemon.fds(), arguments).await?;
+                if self.chardevs.iter().any(|known| known.id == chardev.id) {
+                    let id = chardev.id;
+                    let what = format!("Chardev with id '{id}' already exists");
+                    return Err(qmp::Error::generic(what));
+                }
+                self.chardevs.push(chardev);
+                Ok(())
+            }
+            StepKind::Monitor => {
+                let monitor = Monitor::new(arguments, &self.chardevs, self.version.clone())?;
+                self.monitors.push(monitor);
+                Ok(())
+            }
+            StepKind::Qmp => {
+                let endpoint = chardev::listen(arguments).await?;
+                let monitor = Monitor::on(endpoint, self.version.clone());
+                self.monitors.push(monitor);
+                Ok(())
+            }
+        }
+    }
+
+    async fn serve(&mut self, background: Option<Background>) -> Result<()> {
+        let sandbox =
+            Sandbox::prepare(self.command_line.sandbox, &self.policy()).context("--sandbox")?;
+        if let Some(background) = background {
+            background.enter().context("--daemonize")?;
+        }
+        match sandbox {
+            Some(sandbox) => self.enter(sandbox).await.context("--sandbox")?,
+            None => tracing::warn!("running without a sandbox"),
+        }
+        let mut monitors = Monitors::default();
+        for monitor in self.monitors.drain(..) {
+            monitors.serve(&self.daemon, monitor);
+        }
+        tell(self.notifier.ready());
+        tracing::info!("ready");
+        self.daemon.quit_requested().await;
+        tell(self.notifier.stopping());
+        self.daemon.stop().await;
+        monitors.close().await;
+        Ok(())
+    }
+
+    /// What stays reachable: what the daemon says, and directories of sockets and the pid file, from
+    /// which these are removed at the end.
+    fn policy(&self) -> sandbox::Policy {
+        let Reach { file_dirs, sockets } = self.daemon.reach();
+        let monitors = self.monitors.iter().filter_map(Monitor::socket_file);
+        let mut paths: Vec<PathBuf> = monitors.map(SocketFile::path).map(Path::to_owned).collect();
+        paths.extend(sockets);
+        paths.extend(self.command_line.pidfile.clone());
+        let parents = paths.iter().filter_map(|path| {
+            let absolute = std::path::absolute(path).ok()?;
+            absolute.parent().map(Path::to_owned)
+        });
+        let mut socket_dirs: Vec<PathBuf> = parents.collect();
+        socket_dirs.sort();
+        socket_dirs.dedup();
+        sandbox::Policy {
+            file_dirs,
+            socket_dirs,
+        }
+    }
+
+    /// Restricts every thread, this one last because it makes the others.
+    async fn enter(&self, sandbox: Sandbox) -> Result<()> {
+        // Later ones inherit what their makers have by then.
+        executor::workers::retire();
+        for thread in self.daemon.threads() {
+            let sandbox = sandbox.clone();
+            let entered = thread.call(move || async move { sandbox.enter() }).await;
+            entered.ok_or_else(|| anyhow!("an iothread has ended"))??;
+        }
+        match sandbox.enter()? {
+            Paths::Restricted => {}
+            Paths::PartlyRestricted => tracing::warn!(
+                "this kernel's Landlock is old: paths are restricted as far as it can"
+            ),
+            Paths::Unrestricted => tracing::warn!(
+                "this kernel has no Landlock: paths are not restricted, syscalls are"
+            ),
+        }
+        Ok(())
+    }
+}
+
+/// The service manager's troubles are not the guest's.
+fn tell(result: std::io::Result<()>) {
+    if let Err(error) = result {
+        tracing::warn!(%error, "cannot tell the service manager");
+    }
+}
