@@ -43,6 +43,15 @@ pub enum VlanMode {
     },
 }
 
+/// What happened to a back-end, for the events of QMP. Repeating one tells nothing new.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// A peer is there; its address as a person would write it.
+    Connected(String),
+    /// The peer has gone.
+    Disconnected,
+}
+
 /// A network back-end. Lives on the control thread.
 pub trait Netdev {
     /// `type=` on the command line.

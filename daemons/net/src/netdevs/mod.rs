@@ -11,7 +11,7 @@ use std::rc::Rc;
 use executor::Handle;
 use serde::Deserialize;
 
-use crate::netdev::Netdev;
+use crate::netdev::{Netdev, Notice};
 
 /// A back-end as the user describes it: `--netdev type=TYPE,...`, without its id. Read it from [`qmp::Arguments`], to which
 /// the container's name is that of the member that chooses the variant; they also refuse what no variant knows.
@@ -32,6 +32,8 @@ pub struct Context<'a> {
     pub descriptor: &'a dyn Fn(&str) -> anyhow::Result<OwnedFd>,
     /// The `iothread` object of this name; without one, a thread that belongs to the back-end.
     pub thread: &'a dyn Fn(Option<&str>) -> anyhow::Result<Handle>,
+    /// Hears on the control thread what happens to the back-end later.
+    pub notice: Rc<dyn Fn(Notice)>,
 }
 
 /// Opens a back-end on the current (control) executor.

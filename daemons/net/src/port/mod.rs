@@ -10,7 +10,7 @@ use vhost_daemon::Address;
 
 use crate::netdev::Netdev;
 
-pub use hooks::PortHooks;
+pub use hooks::{LiveLimits, PortHooks};
 pub use options::{MAX_PAIRS, MIN_MTU, Offer, PortOptions, PortState, RingReport};
 
 /// A running port. Lives on the control thread.
