@@ -2,8 +2,15 @@
 //!
 //! A type is a module here, a variant of [`NetdevOptions`] and a line in [`open`].
 
+mod address;
 pub mod echo;
+mod interface;
 pub mod null;
+pub mod stream;
+pub mod tap;
+#[cfg(test)]
+mod test_support;
+mod vectors;
 
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -22,6 +29,12 @@ pub enum NetdevOptions {
     Null(null::NullOptions),
     /// Gives every frame back to the queue that it came from.
     Echo(echo::EchoOptions),
+    /// A stream socket.
+    Stream(stream::StreamOptions),
+    /// A tap interface.
+    Tap(tap::TapOptions),
+    /// A macvtap interface.
+    Macvtap(tap::MacvtapOptions),
 }
 
 /// What a back-end may ask of the daemon while it is opened.
@@ -40,10 +53,13 @@ pub struct Context<'a> {
 ///
 /// # Errors
 /// Names what was wrong or could not be opened.
-pub fn open(options: &NetdevOptions, _context: &Context<'_>) -> anyhow::Result<Rc<dyn Netdev>> {
+pub fn open(options: &NetdevOptions, context: &Context<'_>) -> anyhow::Result<Rc<dyn Netdev>> {
     Ok(match options {
         NetdevOptions::Null(options) => Rc::new(null::Null::new(options)),
         NetdevOptions::Echo(options) => Rc::new(echo::Echo::new(options)),
+        NetdevOptions::Stream(options) => Rc::new(stream::Stream::open(options, context)?),
+        NetdevOptions::Tap(options) => Rc::new(tap::Tap::open(options, context)?),
+        NetdevOptions::Macvtap(options) => Rc::new(tap::Tap::open_macvtap(options, context)?),
     })
 }
 

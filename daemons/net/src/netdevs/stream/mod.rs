@@ -1,0 +1,157 @@
+//! `type=stream`: frames on a stream socket, each after its length in four bytes, as QEMU's `-netdev stream`, passt and
+//! gvproxy have them.
+//!
+//! ```text
+//!   Stream (control thread) ── attach ──> Lease of the Source ──> StreamQueue and its task (queue thread)
+//!     the Source            <── dropped ──┘
+//! ```
+//!
+//! The peer gets and gives finished frames only: there are no offloads. What it sends is not trusted: a length that no frame
+//! has ends the connection, and never makes anything grow.
+
+mod queue;
+mod source;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use serde::Deserialize;
+
+use self::queue::StreamQueue;
+pub(super) use self::source::Source;
+use super::Context;
+use super::address::SocketAddress;
+use crate::link::Offloads;
+use crate::netdev::{Attachment, Netdev, QueueMaker};
+
+/// Options of `type=stream`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct StreamOptions {
+    /// Where the peer is, or comes to.
+    pub addr: SocketAddress,
+    /// Whether to wait for peers, one at a time.
+    #[serde(default)]
+    pub server: bool,
+    /// Seconds between a client's tries to connect; absent or 0: one try.
+    pub reconnect: Option<u32>,
+    /// The same in milliseconds.
+    pub reconnect_ms: Option<u32>,
+}
+
+/// What the queue tells the control thread.
+#[derive(Debug, Default)]
+struct Status {
+    connected: AtomicBool,
+    connections: AtomicU64,
+    wrong_lengths: AtomicU64,
+}
+
+/// The back-end.
+pub struct Stream {
+    kind: &'static str,
+    slot: Arc<Mutex<Option<Source>>>,
+    status: Arc<Status>,
+}
+
+fn lock(slot: &Mutex<Option<Source>>) -> MutexGuard<'_, Option<Source>> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The source in use. Goes back to the back-end.
+struct Lease {
+    source: Option<Source>,
+    slot: Arc<Mutex<Option<Source>>>,
+}
+
+impl Lease {
+    fn source(&mut self) -> &mut Source {
+        self.source.as_mut().expect("taken out on drop only")
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        *lock(&self.slot) = self.source.take();
+    }
+}
+
+impl Stream {
+    /// Opens it: listens, or connects.
+    ///
+    /// # Errors
+    /// Options that exclude each other; what the host refuses.
+    pub fn open(options: &StreamOptions, context: &Context<'_>) -> Result<Stream> {
+        let every = match (options.reconnect, options.reconnect_ms) {
+            (Some(_), Some(_)) => bail!("'reconnect' does not go with 'reconnect-ms'"),
+            (Some(seconds), None) => Duration::from_secs(seconds.into()),
+            (None, ms) => Duration::from_millis(ms.unwrap_or(0).into()),
+        };
+        let every = (!every.is_zero()).then_some(every);
+        let source = Source::open(&options.addr, options.server, every, context)?;
+        Ok(Stream::new("stream", source))
+    }
+
+    /// A back-end called `kind` that gets its connections from `source`.
+    pub(super) fn new(kind: &'static str, source: Source) -> Stream {
+        Stream {
+            kind,
+            slot: Arc::new(Mutex::new(Some(source))),
+            status: Arc::default(),
+        }
+    }
+}
+
+impl Netdev for Stream {
+    fn kind(&self) -> &'static str {
+        self.kind
+    }
+
+    fn max_queues(&self) -> Option<u16> {
+        Some(1)
+    }
+
+    fn host_offloads(&self) -> Offloads {
+        Offloads::NONE
+    }
+
+    fn guest_offloads(&self) -> Offloads {
+        Offloads::NONE
+    }
+
+    fn attach(&self, _port: &Attachment, index: u16) -> io::Result<QueueMaker> {
+        if index > 0 {
+            return Err(io::Error::other("a stream has one queue"));
+        }
+        let Some(source) = lock(&self.slot).take() else {
+            let what = "another port uses the stream";
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, what));
+        };
+        let lease = Lease {
+            source: Some(source),
+            slot: Arc::clone(&self.slot),
+        };
+        let status = Arc::clone(&self.status);
+        Ok(Box::new(move || {
+            Ok(Rc::new(StreamQueue::new(lease, status)))
+        }))
+    }
+
+    fn details(&self) -> serde_json::Map<String, serde_json::Value> {
+        let mut details = serde_json::Map::new();
+        let status = &self.status;
+        let connected = status.connected.load(Ordering::Relaxed);
+        details.insert("connected".to_owned(), connected.into());
+        let connections = status.connections.load(Ordering::Relaxed);
+        details.insert("connections".to_owned(), connections.into());
+        let wrong = status.wrong_lengths.load(Ordering::Relaxed);
+        details.insert("wrong-lengths".to_owned(), wrong.into());
+        details
+    }
+}
