@@ -129,6 +129,13 @@ pub trait Format: Send + Sync + 'static {
     fn backing(&self) -> Option<&Edge>;
     /// Maps the start of `range` from cached metadata; never blocks, never allocates.
     fn lookup(&self, range: ByteRange) -> Lookup;
+    /// A number that is another one after every change that takes a `Data` extent of an earlier
+    /// [`Format::lookup`] back, or its `in_place`: it changes after the mapping, and before the
+    /// request behind the change completes and what was mapped is freed. `None`: look-ups are not
+    /// to be kept.
+    fn changes(&self) -> Option<u64> {
+        None
+    }
     /// Like `lookup`, reading metadata when needed.
     async fn resolve(&self, range: ByteRange) -> Result<Extent, Errno>;
     /// Allocates for a write to the start of `range` and locks its clusters against other

@@ -14,6 +14,7 @@
 //! failed is aborted and the request fails with the first error, after the other pieces have
 //! ended. Must not know: how any format finds its data.
 
+mod announced;
 mod cipher;
 mod encode;
 mod pieces;
@@ -31,6 +32,7 @@ use crate::format::{Extent, Format, Lookup, Mapping};
 use crate::node::Node;
 use crate::redo_log::ImageIdentity;
 use crate::snapshot::Snapshots;
+use announced::{Announced, NodeId};
 use cipher::Place;
 use executor::sync::Semaphore;
 use executor::{Buffer, Errno};
@@ -40,6 +42,9 @@ use serde_json::{Map, Value};
 /// A format as a driver.
 pub struct FormatNode<F: Format> {
     format: F,
+    id: NodeId,
+    /// A look-up of one byte costs as much as one of so many, a power of two.
+    grain: u64,
     /// Bounds the memory that holds old content, however many requests a guest has in flight.
     copies: Semaphore,
 }
@@ -57,9 +62,11 @@ enum Memory {
 impl<F: Format> FormatNode<F> {
     /// Wraps an opened format.
     pub fn new(format: F) -> Self {
-        let cluster = format.limits().optimal_transfer.max(1) as usize;
-        let copies = (COPY_BYTES / 2 / cluster).clamp(4, 64);
+        let cluster = format.limits().optimal_transfer.max(1);
+        let copies = (COPY_BYTES / 2 / cluster as usize).clamp(4, 64);
         Self {
+            id: NodeId::new(),
+            grain: u64::from(cluster.next_power_of_two()),
             format,
             copies: Semaphore::new(copies),
         }
@@ -89,6 +96,13 @@ impl<F: Format> FormatNode<F> {
         }
         extent.length = extent.length.min(range.length);
         Ok(extent)
+    }
+
+    /// Where plain data of `range` lies, if the look-up for its announcement still holds.
+    #[inline]
+    fn announced(&self, range: ByteRange) -> Option<Announced> {
+        let kept = announced::find(self.id, range)?;
+        (self.format.changes() == Some(kept.changes)).then_some(kept)
     }
 
     /// Reads an extent that covers the whole buffer.
@@ -281,12 +295,25 @@ impl<F: Format> Driver for FormatNode<F> {
     }
     #[inline]
     fn prefetch(&self, offset: u64) {
-        if let Lookup::Hit(Extent {
+        let changes = self.format.changes();
+        let cluster_left = self.grain - (offset & (self.grain - 1));
+        let Lookup::Hit(Extent {
+            length,
             mapping: Mapping::Data(host_offset),
-            ..
-        }) = self.format.lookup(ByteRange::new(offset, 1))
-        {
-            self.format.data().node().prefetch(host_offset);
+            in_place,
+        }) = self.format.lookup(ByteRange::new(offset, cluster_left))
+        else {
+            return;
+        };
+        self.data().prefetch(host_offset);
+        if let (Some(changes), None) = (changes, self.format.cipher()) {
+            announced::keep(Announced {
+                node: self.id,
+                changes,
+                range: ByteRange::new(offset, length),
+                host_offset,
+                in_place,
+            });
         }
     }
     fn can_prefetch(&self) -> bool {
@@ -294,10 +321,13 @@ impl<F: Format> Driver for FormatNode<F> {
     }
     fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_> {
         let range = ByteRange::new(offset, buffer.len() as u64);
-        let target = (buffer, Memory::Anything);
         if range.length == 0 {
             return IoFuture::done();
         }
+        if let Some(kept) = self.announced(range) {
+            return self.data().read(kept.host_offset, buffer);
+        }
+        let target = (buffer, Memory::Anything);
         match self.format.lookup(range) {
             Lookup::Hit(extent) if extent.length >= range.length => {
                 self.read_extent(extent.mapping, offset, target)
@@ -315,6 +345,12 @@ impl<F: Format> Driver for FormatNode<F> {
         }
         if flags.compressed {
             return IoFuture::boxed(self.write_compressed(offset, buffer));
+        }
+        if let Some(kept) = self.announced(range)
+            && kept.in_place
+        {
+            let flags = WriteFlags::default();
+            return self.data().write(kept.host_offset, buffer, flags);
         }
         match self.format.lookup(range) {
             Lookup::Hit(Extent {

@@ -83,21 +83,22 @@ pub struct NodeOptions {
     pub force_share: bool,
 }
 
-/// A node.
+/// A node. What a request that fits reads comes first and is in one cache line.
+#[repr(C, align(64))]
 pub struct Node {
-    options: NodeOptions,
     driver: Box<dyn Driver>,
+    length: AtomicU64,
+    bitmaps: Arc<BitmapSet>,
     limits: Limits,
     /// A write that fits the limits needs nothing from the general path.
     plain_writes: bool,
     grows: bool,
     /// No children: what it flushes is the host's own storage.
     leaf: bool,
-    length: AtomicU64,
     /// Present when the driver needs an alignment.
     tracker: Option<Box<WriteTracker>>,
     flush: FlushState,
-    bitmaps: Arc<BitmapSet>,
+    options: NodeOptions,
     users: Users,
     this: Weak<Node>,
 }

@@ -15,7 +15,7 @@ use executor::sync::{RangeGuard, RangeLock};
 use rand::rngs::SmallRng;
 use rand::{Rng, RngCore, SeedableRng};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 const CLUSTER: u64 = 4096;
 const CLUSTERS: u64 = 32;
@@ -35,6 +35,8 @@ struct Toy {
     aborts: AtomicUsize,
     /// Lookups miss.
     cold: AtomicBool,
+    lookups: AtomicUsize,
+    changes: AtomicU64,
     cipher: Option<Mask>,
     /// Relies on new storage to read as zeroes.
     leaves_fresh: AtomicBool,
@@ -86,6 +88,7 @@ impl Toy {
     }
     fn set(&self, offset: u64, mapping: Mapping) {
         self.table.lock().unwrap()[(offset / CLUSTER) as usize] = mapping;
+        self.changes.fetch_add(1, Ordering::Release);
     }
 }
 
@@ -114,10 +117,14 @@ impl Format for Toy {
         self.backing.as_ref()
     }
     fn lookup(&self, range: ByteRange) -> Lookup {
+        self.lookups.fetch_add(1, Ordering::Relaxed);
         match self.cold.load(Ordering::Relaxed) {
             true => Lookup::Miss,
             false => Lookup::Hit(self.map(range)),
         }
+    }
+    fn changes(&self) -> Option<u64> {
+        Some(self.changes.load(Ordering::Acquire))
     }
     async fn resolve(&self, range: ByteRange) -> std::result::Result<Extent, Errno> {
         executor::time::yield_now().await;
@@ -306,6 +313,8 @@ fn encrypted_rig(random: &mut SmallRng, cipher: Option<Mask>) -> Rig {
         clusters: RangeLock::new(),
         aborts: AtomicUsize::new(0),
         cold: AtomicBool::new(random.random()),
+        lookups: AtomicUsize::new(0),
+        changes: AtomicU64::new(0),
         cipher,
         leaves_fresh: AtomicBool::new(random.random()),
     });
@@ -325,6 +334,9 @@ async fn step(rig: &mut Rig, random: &mut SmallRng) {
     let offset = random.random_range(0..=(SIZE - length as u64) / grain) * grain;
     let span = offset as usize..offset as usize + length;
     let buffer = Buffer::zeroed(length);
+    if random.random() {
+        rig.toy.prefetch(offset);
+    }
     match random.random_range(0..4) {
         0 | 1 => {
             random.fill_bytes(&mut rig.model[span.clone()]);
@@ -550,6 +562,55 @@ fn a_node_that_does_not_compress_says_so() {
         assert_eq!(
             node.write(0, data, compressed).await,
             Err(Errno::EOPNOTSUPP)
+        );
+    });
+}
+
+#[test]
+fn an_announced_request_is_looked_up_once_until_the_mapping_changes() {
+    run(async {
+        let rig = rig(&mut SmallRng::seed_from_u64(1));
+        let (toy, flags) = (&rig.toy, WriteFlags::default());
+        toy.format().cold.store(false, Ordering::Relaxed);
+        let data = Buffer::zeroed(3 * CLUSTER as usize);
+        data.fill(7);
+        toy.write(CLUSTER, data, flags).await.unwrap();
+        let lookups = || toy.format().lookups.load(Ordering::Relaxed);
+        let buffer = Buffer::zeroed(CLUSTER as usize);
+        let read = async |offset: u64, expected: u8| {
+            let before = lookups();
+            toy.read(offset, buffer.clone()).await.unwrap();
+            let content = buffer.slice(0..CLUSTER as usize).to_heap();
+            assert!(content.iter().all(|byte| *byte == expected));
+            lookups() - before
+        };
+        toy.prefetch(CLUSTER);
+        toy.prefetch(2 * CLUSTER);
+        assert_eq!(read(CLUSTER, 7).await, 0);
+        assert_eq!(read(2 * CLUSTER, 7).await, 0);
+        assert_eq!(read(3 * CLUSTER, 7).await, 1, "not announced");
+
+        let before = lookups();
+        let one = Buffer::zeroed(512);
+        one.fill(7);
+        toy.write(2 * CLUSTER, one, flags).await.unwrap();
+        assert_eq!(lookups(), before, "an announced write in place");
+
+        let zeroes = ByteRange::new(2 * CLUSTER, CLUSTER);
+        toy.write_zeroes(zeroes, ZeroFlags::default())
+            .await
+            .unwrap();
+        assert_eq!(read(2 * CLUSTER, 0).await, 1, "the mapping has changed");
+        assert_eq!(read(CLUSTER, 7).await, 1);
+
+        let other = self::rig(&mut SmallRng::seed_from_u64(2)).toy;
+        toy.prefetch(CLUSTER);
+        let before = other.format().lookups.load(Ordering::Relaxed);
+        other.read(CLUSTER, buffer.clone()).await.unwrap();
+        assert_ne!(
+            before,
+            other.format().lookups.load(Ordering::Relaxed),
+            "another node"
         );
     });
 }

@@ -249,14 +249,15 @@ impl Qcow2 {
         let geometry = &self.geometry;
         let position = geometry.entry_position(cluster);
         let word = geometry.l2_word(position.entry);
-        if !geometry.extended_l2 {
+        if geometry.extended_l2 {
+            self.pairs.write(position.slice, || {
+                slice.set_word(word, words.descriptor.0);
+                slice.set_word(word + 1, words.bitmap);
+            });
+        } else {
             slice.set_word(word, words.descriptor.0);
-            return;
         }
-        self.pairs.write(position.slice, || {
-            slice.set_word(word, words.descriptor.0);
-            slice.set_word(word + 1, words.bitmap);
-        });
+        self.take_lookups_back();
     }
 
     /// What the entry of `cluster` says.

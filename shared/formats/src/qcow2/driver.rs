@@ -52,6 +52,10 @@ impl Format for Qcow2 {
         self.lookup_cached(range)
     }
 
+    fn changes(&self) -> Option<u64> {
+        Some(self.changes.load(Acquire))
+    }
+
     async fn resolve(&self, range: ByteRange) -> Result<Extent, Errno> {
         self.resolve_mapping(range).await
     }

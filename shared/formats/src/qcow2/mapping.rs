@@ -17,13 +17,15 @@ impl Qcow2 {
     pub(super) fn lookup_cached(&self, range: ByteRange) -> Lookup {
         let geometry = &self.geometry;
         let cluster = geometry.guest_cluster(range.offset);
-        let l1_index = geometry.l1_index(cluster);
-        if self.l1.entry(l1_index) & OFFSET_MASK == 0 {
-            return Lookup::Hit(self.unmapped_by_l1(range));
-        }
         let slice = geometry.entry_position(cluster).slice;
+        // A slice is cached while its table is reachable; one of a table that was dropped maps
+        // nothing, as the L1 entry says.
         let Some(view) = self.l2.view(slice) else {
-            return Lookup::Miss;
+            let table = self.l1.entry(geometry.l1_index(cluster)) & OFFSET_MASK;
+            return match table {
+                0 => Lookup::Hit(self.unmapped_by_l1(range)),
+                _ => Lookup::Miss,
+            };
         };
         if geometry.extended_l2 {
             let Some(pairs) = self.pairs.read(slice) else {
@@ -164,26 +166,28 @@ impl Qcow2 {
             .div_ceil(cluster_size);
         let most = wanted.min(geometry.l2_slice_end(cluster).0 - cluster.0) as usize;
         let first = L2Entry(entries.word(position.entry));
-        let run = |step: u64| entries.run(position.entry, most, step) as u64;
+        let run = |step: u64| match most {
+            1 => 1,
+            _ => entries.run(position.entry, most, step) as u64,
+        };
+        let mut in_place = false;
         let (count, mapping) = match first.kind(geometry) {
+            L2Kind::Data(host) => {
+                if geometry.external_data && host.0 != geometry.guest_offset(cluster) {
+                    return None;
+                }
+                let count = run(cluster_size);
+                in_place = self.is_owned(first.is_copied(), (host, count))
+                    && self.health.not_in_place.load(Acquire) == 0;
+                (count, Mapping::Data(host.0 + in_cluster))
+            }
             L2Kind::Invalid => return None,
             L2Kind::Unallocated => (run(0), Mapping::Unallocated),
             L2Kind::ZeroPlain => (run(0), Mapping::Zero(None)),
             L2Kind::ZeroAllocated(host) => {
                 (run(cluster_size), Mapping::Zero(Some(host.0 + in_cluster)))
             }
-            L2Kind::Data(host) => (run(cluster_size), Mapping::Data(host.0 + in_cluster)),
             L2Kind::Compressed(descriptor) => (1, Mapping::Encoded(descriptor)),
-        };
-        let in_place = match first.kind(geometry) {
-            L2Kind::Data(host) => {
-                if geometry.external_data && host.0 != geometry.guest_offset(cluster) {
-                    return None;
-                }
-                self.is_owned(first.is_copied(), (host, count))
-                    && self.health.not_in_place.load(Acquire) == 0
-            }
-            _ => false,
         };
         Some(Extent {
             length: range.length.min(count * cluster_size - in_cluster),

@@ -84,18 +84,27 @@ use reclaim::Freed;
 use snapshots::SnapshotTable;
 use std::collections::{BTreeSet, VecDeque};
 use std::fmt::Display;
-use std::sync::atomic::Ordering::{Acquire, Relaxed};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tables::{ClusterRun, Geometry, HostOffset};
 
-/// An open qcow2 image.
+/// An open qcow2 image. What each look-up reads comes first and is in one cache line.
+#[repr(C, align(64))]
 pub struct Qcow2 {
+    geometry: Geometry,
+    l2: Arc<TableCache>,
+    /// How often look-ups were taken back; see [`Format::changes`].
+    changes: AtomicU64,
+    /// Bytes of the file that hold or may hold clusters; a multiple of the cluster size.
+    host_end: AtomicU64,
+    health: Health,
+    /// What data is encrypted with.
+    crypto: Option<Arc<Crypto>>,
     file: Edge,
     /// The external data file.
     data_file: Option<Edge>,
     backing: Option<Edge>,
-    geometry: Geometry,
     header: Header,
     writable: bool,
     /// Bytes of the virtual disk.
@@ -106,10 +115,7 @@ pub struct Qcow2 {
     sparse: std::sync::OnceLock<bool>,
     /// The disk became smaller: the file is cut off when the image is closed.
     shrunk: AtomicBool,
-    /// Bytes of the file that hold or may hold clusters; a multiple of the cluster size.
-    host_end: AtomicU64,
     l1: L1Table,
-    l2: Arc<TableCache>,
     /// Tells readers of extended L2 entries what changed meanwhile.
     pairs: PairSequence,
     refcounts: Arc<TableCache>,
@@ -132,13 +138,10 @@ pub struct Qcow2 {
     placing: AsyncMutex<()>,
     /// Compressed clusters read last.
     inflated: Inflated,
-    health: Health,
     log: RedoLog,
     bitmaps: Bitmaps,
     /// The snapshot that this image shows, when it is a view of one.
     shows: Option<Arc<()>>,
-    /// What data is encrypted with.
-    crypto: Option<Arc<Crypto>>,
 }
 
 /// Everything that changes with the metadata.
@@ -194,6 +197,18 @@ struct Health {
 impl Qcow2 {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The mapping has changed, or what may be written in place: extents of earlier look-ups no longer
+    /// count.
+    fn take_lookups_back(&self) {
+        self.changes.fetch_add(1, AcqRel);
+    }
+
+    /// From now on no look-up allows writes in place.
+    fn keep_writes_from_place(&self, reason: u8) {
+        self.health.not_in_place.fetch_or(reason, SeqCst);
+        self.take_lookups_back();
     }
 
     fn check_writable(&self) -> Result<(), Errno> {
@@ -255,7 +270,7 @@ impl Qcow2 {
                  suppressed"
             ),
         }
-        self.health.not_in_place.fetch_or(CORRUPT, Relaxed);
+        self.keep_writes_from_place(CORRUPT);
         if self.writable && !known && self.header.version >= 3 {
             let features = self.header.incompatible | header::incompatible::CORRUPT;
             let field = header::field::INCOMPATIBLE as u64;

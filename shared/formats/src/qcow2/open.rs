@@ -147,6 +147,7 @@ impl Qcow2 {
             sparse: Default::default(),
             shrunk: AtomicBool::new(false),
             host_end: AtomicU64::new(host_end),
+            changes: AtomicU64::new(0),
             l1,
             state: Mutex::new(State {
                 refcount_table: RefcountTable {

@@ -34,7 +34,8 @@ const FORM_MASK: u64 = 0x7f;
 const USED: u64 = 1 << 39;
 const GENERATION: u64 = 1 << 40;
 
-/// The lock-free part of a cache.
+/// The lock-free part of a cache, in one line of the processor's.
+#[repr(align(64))]
 pub(super) struct Directory {
     chunks: Box<[OnceLock<Box<[AtomicU64]>>]>,
     arena: WordArena,

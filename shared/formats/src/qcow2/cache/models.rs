@@ -153,3 +153,32 @@ fn a_promoted_slice_shows_old_or_new_words() {
         writer.join().expect("no panic");
     });
 }
+
+#[test]
+fn a_kept_look_up_is_not_used_after_the_change_that_followed_it() {
+    check(|| {
+        let cache = cache();
+        drop(load(&cache, 0, 7));
+        // As `Qcow2::changes`: counted after the change, and before its request completes.
+        let changes = Arc::new(AtomicU64::new(0));
+        let completed = Arc::new(AtomicU64::new(0));
+        let writer = {
+            let (cache, changes, completed) = (cache.clone(), changes.clone(), completed.clone());
+            thread::spawn(move || {
+                load(&cache, 0, 7).set_word(0, 8);
+                changes.fetch_add(1, AcqRel);
+                completed.store(1, Release);
+            })
+        };
+        let counted = changes.load(Acquire);
+        let kept = cache.view(0).and_then(|view| {
+            let word = view.word(0);
+            view.is_valid().then_some(word)
+        });
+        let after = completed.load(Acquire) == 1;
+        if let (Some(word), true) = (kept, changes.load(Acquire) == counted) {
+            assert!(!after || word == 8, "{word}");
+        }
+        writer.join().expect("no panic");
+    });
+}

@@ -38,7 +38,7 @@ impl Qcow2 {
 
     /// Waits until no write is under way. One caller at a time (`snapshotting`).
     pub(in super::super) async fn quiet(&self) -> Quiet<'_> {
-        self.health.not_in_place.fetch_or(STILL, SeqCst);
+        self.keep_writes_from_place(STILL);
         let still = Still(self);
         epoch::wait(epoch::current()).await;
         let clusters = self.guest_locks.lock(0..u64::MAX).await;

@@ -27,7 +27,7 @@ use super::shadow::{Failure, Reservations, Shadow};
 use super::{SnapshotEntry, SnapshotTable};
 use block::ByteRange;
 use executor::Errno;
-use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
+use std::sync::atomic::Ordering::{Acquire, Release};
 
 /// What the new state is.
 pub(super) struct Change {
@@ -294,7 +294,7 @@ impl Qcow2 {
             tracing::error!(%errno, "qcow2 header not switched; the image takes no more writes");
             self.health.failed.store(true, Release);
             self.health.corrupt.store(true, Release);
-            self.health.not_in_place.fetch_or(CORRUPT, AcqRel);
+            self.keep_writes_from_place(CORRUPT);
             return Err(errno.into());
         }
         let free = self.adopt(prepared);
@@ -357,6 +357,7 @@ impl Qcow2 {
                 self.l1.set(index as u64, *entry);
             }
         }
+        self.take_lookups_back();
         state.l1_offset = self.geometry.host_offset(prepared.l1_run.first);
         state.refcount_table.offset = self.geometry.host_offset(prepared.refcount_table_run.first);
         state.refcount_table.entries = prepared.refcount_table;
@@ -366,7 +367,7 @@ impl Qcow2 {
             // Cannot be: every place was reserved after a check against the map before.
             tracing::error!(%error, "qcow2 metadata overlaps after a snapshot operation");
             self.health.corrupt.store(true, Release);
-            self.health.not_in_place.fetch_or(CORRUPT, AcqRel);
+            self.keep_writes_from_place(CORRUPT);
         }
         prepared
             .leaving

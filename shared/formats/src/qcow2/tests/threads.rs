@@ -261,6 +261,8 @@ struct Worker {
     number: u64,
     random: SmallRng,
     model: Vec<u8>,
+    /// Where the next request goes: it is announced before the one that precedes it.
+    next: Option<Range<u64>>,
 }
 
 impl Worker {
@@ -270,6 +272,7 @@ impl Worker {
             random: SmallRng::seed_from_u64(seed),
             shape,
             number,
+            next: None,
         }
     }
 
@@ -286,7 +289,11 @@ impl Worker {
     }
 
     async fn step(&mut self, root: &RootHandle) {
-        let range = self.range();
+        let next = self.range();
+        root.prefetch(self.shape.on_disk(next.start));
+        let Some(range) = self.next.replace(next) else {
+            return;
+        };
         let held = range.start as usize..range.end as usize;
         let length = held.len();
         let offset = self.shape.on_disk(range.start);
