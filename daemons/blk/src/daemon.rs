@@ -1,5 +1,7 @@
 //! The engine as a daemon.
 
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -34,7 +36,11 @@ pub(crate) struct Blkd {
 }
 
 impl Server for Blkd {
-    async fn run(self: &Rc<Self>, request: &Request) -> qmp::Result<Value> {
+    async fn run(
+        self: &Rc<Self>,
+        request: &Request,
+        _fds: &mut VecDeque<OwnedFd>,
+    ) -> qmp::Result<Value> {
         self.engine.commands().handler_of(request)?;
         self.engine.run(&request.command, request.arguments()).await
     }
@@ -89,6 +95,7 @@ impl Daemon for Blkd {
         Reach {
             file_dirs,
             sockets: self.engine.socket_paths(),
+            ..Reach::default()
         }
     }
 

@@ -16,7 +16,7 @@ use crate::catalogue;
 use crate::commands::{self, Handler};
 use crate::error::from_block;
 use crate::exports::Exports;
-use crate::iothread::IoThread;
+use executor::IoThread;
 
 /// How an engine is set up.
 #[derive(Debug)]

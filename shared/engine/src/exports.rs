@@ -21,9 +21,8 @@ use vhost_daemon::Address;
 
 use crate::engine::Engine;
 use crate::error::from_block;
-use crate::iothread::IoThread;
 use crate::nodes;
-use crate::objects::is_identifier;
+use executor::IoThread;
 
 /// Most iothreads of one export.
 const MAX_IOTHREADS: usize = 64;
@@ -99,7 +98,7 @@ pub(crate) async fn block_export_add(
     let iothreads = take_iothreads(&mut arguments)?;
     let common: Common = arguments.take()?;
     let kind: Kind = arguments.parse()?;
-    if !is_identifier(&common.id) {
+    if !qmp::is_identifier(&common.id) {
         return Err(Error::generic("Invalid block export id"));
     }
     let taken = engine.exports.entries.borrow();

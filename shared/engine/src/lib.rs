@@ -21,7 +21,6 @@ pub mod commands;
 mod engine;
 mod error;
 mod exports;
-mod iothread;
 mod nodes;
 mod objects;
 pub mod secret;

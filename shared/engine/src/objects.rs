@@ -7,8 +7,8 @@ use qmp::{Arguments, Error, Result, Value, json};
 use serde::Deserialize;
 
 use crate::engine::Engine;
-use crate::iothread::{IoThread, IoThreadOptions};
 use crate::secret::{self, Format, SecretProperties};
+use executor::{IoThread, IoThreadOptions};
 
 /// Every property of every object type.
 #[derive(Deserialize)]
@@ -31,14 +31,6 @@ struct Identity {
     id: String,
 }
 
-/// Whether `id` may name an object, a chardev or an export.
-pub(crate) fn is_identifier(id: &str) -> bool {
-    id.starts_with(|c: char| c.is_ascii_alphabetic())
-        && id
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b))
-}
-
 pub(crate) async fn object_add(engine: &Rc<Engine>, mut arguments: Arguments) -> Result<Value> {
     // The type goes first, as the most telling mistake.
     if arguments.get("qom-type").is_none() {
@@ -46,7 +38,7 @@ pub(crate) async fn object_add(engine: &Rc<Engine>, mut arguments: Arguments) ->
     }
     let object: Object = arguments.take()?;
     let Identity { id } = arguments.parse()?;
-    if !is_identifier(&id) {
+    if !qmp::is_identifier(&id) {
         return Err(Error::parameter_expects("id", "an identifier"));
     }
     if engine.iothread(&id).is_ok() || engine.graph.secrets().contains(&id) {

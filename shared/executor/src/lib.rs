@@ -23,6 +23,7 @@
 
 pub mod buffer;
 pub mod file;
+mod iothread;
 pub mod net;
 mod op;
 mod poller;
@@ -42,6 +43,7 @@ pub mod workers;
 
 pub use buffer::{Buffer, HeapBuffer};
 pub use file::{File, FileOp, OpenOptions};
+pub use iothread::{IoThread, IoThreadOptions};
 pub use nix::errno::Errno;
 pub use op::after_abandoned;
 pub use pool::TaskPool;

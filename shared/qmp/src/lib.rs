@@ -31,3 +31,11 @@ pub use session::{Request, Session, SessionOptions, Version, VersionTriple};
 pub use table::{Command, CommandTable, SyncHandler};
 
 pub use serde_json::{Map, Value, json};
+
+/// Whether `id` may name an object, a chardev, an export or any other thing that a user names.
+pub fn is_identifier(id: &str) -> bool {
+    id.starts_with(|c: char| c.is_ascii_alphabetic())
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b))
+}

@@ -13,6 +13,8 @@ use vhost_daemon::notify::NamedFds;
 
 /// Bytes per read.
 const READ_BYTES: usize = 16 << 10;
+/// Descriptors that may come with one read.
+const MAX_FDS: usize = 16;
 /// A pipe that is ready for output takes this many bytes without blocking.
 const PIPE_BYTES: usize = 4096;
 
@@ -77,17 +79,17 @@ pub(crate) enum Channel {
 }
 
 impl Channel {
-    /// The next bytes; empty at the end.
-    pub(crate) async fn receive(&self) -> Result<Vec<u8>, Errno> {
+    /// The next bytes, empty at the end, and descriptors that came along.
+    pub(crate) async fn receive(&self) -> Result<(Vec<u8>, Vec<OwnedFd>), Errno> {
         match self {
-            Self::Socket(stream) => stream.recv(READ_BYTES).await,
+            Self::Socket(stream) => stream.recv_with_fds(READ_BYTES, MAX_FDS).await,
             Self::Stdio => {
                 let stdin = io::stdin();
                 poll_fd(stdin.as_fd(), libc::POLLIN).await?;
                 let mut bytes = vec![0; READ_BYTES];
                 let length = nix::unistd::read(&stdin, &mut bytes)?;
                 bytes.truncate(length);
-                Ok(bytes)
+                Ok((bytes, Vec::new()))
             }
         }
     }

@@ -11,7 +11,7 @@ use executor::{Config, Executor, Handle};
 use qmp::{Arguments, Version};
 use tracing_subscriber::EnvFilter;
 use vhost_daemon::notify::{self, Background, Daemonized, NamedFds, Notifier};
-use vhost_daemon::sandbox::{self, Paths, Sandbox};
+use vhost_daemon::sandbox::{self, Paths, Sandbox, Syscalls};
 
 use crate::chardev::{self, Chardev};
 use crate::command_line::{self, CommandLine, Invocation, Options, Step, StepKind, Syntax};
@@ -48,6 +48,8 @@ pub struct Reach {
     pub file_dirs: Vec<PathBuf>,
     /// Sockets; in the directories of these, sockets may be made and removed.
     pub sockets: Vec<PathBuf>,
+    /// Syscalls.
+    pub syscalls: Syscalls,
 }
 
 /// What a daemon does beside living. All of it runs on the control thread.
@@ -76,6 +78,9 @@ pub trait Daemon: Server + Sized {
 
     /// The executors of all threads that exist now, beside the control thread.
     fn threads(&self) -> Vec<Handle>;
+
+    /// All options have run and the process is restricted; monitors are served from now on.
+    fn serving(self: &Rc<Self>) {}
 
     /// Asks the process to end.
     fn request_quit(&self);
@@ -269,6 +274,7 @@ impl<D: Daemon> Life<D> {
             Some(sandbox) => self.enter(sandbox).await.context("--sandbox")?,
             None => tracing::warn!("running without a sandbox"),
         }
+        self.daemon.serving();
         let mut monitors = Monitors::default();
         for monitor in self.monitors.drain(..) {
             monitors.serve(&self.daemon, monitor);
@@ -285,7 +291,11 @@ impl<D: Daemon> Life<D> {
     /// What stays reachable: what the daemon says, and directories of sockets and the pid file, from
     /// which these are removed at the end.
     fn policy(&self) -> sandbox::Policy {
-        let Reach { file_dirs, sockets } = self.daemon.reach();
+        let Reach {
+            file_dirs,
+            sockets,
+            syscalls,
+        } = self.daemon.reach();
         let monitors = self.monitors.iter().filter_map(Monitor::socket_file);
         let mut paths: Vec<PathBuf> = monitors.map(SocketFile::path).map(Path::to_owned).collect();
         paths.extend(sockets);
@@ -300,6 +310,7 @@ impl<D: Daemon> Life<D> {
         sandbox::Policy {
             file_dirs,
             socket_dirs,
+            syscalls,
         }
     }
 

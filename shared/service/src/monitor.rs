@@ -10,7 +10,9 @@
 //! costs bounded memory.
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::future::Future;
+use std::os::fd::OwnedFd;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
@@ -27,8 +29,12 @@ const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Whoever runs the commands.
 pub trait Server: 'static {
-    /// Runs a request of a client.
-    fn run(self: &Rc<Self>, request: &Request) -> impl Future<Output = Result<Value>>;
+    /// Runs a request of a client. `fds` are those that the client passed last; a command that wants one takes it out.
+    fn run(
+        self: &Rc<Self>,
+        request: &Request,
+        fds: &mut VecDeque<OwnedFd>,
+    ) -> impl Future<Output = Result<Value>>;
 
     /// Sends every later event to `sink` while it lives.
     fn subscribe(&self, sink: &Rc<dyn EventSink>);
@@ -230,17 +236,21 @@ impl Client {
 
     /// Runs requests until the client has gone.
     async fn read<S: Server>(&self, server: &Rc<S>) {
+        let mut fds = VecDeque::new();
         loop {
-            let bytes = match self.channel.receive().await {
-                Ok(bytes) if !bytes.is_empty() => bytes,
+            let (bytes, passed) = match self.channel.receive().await {
+                Ok((bytes, passed)) if !bytes.is_empty() => (bytes, passed),
                 _ => return,
             };
+            if !passed.is_empty() {
+                fds = passed.into();
+            }
             self.session.borrow_mut().feed(&bytes);
             loop {
                 let request = self.session.borrow_mut().next_request();
                 self.mark_output();
                 let Some(request) = request else { break };
-                let result = run(server, &request).await;
+                let result = run(server, &request, &mut fds).await;
                 self.session.borrow_mut().reply(request.id, result);
                 self.mark_output();
                 self.sent().await;
@@ -282,8 +292,12 @@ async fn serve_client<S: Server>(
     writer.await;
 }
 
-async fn run<S: Server>(server: &Rc<S>, request: &Request) -> Result<Value> {
-    let result = server.run(request).await;
+async fn run<S: Server>(
+    server: &Rc<S>,
+    request: &Request,
+    fds: &mut VecDeque<OwnedFd>,
+) -> Result<Value> {
+    let result = server.run(request, fds).await;
     match &result {
         Ok(_) => tracing::debug!(command = request.command, "done"),
         Err(error) => tracing::debug!(command = request.command, %error, "failed"),

@@ -11,6 +11,7 @@
     reason = "taking over inherited descriptors and forking have no safe form"
 )]
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::env;
 use std::io::{self, Read, Write};
@@ -122,6 +123,12 @@ pub enum FdError {
     /// Nobody passed one.
     #[error("No file descriptor named '{0}' was passed")]
     Unknown(String),
+    /// A number would be taken for an inherited descriptor.
+    #[error("'{0}' cannot name a file descriptor: a name must not begin with a digit")]
+    BadName(String),
+    /// Passed and never claimed.
+    #[error("{MAX_PASSED} file descriptors wait to be used: close some")]
+    TooMany,
     /// It is not open, or not for us.
     #[error("Cannot use file descriptor '{name}': {source}")]
     Unusable {
@@ -136,21 +143,57 @@ pub enum FdError {
 #[derive(Debug, Default)]
 pub struct NamedFds {
     inherited: BTreeMap<String, RawFd>,
+    /// Passed while the daemon runs.
+    passed: RefCell<BTreeMap<String, OwnedFd>>,
 }
+
+/// Descriptors that may wait under their names to be claimed.
+const MAX_PASSED: usize = 128;
 
 impl NamedFds {
     /// Those of socket activation; of equal names the last one counts.
     pub fn new(activation_fds: Vec<(String, RawFd)>) -> Self {
         Self {
             inherited: activation_fds.into_iter().collect(),
+            passed: RefCell::default(),
         }
     }
 
-    /// Takes over an inherited descriptor by number or by the name it came with.
+    /// Keeps a descriptor under `name`, in the place of one that waits there.
+    ///
+    /// # Errors
+    /// When the name is a number, or too many descriptors wait.
+    pub fn pass(&self, name: &str, fd: OwnedFd) -> Result<(), FdError> {
+        if name.starts_with(|first: char| first.is_ascii_digit()) || name.is_empty() {
+            return Err(FdError::BadName(name.to_owned()));
+        }
+        let mut passed = self.passed.borrow_mut();
+        if passed.len() >= MAX_PASSED && !passed.contains_key(name) {
+            return Err(FdError::TooMany);
+        }
+        passed.insert(name.to_owned(), fd);
+        Ok(())
+    }
+
+    /// Closes a descriptor that was passed and not claimed.
+    ///
+    /// # Errors
+    /// When none waits under this name.
+    pub fn close(&self, name: &str) -> Result<(), FdError> {
+        let closed = self.passed.borrow_mut().remove(name);
+        closed
+            .map(drop)
+            .ok_or_else(|| FdError::Unknown(name.to_owned()))
+    }
+
+    /// Takes over a descriptor by the name that it came with, or an inherited one by number.
     ///
     /// # Errors
     /// [`FdError`]; its text is a whole message.
     pub fn claim(&self, name: &str) -> Result<OwnedFd, FdError> {
+        if let Some(fd) = self.passed.borrow_mut().remove(name) {
+            return Ok(fd);
+        }
         let number = match name.parse::<RawFd>() {
             Ok(number) => number,
             Err(_) => {
@@ -239,5 +282,26 @@ mod tests {
         assert!(claim_inherited(number).is_err());
         drop(claimed);
         assert!(claim_inherited(0).is_err());
+    }
+
+    #[test]
+    fn passed_descriptors_wait_under_their_names_and_are_claimed_once() {
+        let fds = NamedFds::default();
+        let pipe = || OwnedFd::from(io::pipe().unwrap().0);
+        fds.pass("tap", pipe()).unwrap();
+        let second = pipe();
+        let number = second.as_raw_fd();
+        fds.pass("tap", second).unwrap();
+        assert_eq!(fds.claim("tap").unwrap().as_raw_fd(), number);
+        let gone = fds.claim("tap").unwrap_err().to_string();
+        assert_eq!(gone, "No file descriptor named 'tap' was passed");
+        assert!(matches!(fds.pass("7", pipe()), Err(FdError::BadName(_))));
+        for index in 0..MAX_PASSED {
+            fds.pass(&format!("n{index}"), pipe()).unwrap();
+        }
+        assert!(matches!(fds.pass("more", pipe()), Err(FdError::TooMany)));
+        fds.close("n0").unwrap();
+        assert!(fds.close("n0").is_err());
+        fds.pass("more", pipe()).unwrap();
     }
 }

@@ -48,13 +48,24 @@ pub enum Mode {
     Strict,
 }
 
-/// What stays reachable by path.
+/// What stays reachable by path, and by syscall beyond what every daemon needs.
 #[derive(Clone, Debug, Default)]
 pub struct Policy {
     /// Directories whose files may be opened, created and removed.
     pub file_dirs: Vec<PathBuf>,
     /// Directories in which sockets may be made, and sockets and plain files removed.
     pub socket_dirs: Vec<PathBuf>,
+    /// Syscalls of this daemon.
+    pub syscalls: Syscalls,
+}
+
+/// Syscalls that a daemon makes beside those of every daemon ([`syscalls`]).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Syscalls {
+    /// Numbers, allowed whatever the arguments.
+    pub plain: &'static [libc::c_long],
+    /// Requests of `ioctl`.
+    pub ioctls: &'static [u64],
 }
 
 /// Why a sandbox cannot be had.
@@ -116,7 +127,7 @@ impl Sandbox {
         if mode == Mode::Off {
             return Ok(None);
         }
-        let filters = syscalls::filters(mode)?;
+        let filters = syscalls::filters(mode, policy.syscalls)?;
         Ok(Some(Self {
             mode,
             ruleset: Arc::new(ruleset(policy)?),

@@ -11,7 +11,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
-use super::{Error, Mode};
+use super::{Error, Mode, Syscalls};
 
 /// Allowed whatever the arguments.
 const PLAIN: &[libc::c_long] = &[
@@ -89,7 +89,7 @@ const IOCTLS: &[u64] = &[
 ];
 
 /// The programs to load, in order.
-pub(super) fn filters(mode: Mode) -> Result<Vec<BpfProgram>, Error> {
+pub(super) fn filters(mode: Mode, own: Syscalls) -> Result<Vec<BpfProgram>, Error> {
     let refusal = match mode {
         Mode::Strict => SeccompAction::KillProcess,
         Mode::On | Mode::Off => SeccompAction::Errno(libc::EPERM as u32),
@@ -99,7 +99,7 @@ pub(super) fn filters(mode: Mode) -> Result<Vec<BpfProgram>, Error> {
         SeccompAction::Allow,
         SeccompAction::Errno(libc::ENOSYS as u32),
     )?;
-    let allow_list = program(rules()?, refusal, SeccompAction::Allow)?;
+    let allow_list = program(rules(own)?, refusal, SeccompAction::Allow)?;
     Ok(vec![hide_clone3, allow_list])
 }
 
@@ -114,8 +114,12 @@ fn program(
 }
 
 /// Every allowed syscall with its conditions; an empty list allows all arguments.
-fn rules() -> Result<BTreeMap<libc::c_long, Vec<SeccompRule>>, Error> {
-    let mut rules: BTreeMap<_, _> = PLAIN.iter().map(|number| (*number, Vec::new())).collect();
+fn rules(own: Syscalls) -> Result<BTreeMap<libc::c_long, Vec<SeccompRule>>, Error> {
+    let mut rules: BTreeMap<_, _> = PLAIN
+        .iter()
+        .chain(own.plain)
+        .map(|number| (*number, Vec::new()))
+        .collect();
     rules.insert(libc::SYS_clone3, Vec::new());
     // A thread, never a process.
     let thread = libc::CLONE_THREAD as u64;
@@ -133,7 +137,11 @@ fn rules() -> Result<BTreeMap<libc::c_long, Vec<SeccompRule>>, Error> {
     let faults = [libc::SIGBUS, libc::SIGSEGV].map(|signal| equal(0, signal as u64));
     let faults: Result<_, Error> = faults.into_iter().collect();
     rules.insert(libc::SYS_rt_sigaction, faults?);
-    let ioctls: Result<_, Error> = IOCTLS.iter().map(|request| equal(1, *request)).collect();
+    let ioctls: Result<_, Error> = IOCTLS
+        .iter()
+        .chain(own.ioctls)
+        .map(|request| equal(1, *request))
+        .collect();
     rules.insert(libc::SYS_ioctl, ioctls?);
     Ok(rules)
 }
@@ -156,7 +164,7 @@ fn rule(argument: u8, operator: SeccompCmpOp, value: u64) -> Result<SeccompRule,
 /// Number of syscalls that get through, with whatever arguments.
 #[cfg(test)]
 pub(super) fn count() -> usize {
-    let rules = rules().expect("the rules are constant");
+    let rules = rules(Syscalls::default()).expect("the rules are constant");
     rules
         .keys()
         .filter(|number| **number != libc::SYS_clone3)

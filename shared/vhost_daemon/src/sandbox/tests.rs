@@ -12,6 +12,7 @@ fn inside<T: Send + 'static>(
     let policy = Policy {
         file_dirs: vec![directory.join("files")],
         socket_dirs: vec![directory.join("sockets")],
+        syscalls: Syscalls::default(),
     };
     for path in policy.file_dirs.iter().chain(&policy.socket_dirs) {
         std::fs::create_dir_all(path).unwrap();

@@ -1,26 +1,27 @@
-//! `iothread` objects: a named thread with an executor of its own.
+//! A named thread with an executor of its own.
 
 use std::io;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use executor::{Config, Executor, Handle};
+use crate::{Config, Executor, Handle};
 use nix::unistd::{SysconfVar, sysconf};
 
-/// A running thread. Users hold it in an `Rc`, so that its count tells whether it is in use.
-pub(crate) struct IoThread {
+/// A running thread; dropping it ends the executor and waits for the thread. Users hold it in an `Rc`, so that its count tells
+/// whether it is in use.
+pub struct IoThread {
     id: String,
     handle: Handle,
     thread: Option<thread::JoinHandle<()>>,
     options: IoThreadOptions,
 }
 
-/// What `object-add` can say of an iothread.
+/// What can be said of an iothread.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct IoThreadOptions {
+pub struct IoThreadOptions {
     /// Longest time to poll before sleeping; zero never polls.
-    pub(crate) poll_max: Duration,
+    pub poll_max: Duration,
 }
 
 impl Default for IoThreadOptions {
@@ -37,7 +38,10 @@ impl Default for IoThreadOptions {
 
 impl IoThread {
     /// Starts the thread; its executor exists when this returns.
-    pub(crate) fn start(id: &str, options: IoThreadOptions) -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// The host's, of the thread or its ring.
+    pub fn start(id: &str, options: IoThreadOptions) -> io::Result<Self> {
         let (sender, receiver) = mpsc::channel();
         // The kernel shows 15 bytes of a thread's name.
         let name: String = id.chars().take(15).collect();
@@ -67,17 +71,17 @@ impl IoThread {
     }
 
     /// The object's id.
-    pub(crate) fn id(&self) -> &str {
+    pub fn id(&self) -> &str {
         &self.id
     }
 
     /// Reaches its executor.
-    pub(crate) fn handle(&self) -> &Handle {
+    pub fn handle(&self) -> &Handle {
         &self.handle
     }
 
     /// How it was made.
-    pub(crate) fn options(&self) -> IoThreadOptions {
+    pub fn options(&self) -> IoThreadOptions {
         self.options
     }
 }
@@ -85,10 +89,9 @@ impl IoThread {
 impl Drop for IoThread {
     fn drop(&mut self) {
         self.handle.stop();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!(iothread = self.id, "the thread panicked");
+        if let Some(thread) = self.thread.take() {
+            // A panic was reported where it happened.
+            let _ = thread.join();
         }
     }
 }
