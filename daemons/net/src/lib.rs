@@ -12,6 +12,7 @@
 //! A queue pair and its [`link::NetQueue`] live on one thread and call each other directly; nothing between them is locked
 //! or queued. Frames go on in the order in which they came, and a ring can always be gone on with at its used index.
 
+pub mod capture;
 pub mod counters;
 pub mod frame;
 pub mod guard;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use executor::sync::Notify;
 
+use crate::capture::Capture;
 use crate::counters::PortCounters;
 use crate::guard::Guard;
 use crate::limit::Limits;
@@ -25,6 +26,8 @@ pub struct PortHooks {
     pub tx_limits: LiveLimits,
     /// What the guest may claim to be; `None`: anything.
     pub guard: Arc<Live<Option<Arc<Guard>>>>,
+    /// Where frames are recorded.
+    pub capture: Capture,
     /// The port notifies it when what [`super::Port::state`] tells has changed.
     pub changed: Arc<Notify>,
 }
@@ -37,6 +40,7 @@ impl PortHooks {
             rx_limits: Arc::default(),
             tx_limits: Arc::default(),
             guard: Arc::default(),
+            capture: Capture::default(),
             changed: Arc::default(),
         }
     }
