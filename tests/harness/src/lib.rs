@@ -9,6 +9,7 @@
 //! - [`fuzz_frontend`]: a front-end that means harm.
 //! - [`nested`]: a machine with a working KVM in software; [`scene`]: a real guest, its VMM and its daemon.
 //! - [`conformance`]: what every driver and format must pass, on the simulated world.
+//! - [`net`]: an in-process virtio-net driver, the network daemon, and its peers.
 //! - [`wire`]: vhost-user messages as bytes.
 
 pub mod conformance;
@@ -16,6 +17,7 @@ pub mod driver;
 pub mod fuzz_frontend;
 pub mod load;
 pub mod nested;
+pub mod net;
 pub mod oracle;
 pub mod peer;
 pub mod process;

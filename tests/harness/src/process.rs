@@ -5,6 +5,7 @@
 //! on its own or a test failed. Programs are found, not assumed: a missing one is an error that
 //! says how to get it.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, OwnedFd};
@@ -31,6 +32,8 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 pub enum Program {
     /// Ours.
     OutboardBlkd,
+    /// Ours, for networks.
+    OutboardNetd,
     /// The peer.
     QemuStorageDaemon,
 }
@@ -43,6 +46,7 @@ impl Program {
     pub fn path(self) -> Result<PathBuf> {
         match self {
             Self::OutboardBlkd => workspace_binary("outboard-blkd"),
+            Self::OutboardNetd => workspace_binary("outboard-netd"),
             Self::QemuStorageDaemon => installed("qemu-storage-daemon", "qemu-utils"),
         }
     }
@@ -92,6 +96,7 @@ pub struct Launch {
     arguments: Vec<String>,
     directory: PathBuf,
     inherited: Option<UnixListener>,
+    prefix: Vec<String>,
 }
 
 impl Launch {
@@ -102,6 +107,7 @@ impl Launch {
             arguments,
             directory: directory.into(),
             inherited: None,
+            prefix: Vec::new(),
         }
     }
 
@@ -109,6 +115,13 @@ impl Launch {
     #[must_use]
     pub fn with_listener(mut self, listener: UnixListener) -> Self {
         self.inherited = Some(listener);
+        self
+    }
+
+    /// Runs it by another program that becomes it, such as `ip netns exec NAME`.
+    #[must_use]
+    pub fn under(mut self, prefix: Vec<String>) -> Self {
+        self.prefix = prefix;
         self
     }
 
@@ -149,7 +162,13 @@ impl Launch {
         let path = self.program.path()?;
         let mut command = match &self.inherited {
             None => {
-                let mut command = Command::new(path);
+                let mut words = self.prefix.iter().map(OsString::from);
+                let program = words.next();
+                let mut command = Command::new(program.as_deref().unwrap_or(path.as_os_str()));
+                command.args(words);
+                if program.is_some() {
+                    command.arg(&path);
+                }
                 command.stdin(Stdio::null());
                 command
             }
@@ -344,7 +363,7 @@ enum Readiness {
 impl Readiness {
     fn watch(program: Program, directory: &Path) -> Result<Self> {
         match program {
-            Program::OutboardBlkd => {
+            Program::OutboardBlkd | Program::OutboardNetd => {
                 let path = directory.join("notify.sock");
                 let _ = fs::remove_file(&path);
                 let socket = UnixDatagram::bind(&path).context("notify socket")?;

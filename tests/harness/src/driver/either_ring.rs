@@ -37,11 +37,10 @@ impl Ring {
 
     /// Lays an empty ring out in `area`, as the negotiated `features` say.
     pub fn new(area: Area, entries: u16, features: u64) -> Self {
-        let event_idx = features & bits::RING_EVENT_IDX != 0;
         if features & bits::RING_PACKED == 0 {
-            Self::Split(SplitRing::new(area, entries, event_idx))
+            Self::Split(SplitRing::new(area, entries, features))
         } else {
-            Self::Packed(PackedRing::new(area, entries, event_idx))
+            Self::Packed(PackedRing::new(area, entries, features))
         }
     }
 
@@ -81,6 +80,15 @@ impl Ring {
         either!(self, ring => ring.pop())
     }
 
+    /// The base from which a back-end's successor goes on: after what was returned. Works without any inflight region, for
+    /// devices that complete in order.
+    pub fn device_base(&self) -> u32 {
+        match self {
+            Self::Split(ring) => u32::from(device_used_idx(ring.parts())),
+            Self::Packed(ring) => ring.device_base(),
+        }
+    }
+
     /// Asks for no completion interrupts.
     pub fn suppress_interrupts(&self) {
         either!(self, ring => ring.suppress_interrupts());
@@ -93,7 +101,7 @@ impl Ring {
 }
 
 /// Where a back-end that was never told begins.
-pub(super) fn first_base(features: u64) -> u32 {
+pub(crate) fn first_base(features: u64) -> u32 {
     if features & bits::RING_PACKED == 0 {
         0
     } else {

@@ -22,6 +22,7 @@ pub mod bits {
     pub const PROTOCOL_FEATURES: u64 = 1 << 30;
     pub const VERSION_1: u64 = 1 << 32;
     pub const RING_PACKED: u64 = 1 << 34;
+    pub const IN_ORDER: u64 = 1 << 35;
 }
 
 /// Every device feature that the driver can use, ring layout apart.

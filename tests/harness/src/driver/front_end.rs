@@ -11,7 +11,7 @@
 //! inflight region then.
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,18 +22,14 @@ use nix::sys::eventfd::EventFd;
 
 use super::backend_channel::BackendChannel;
 use super::either_ring::{base_after_death, first_base};
-use super::features::{BlockConfig, bits};
+use super::features::{BlockConfig, CONFIG_BYTES, bits};
 use super::memory::Region;
-use super::negotiation::{get, get_config, negotiate, open_socket, reply_to};
+use super::negotiation::negotiate;
 use super::ring::device_used_idx;
+use super::session::Session;
 use super::setup::{Guest, build_guest};
 use super::{DataPool, Endpoint, Options, Queue, RingParts};
-use crate::wire::{self, flag, protocol_feature, read_u32, request};
-
-const STATUS_DRIVER: u8 = 1 | 2;
-const STATUS_FEATURES_OK: u8 = 8;
-const STATUS_DRIVER_OK: u8 = 4;
-const RANGES_PER_TABLE: usize = 8;
+use crate::wire::{self, protocol_feature, request};
 
 /// Whether [`FrontEnd::connect_with`] starts the rings at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,10 +52,9 @@ struct Inflight {
 pub struct FrontEnd {
     endpoint: Endpoint,
     options: Options,
-    socket: UnixStream,
+    session: Session,
     offered: u64,
     features: u64,
-    protocol: u64,
     max_queues: u64,
     config: BlockConfig,
     guest: Guest,
@@ -88,8 +83,8 @@ impl FrontEnd {
         options: Options,
         start: Start,
     ) -> Result<(Self, Vec<Queue>)> {
-        let socket = open_socket(&endpoint, options.timeout)?;
-        let greeting = negotiate(&socket, &options)?;
+        let greeting = negotiate(&endpoint, options.timeout, options.protocol)?;
+        let config = read_config(&greeting.session)?;
         let features = greeting.offered & options.features;
         ensure!(
             features & bits::VERSION_1 != 0,
@@ -106,12 +101,11 @@ impl FrontEnd {
         let mut front_end = Self {
             endpoint,
             options,
-            socket,
+            session: greeting.session,
             offered: greeting.offered,
             features,
-            protocol: greeting.protocol,
             max_queues: greeting.max_queues,
-            config: greeting.config,
+            config,
             guest,
             bases,
             inflight: None,
@@ -136,7 +130,7 @@ impl FrontEnd {
 
     /// Protocol features in use.
     pub fn protocol(&self) -> u64 {
-        self.protocol
+        self.session.protocol
     }
 
     /// Answer to `GET_QUEUE_NUM`.
@@ -156,7 +150,7 @@ impl FrontEnd {
 
     /// The connection, for tests that send messages of their own.
     pub fn socket(&self) -> &UnixStream {
-        &self.socket
+        &self.session.socket
     }
 
     /// Most data segments a request may have: the device's limit, the ring's and the options'.
@@ -175,35 +169,22 @@ impl FrontEnd {
     /// # Errors
     /// When the back-end refuses one of them.
     pub fn start(&mut self) -> Result<()> {
-        if self.protocol & protocol_feature::STATUS != 0 {
-            self.set_status(STATUS_DRIVER)?;
-        }
-        if self.protocol & protocol_feature::BACKEND_REQ != 0 {
+        if self.session.has(protocol_feature::BACKEND_REQ) {
             let (channel, theirs) = BackendChannel::open()?;
-            self.set(request::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()])?;
+            self.session
+                .set(request::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()])?;
             self.channel = Some(channel);
         }
-        self.set(request::SET_FEATURES, &self.features.to_le_bytes(), &[])?;
-        if self.protocol & protocol_feature::STATUS != 0 {
-            self.set_status(STATUS_DRIVER | STATUS_FEATURES_OK)?;
-            let status = self.get(request::GET_STATUS)?;
-            ensure!(
-                status & u64::from(STATUS_FEATURES_OK) != 0,
-                "features refused: {status:#x}"
-            );
-        }
+        self.session.accept_features(self.features)?;
         self.send_inflight()?;
         if !self.memory_sent {
-            self.send_memory()?;
+            self.session.send_memory(&self.regions())?;
             self.memory_sent = true;
         }
         for index in 0..self.guest.vrings.len() {
             self.start_ring(index)?;
         }
-        if self.protocol & protocol_feature::STATUS != 0 {
-            self.set_status(STATUS_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK)?;
-        }
-        Ok(())
+        self.session.driver_ok()
     }
 
     /// Sends one ring, to go on at the index known for it, and enables it.
@@ -212,28 +193,8 @@ impl FrontEnd {
     /// When the back-end refuses it.
     pub fn start_ring(&self, index: usize) -> Result<()> {
         let vring = &self.guest.vrings[index];
-        let number = index as u32;
-        let state = |value: u32| [number.to_le_bytes(), value.to_le_bytes()].concat();
-        self.set(
-            request::SET_VRING_NUM,
-            &state(u32::from(vring.entries)),
-            &[],
-        )?;
-        self.set(request::SET_VRING_BASE, &state(self.bases[index]), &[])?;
-        let mut addresses = state(0);
-        for area in [
-            &vring.parts.descriptors,
-            &vring.parts.used,
-            &vring.parts.available,
-        ] {
-            addresses.extend_from_slice(&area.user_addr(0).to_le_bytes());
-        }
-        addresses.extend_from_slice(&0u64.to_le_bytes());
-        self.set(request::SET_VRING_ADDR, &addresses, &[])?;
-        let index_word = u64::from(number).to_le_bytes();
-        self.set(request::SET_VRING_KICK, &index_word, &[vring.kick.as_fd()])?;
-        self.set(request::SET_VRING_CALL, &index_word, &[vring.call.as_fd()])?;
-        self.set(request::SET_VRING_ENABLE, &state(1), &[])
+        self.session.send_ring(index, vring, self.bases[index])?;
+        self.session.enable_ring(index, true)
     }
 
     /// Stops a ring and returns where its successor goes on: the index of the first request that the
@@ -242,19 +203,7 @@ impl FrontEnd {
     /// # Errors
     /// When the reply is missing or malformed.
     pub fn stop_ring(&mut self, index: usize) -> Result<u32> {
-        let body = [(index as u32).to_le_bytes(), [0; 4]].concat();
-        wire::send(&self.socket, (request::GET_VRING_BASE, 0), &body, &[])?;
-        let reply = self.reply_to(request::GET_VRING_BASE)?;
-        ensure!(
-            reply.len() == 8,
-            "GET_VRING_BASE answered with {} bytes",
-            reply.len()
-        );
-        ensure!(
-            read_u32(&reply, 0) == index as u32,
-            "GET_VRING_BASE answered for another ring"
-        );
-        let base = read_u32(&reply, 4);
+        let base = self.session.stop_ring(index)?;
         let packed = self.features & bits::RING_PACKED != 0;
         ensure!(packed || base <= 0xffff, "base {base:#x} of a split ring");
         self.bases[index] = base;
@@ -295,7 +244,7 @@ impl FrontEnd {
     /// # Errors
     /// When it is still open after `limit`.
     pub fn hung_up(&self, limit: Duration) -> Result<()> {
-        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLHUP)];
+        let mut fds = [PollFd::new(self.session.socket.as_fd(), PollFlags::POLLHUP)];
         let ready = poll(&mut fds, PollTimeout::try_from(limit)?)?;
         ensure!(
             ready > 0,
@@ -308,7 +257,7 @@ impl FrontEnd {
     pub fn disconnect(&mut self) {
         self.channel = None;
         // An error means that the back-end closed first, which serves as well.
-        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        let _ = self.session.socket.shutdown(std::net::Shutdown::Both);
     }
 
     /// Connects to the back-end's successor and hands it the device as it stands: same features,
@@ -318,17 +267,15 @@ impl FrontEnd {
     /// When the successor is not there in time, or no longer offers what is in use.
     pub fn reconnect(&mut self) -> Result<()> {
         self.disconnect();
-        let socket = open_socket(&self.endpoint, self.options.timeout)?;
-        let greeting = negotiate(&socket, &self.options)?;
+        let greeting = negotiate(&self.endpoint, self.options.timeout, self.options.protocol)?;
         ensure!(
             greeting.offered & self.features == self.features,
             "features {:#x} are no longer offered",
             self.features & !greeting.offered
         );
-        self.socket = socket;
+        self.session = greeting.session;
+        self.config = read_config(&self.session)?;
         self.memory_sent = false;
-        self.protocol = greeting.protocol;
-        self.config = greeting.config;
         for (base, vring) in self.bases.iter_mut().zip(&self.guest.vrings) {
             *base = base_after_death(&vring.parts, self.features);
         }
@@ -340,14 +287,14 @@ impl FrontEnd {
     /// # Errors
     /// When the back-end refuses, or offers no way to do it.
     pub fn reset_device(&mut self) -> Result<()> {
-        if self.protocol & protocol_feature::RESET_DEVICE != 0 {
-            self.set(request::RESET_DEVICE, &[], &[])?;
+        if self.session.has(protocol_feature::RESET_DEVICE) {
+            self.session.set(request::RESET_DEVICE, &[], &[])?;
         } else {
             ensure!(
-                self.protocol & protocol_feature::STATUS != 0,
+                self.session.has(protocol_feature::STATUS),
                 "no RESET_DEVICE and no STATUS"
             );
-            self.set_status(0)?;
+            self.session.set_status(0)?;
         }
         self.bases.fill(first_base(self.features));
         Ok(())
@@ -358,7 +305,7 @@ impl FrontEnd {
     /// # Errors
     /// When the reply is missing.
     pub fn status(&self) -> Result<u64> {
-        self.get(request::GET_STATUS)
+        self.session.get(request::GET_STATUS)
     }
 
     /// Reads the configuration space again.
@@ -366,7 +313,7 @@ impl FrontEnd {
     /// # Errors
     /// When the back-end does not answer with a whole one.
     pub fn refresh_config(&mut self) -> Result<&BlockConfig> {
-        self.config = get_config(&self.socket)?;
+        self.config = read_config(&self.session)?;
         Ok(&self.config)
     }
 
@@ -379,7 +326,7 @@ impl FrontEnd {
             .map(u32::to_le_bytes)
             .concat();
         body.extend_from_slice(bytes);
-        self.set(request::SET_CONFIG, &body, &[])
+        self.session.set(request::SET_CONFIG, &body, &[])
     }
 
     /// Waits for a config-change message on the back-end channel.
@@ -393,38 +340,12 @@ impl FrontEnd {
             .config_change(limit)
     }
 
-    /// Announces all regions: one `SET_MEM_TABLE`, or one `ADD_MEM_REG` each with memory slots.
-    fn send_memory(&self) -> Result<()> {
-        if self.protocol & protocol_feature::CONFIGURE_MEM_SLOTS != 0 {
-            self.regions()
-                .iter()
-                .try_for_each(|region| self.add_region(region))
-        } else {
-            self.set_memory_table()
-        }
-    }
-
     /// Announces all regions with one `SET_MEM_TABLE`.
     ///
     /// # Errors
     /// When the back-end refuses, or there are more regions than the message holds.
     pub fn set_memory_table(&self) -> Result<()> {
-        self.send_table(&self.regions())
-    }
-
-    fn send_table(&self, regions: &[Arc<Region>]) -> Result<()> {
-        ensure!(
-            regions.len() <= RANGES_PER_TABLE,
-            "{} regions",
-            regions.len()
-        );
-        let mut body = [(regions.len() as u32).to_le_bytes(), [0; 4]].concat();
-        let mut fds: Vec<BorrowedFd<'_>> = Vec::new();
-        for region in regions {
-            body.extend_from_slice(&region.table_entry());
-            fds.push(region.fd());
-        }
-        self.set(request::SET_MEM_TABLE, &body, &fds)
+        self.session.send_table(&self.regions())
     }
 
     /// Replaces the data region at `place` by a new one at the same guest address while the others
@@ -433,28 +354,24 @@ impl FrontEnd {
     /// # Errors
     /// When the back-end refuses, or requests keep the old region in use for too long.
     pub fn replace_region(&self, place: usize) -> Result<()> {
-        let slots = self.protocol & protocol_feature::CONFIGURE_MEM_SLOTS != 0;
+        let slots = self.session.has(protocol_feature::CONFIGURE_MEM_SLOTS);
         let old = self.guest.pool.withdraw(place, self.options.timeout)?;
         if slots {
-            self.set(request::REM_MEM_REG, &region_body(&old), &[])?;
+            self.session.remove_region(&old)?;
         } else {
             self.set_memory_table()?;
         }
         let new = Arc::new(self.options.data_region(place)?);
         if slots {
-            self.add_region(&new)?;
+            self.session.add_region(&new)?;
             self.guest.pool.offer(place, new);
         } else {
             let mut regions = self.regions();
             regions.push(new.clone());
-            self.send_table(&regions)?;
+            self.session.send_table(&regions)?;
             self.guest.pool.offer(place, new);
         }
         Ok(())
-    }
-
-    fn add_region(&self, region: &Region) -> Result<()> {
-        self.set(request::ADD_MEM_REG, &region_body(region), &[region.fd()])
     }
 
     fn regions(&self) -> Vec<Arc<Region>> {
@@ -464,7 +381,7 @@ impl FrontEnd {
     }
 
     fn send_inflight(&mut self) -> Result<()> {
-        if self.protocol & protocol_feature::INFLIGHT_SHMFD == 0 {
+        if !self.session.has(protocol_feature::INFLIGHT_SHMFD) {
             return Ok(());
         }
         let shape = [
@@ -473,8 +390,13 @@ impl FrontEnd {
         ];
         if self.inflight.is_none() {
             let body = inflight_body((0, 0), shape.concat());
-            wire::send(&self.socket, (request::GET_INFLIGHT_FD, 0), &body, &[])?;
-            let reply = wire::receive(&self.socket).context("GET_INFLIGHT_FD")?;
+            wire::send(
+                &self.session.socket,
+                (request::GET_INFLIGHT_FD, 0),
+                &body,
+                &[],
+            )?;
+            let reply = wire::receive(&self.session.socket).context("GET_INFLIGHT_FD")?;
             ensure!(
                 reply.request == request::GET_INFLIGHT_FD,
                 "reply to {}",
@@ -498,42 +420,18 @@ impl FrontEnd {
             .as_ref()
             .context("the region was just fetched")?;
         let body = inflight_body((region.mmap_size, region.mmap_offset), shape.concat());
-        self.set(request::SET_INFLIGHT_FD, &body, &[region.file.as_fd()])
-    }
-
-    fn set_status(&self, status: u8) -> Result<()> {
-        self.set(request::SET_STATUS, &u64::from(status).to_le_bytes(), &[])
-    }
-
-    fn get(&self, number: u32) -> Result<u64> {
-        get(&self.socket, number)
-    }
-
-    fn set(&self, number: u32, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
-        let acknowledged = self.protocol & protocol_feature::REPLY_ACK != 0;
-        let flags = if acknowledged { flag::NEED_REPLY } else { 0 };
-        wire::send(&self.socket, (number, flags), body, fds)
-            .with_context(|| format!("sending request {number}"))?;
-        if acknowledged {
-            let reply = self.reply_to(number)?;
-            ensure!(
-                reply.len() == 8,
-                "request {number} acknowledged with {} bytes",
-                reply.len()
-            );
-            let code = wire::read_u64(&reply, 0);
-            ensure!(code == 0, "request {number} refused with {code}");
-        }
-        Ok(())
-    }
-
-    fn reply_to(&self, number: u32) -> Result<Vec<u8>> {
-        reply_to(&self.socket, number)
+        self.session
+            .set(request::SET_INFLIGHT_FD, &body, &[region.file.as_fd()])
     }
 }
 
-fn region_body(region: &Region) -> Vec<u8> {
-    [&[0; 8], region.table_entry().as_slice()].concat()
+/// The configuration space, which a block device has to have.
+fn read_config(session: &Session) -> Result<BlockConfig> {
+    ensure!(
+        session.has(protocol_feature::CONFIG),
+        "the back-end has no CONFIG"
+    );
+    BlockConfig::decode(&session.config(CONFIG_BYTES)?)
 }
 
 fn inflight_body((size, offset): (u64, u64), shape: Vec<u8>) -> Vec<u8> {

@@ -11,19 +11,20 @@
 //! reconnects. Everything the driver can check without knowing the data it checks by itself; what the
 //! data should be is the [oracle](crate::oracle)'s business.
 
-mod backend_channel;
-mod either_ring;
+pub(crate) mod backend_channel;
+pub(crate) mod either_ring;
 mod endpoint;
 pub mod features;
 mod front_end;
 pub mod memory;
-mod negotiation;
+pub(crate) mod negotiation;
 mod packed_ring;
 mod pool;
 mod queue;
 mod request;
 mod ring;
-mod setup;
+pub(crate) mod session;
+pub(crate) mod setup;
 
 pub use either_ring::Ring;
 pub use endpoint::Endpoint;

@@ -4,11 +4,12 @@
 //! Promises what [`SplitRing`](super::SplitRing) does: a used descriptor that names no outstanding
 //! chain is an error and not a wrong answer.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{Ordering, fence};
 
 use anyhow::{Context, Result, ensure};
 
+use super::features::bits;
 use super::memory::Area;
 use super::ring::{Buffer, DESC_BYTES, F_INDIRECT, F_NEXT, F_WRITE, RingParts};
 
@@ -70,6 +71,11 @@ pub struct PackedRing {
     parts: RingParts,
     entries: u16,
     event_idx: bool,
+    in_order: bool,
+    /// With IN_ORDER: ids of outstanding chains, oldest first.
+    order: VecDeque<u16>,
+    /// With IN_ORDER: chains that the last used descriptor finished, and that were not popped yet.
+    finished: VecDeque<(u16, u32)>,
     free_ids: Vec<u16>,
     /// Descriptors of each outstanding chain, by buffer id.
     chains: HashMap<u16, u16>,
@@ -87,8 +93,8 @@ impl PackedRing {
         usize::from(entries) * DESC_BYTES + 2 * EVENT_BYTES + 64
     }
 
-    /// Lays an empty ring out in `area`.
-    pub fn new(mut area: Area, entries: u16, event_idx: bool) -> Self {
+    /// Lays an empty ring out in `area`, for the negotiated `features`.
+    pub fn new(mut area: Area, entries: u16, features: u64) -> Self {
         let parts = RingParts {
             descriptors: area.carve(usize::from(entries) * DESC_BYTES, 16),
             available: area.carve(EVENT_BYTES, 4),
@@ -97,7 +103,10 @@ impl PackedRing {
         let mut ring = Self {
             parts,
             entries,
-            event_idx,
+            event_idx: features & bits::RING_EVENT_IDX != 0,
+            in_order: features & bits::IN_ORDER != 0,
+            order: VecDeque::new(),
+            finished: VecDeque::new(),
             free_ids: Vec::new(),
             chains: HashMap::new(),
             free: 0,
@@ -122,6 +131,8 @@ impl PackedRing {
         // Ids differ from places, so that a device which confuses them fails.
         self.free_ids = (0..self.entries).collect();
         self.chains.clear();
+        self.order.clear();
+        self.finished.clear();
         self.hidden.clear();
         self.free = self.entries;
         (self.available, self.published, self.used) = (Place::START, Place::START, Place::START);
@@ -175,6 +186,9 @@ impl PackedRing {
         self.available = self.available.advanced(count, self.entries);
         self.free -= count;
         self.chains.insert(id, count);
+        if self.in_order {
+            self.order.push_back(id);
+        }
         Ok(id)
     }
 
@@ -223,13 +237,15 @@ impl PackedRing {
     /// # Errors
     /// When the device's used descriptor is impossible.
     pub fn pop(&mut self) -> Result<Option<(u16, u32)>> {
-        if !self.is_used() {
-            return Ok(None);
+        if let Some(done) = self.finished.pop_front() {
+            return Ok(Some(done));
         }
-        let descriptors = &self.parts.descriptors;
-        let at = descriptors.offset + usize::from(self.used.index) * DESC_BYTES;
-        let written: u32 = descriptors.region.load(at + 8, Ordering::Relaxed);
-        let id: u16 = descriptors.region.load(at + 12, Ordering::Relaxed);
+        let Some((id, written)) = self.used_at(self.used) else {
+            return Ok(None);
+        };
+        if self.in_order {
+            return self.pop_batch(id, written).map(Some);
+        }
         let count = self.chains.remove(&id).with_context(|| {
             format!("used descriptor with buffer id {id}, which is not outstanding")
         })?;
@@ -239,12 +255,62 @@ impl PackedRing {
         Ok(Some((id, written)))
     }
 
-    fn is_used(&self) -> bool {
+    /// One used descriptor may stand for all chains up to the one that it names (virtio 1.2, section 2.8.19).
+    fn pop_batch(&mut self, id: u16, written: u32) -> Result<(u16, u32)> {
+        let place = self.order.iter().position(|&known| known == id);
+        let place = place.with_context(|| {
+            format!("used descriptor with buffer id {id}, which is not outstanding")
+        })?;
+        for known in self.order.drain(..=place) {
+            let count = self.chains.remove(&known).unwrap_or_default();
+            self.used = self.used.advanced(count, self.entries);
+            self.free += count;
+            self.free_ids.push(known);
+            self.finished
+                .push_back((known, if known == id { written } else { 0 }));
+        }
+        self.finished.pop_front().context("a batch has a chain")
+    }
+
+    /// Where the device's next used descriptor goes, as the base of a ring that goes on: found by walking what it has finished.
+    pub fn device_base(&self) -> u32 {
+        let mut place = self.used;
+        let mut order = self.order.iter();
+        // At most as many used descriptors as chains: beyond them lies the lap before.
+        for _ in 0..self.chains.len() {
+            let Some((id, _)) = self.used_at(place) else {
+                break;
+            };
+            let count = if self.in_order {
+                let mut sum = 0;
+                for known in order.by_ref() {
+                    sum += self.chains.get(known).copied().unwrap_or_default();
+                    if *known == id {
+                        break;
+                    }
+                }
+                sum
+            } else {
+                self.chains.get(&id).copied().unwrap_or_default()
+            };
+            place = place.advanced(count, self.entries);
+        }
+        let word = u32::from(place.to_wire());
+        word | word << 16
+    }
+
+    /// Buffer id and written bytes, when the descriptor at `place` is used.
+    fn used_at(&self, place: Place) -> Option<(u16, u32)> {
         let descriptors = &self.parts.descriptors;
-        let at = descriptors.offset + usize::from(self.used.index) * DESC_BYTES;
+        let at = descriptors.offset + usize::from(place.index) * DESC_BYTES;
         let flags: u16 = descriptors.region.load(at + FLAGS_AT, Ordering::Acquire);
         let bit = |bit: u16| flags & bit != 0;
-        bit(AVAILABLE) == self.used.wrap && bit(USED) == self.used.wrap
+        if bit(AVAILABLE) != place.wrap || bit(USED) != place.wrap {
+            return None;
+        }
+        let written: u32 = descriptors.region.load(at + 8, Ordering::Relaxed);
+        let id: u16 = descriptors.region.load(at + 12, Ordering::Relaxed);
+        Some((id, written))
     }
 
     /// Asks for no completion interrupts.
@@ -260,7 +326,7 @@ impl PackedRing {
             EVENT_ENABLE
         });
         fence(Ordering::SeqCst);
-        self.is_used()
+        self.used_at(self.used).is_some()
     }
 
     fn set_event(&self, flags: u16) {

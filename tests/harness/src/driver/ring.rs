@@ -7,11 +7,12 @@
 //! The ring lives in guest memory and outlasts the connection: after the back-end died,
 //! [`device_used_idx`] tells where its successor goes on.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{Ordering, fence};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
+use super::features::bits;
 use super::memory::Area;
 
 pub(super) const DESC_BYTES: usize = 16;
@@ -49,8 +50,14 @@ pub struct SplitRing {
     parts: RingParts,
     entries: u16,
     event_idx: bool,
-    free: Vec<u16>,
+    in_order: bool,
+    /// Descriptors in no chain. Taken at the front and given back at the end, so that with IN_ORDER they are used in ring order.
+    free: VecDeque<u16>,
     chains: HashMap<u16, Vec<u16>>,
+    /// With IN_ORDER: heads of outstanding chains, oldest first.
+    order: VecDeque<u16>,
+    /// With IN_ORDER: chains that the last used entry finished, and that were not popped yet.
+    finished: VecDeque<(u16, u32)>,
     available_idx: u16,
     published_idx: u16,
     used_idx: u16,
@@ -63,8 +70,8 @@ impl SplitRing {
         entries * DESC_BYTES + (6 + 2 * entries) + (6 + 8 * entries) + 64
     }
 
-    /// Lays an empty ring out in `area`.
-    pub fn new(mut area: Area, entries: u16, event_idx: bool) -> Self {
+    /// Lays an empty ring out in `area`, for the negotiated `features`.
+    pub fn new(mut area: Area, entries: u16, features: u64) -> Self {
         let count = usize::from(entries);
         let parts = RingParts {
             descriptors: area.carve(count * DESC_BYTES, 16),
@@ -74,9 +81,12 @@ impl SplitRing {
         let mut ring = Self {
             parts,
             entries,
-            event_idx,
-            free: Vec::new(),
+            event_idx: features & bits::RING_EVENT_IDX != 0,
+            in_order: features & bits::IN_ORDER != 0,
+            free: VecDeque::new(),
             chains: HashMap::new(),
+            order: VecDeque::new(),
+            finished: VecDeque::new(),
             available_idx: 0,
             published_idx: 0,
             used_idx: 0,
@@ -94,8 +104,10 @@ impl SplitRing {
         ] {
             part.write(0, &vec![0; part.bytes]);
         }
-        self.free = (0..self.entries).rev().collect();
+        self.free = (0..self.entries).collect();
         self.chains.clear();
+        self.order.clear();
+        self.finished.clear();
         (self.available_idx, self.published_idx, self.used_idx) = (0, 0, 0);
     }
 
@@ -119,7 +131,7 @@ impl SplitRing {
             !buffers.is_empty() && self.has_room(needed),
             "no room for {needed} descriptors"
         );
-        let taken: Vec<u16> = (0..needed).map_while(|_| self.free.pop()).collect();
+        let taken: Vec<u16> = (0..needed).map_while(|_| self.free.pop_front()).collect();
         let head = taken[0];
         if let Some(table) = indirect {
             ensure!(
@@ -156,6 +168,9 @@ impl SplitRing {
             .write(4 + 2 * slot, &head.to_le_bytes());
         self.available_idx = self.available_idx.wrapping_add(1);
         self.chains.insert(head, taken);
+        if self.in_order {
+            self.order.push_back(head);
+        }
         Ok(head)
     }
 
@@ -186,6 +201,9 @@ impl SplitRing {
     /// # Errors
     /// When the device's used ring is impossible.
     pub fn pop(&mut self) -> Result<Option<(u16, u32)>> {
+        if let Some(done) = self.finished.pop_front() {
+            return Ok(Some(done));
+        }
         let waiting = self.device_used_idx().wrapping_sub(self.used_idx);
         if waiting == 0 {
             return Ok(None);
@@ -201,12 +219,33 @@ impl SplitRing {
         let id: u32 = used.region.load(at, Ordering::Relaxed);
         let written: u32 = used.region.load(at + 4, Ordering::Relaxed);
         let head = u16::try_from(id)?;
+        if self.in_order {
+            return self.pop_batch((head, written), waiting).map(Some);
+        }
         let Some(taken) = self.chains.remove(&head) else {
             bail!("used entry names descriptor {id}, which heads no outstanding chain");
         };
         self.free.extend(taken);
         self.used_idx = self.used_idx.wrapping_add(1);
         Ok(Some((head, written)))
+    }
+
+    /// One used entry may stand for all chains up to the one that it names (virtio 1.2, section 2.7.24).
+    fn pop_batch(&mut self, (head, written): (u16, u32), waiting: u16) -> Result<(u16, u32)> {
+        let place = self.order.iter().position(|&known| known == head);
+        let Some(place) = place.filter(|place| *place < usize::from(waiting)) else {
+            bail!(
+                "used entry names descriptor {head}, which does not head one of the next {waiting} chains"
+            );
+        };
+        for known in self.order.drain(..=place) {
+            self.free
+                .extend(self.chains.remove(&known).unwrap_or_default());
+            let written = if known == head { written } else { 0 };
+            self.finished.push_back((known, written));
+        }
+        self.used_idx = self.used_idx.wrapping_add(place as u16 + 1);
+        self.finished.pop_front().context("a batch has a chain")
     }
 
     /// Asks for no completion interrupts.

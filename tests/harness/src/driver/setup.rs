@@ -187,7 +187,7 @@ pub(crate) fn build_guest(options: &Options, features: u64) -> Result<(Guest, Ve
     ))
 }
 
-fn eventfd() -> Result<Arc<EventFd>> {
+pub(crate) fn eventfd() -> Result<Arc<EventFd>> {
     let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
     Ok(Arc::new(
         EventFd::from_value_and_flags(0, flags).context("eventfd")?,
