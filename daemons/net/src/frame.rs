@@ -190,6 +190,16 @@ impl<'a> Frame<'a> {
         Frame { header, ..self }
     }
 
+    /// The same frame with another head, which may be longer or shorter.
+    pub fn with_head(self, header: VnetHeader, head: &'a [u8]) -> Frame<'a> {
+        Frame {
+            header,
+            head,
+            len: self.len - self.head.len() + head.len(),
+            ..self
+        }
+    }
+
     /// Its length in bytes, from the destination address on, without a frame check sequence.
     #[inline]
     pub fn len(&self) -> usize {
@@ -202,7 +212,7 @@ impl<'a> Frame<'a> {
         self.len == 0
     }
 
-    /// Its first bytes: at least [`HEAD_LEN`] of them, or all. They do not change.
+    /// Its first bytes: at least [`HEAD_LEN`] of them, less a tag that was taken off, or all. They do not change.
     #[inline]
     pub fn head(&self) -> &'a [u8] {
         self.head

@@ -7,6 +7,7 @@ pub mod echo;
 mod interface;
 pub mod null;
 pub mod stream;
+pub mod switch;
 pub mod tap;
 #[cfg(test)]
 mod test_support;
@@ -35,6 +36,8 @@ pub enum NetdevOptions {
     Tap(tap::TapOptions),
     /// A macvtap interface.
     Macvtap(tap::MacvtapOptions),
+    /// Connects ports with each other, and with an uplink.
+    Switch(switch::SwitchOptions),
 }
 
 /// What a back-end may ask of the daemon while it is opened.
@@ -45,6 +48,8 @@ pub struct Context<'a> {
     pub descriptor: &'a dyn Fn(&str) -> anyhow::Result<OwnedFd>,
     /// The `iothread` object of this name; without one, a thread that belongs to the back-end.
     pub thread: &'a dyn Fn(Option<&str>) -> anyhow::Result<Handle>,
+    /// The back-end of this id, opened before.
+    pub netdev: &'a dyn Fn(&str) -> anyhow::Result<Rc<dyn Netdev>>,
     /// Hears on the control thread what happens to the back-end later.
     pub notice: Rc<dyn Fn(Notice)>,
 }
@@ -60,6 +65,7 @@ pub fn open(options: &NetdevOptions, context: &Context<'_>) -> anyhow::Result<Rc
         NetdevOptions::Stream(options) => Rc::new(stream::Stream::open(options, context)?),
         NetdevOptions::Tap(options) => Rc::new(tap::Tap::open(options, context)?),
         NetdevOptions::Macvtap(options) => Rc::new(tap::Tap::open_macvtap(options, context)?),
+        NetdevOptions::Switch(options) => Rc::new(switch::Switch::open(options, context)?),
     })
 }
 

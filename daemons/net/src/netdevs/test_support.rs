@@ -195,6 +195,7 @@ pub(crate) fn open_with(
         id: "n0",
         descriptor: &claim,
         thread: &|_| Ok(Handle::current()),
+        netdev: &|id| anyhow::bail!("no netdev '{id}'"),
         notice: Rc::new(|_| {}),
     };
     super::open(&options, &context)
