@@ -1,21 +1,50 @@
 //! A vhost-user-net port: a guest's network card.
+//!
+//! ```text
+//!   control thread:   Port ── Server ── device::NetDevice ──┬── control::Control (control queue)
+//!                                         core::Core <──────┘      changes: shared::Shared
+//!   thread of pair i: pair::Pair ── tx::Tx (ring 2i+1) ──> NetQueue ──> rx::Rx, a Sink (ring 2i, fifo::Fifo)
+//! ```
+//!
+//! Promises: whatever the guest puts into its rings, it harms only itself: a frame that is none is dropped and counted, a ring
+//! that breaks the rules of virtio is not read again. Frames of a ring are returned in their order, so that a successor of a
+//! killed daemon goes on at the used index. Stopping never waits for the network.
 
+mod control;
+mod core;
+mod device;
+mod features;
+mod fifo;
+mod filter;
 mod hooks;
 mod options;
+mod pair;
+mod rx;
+mod shared;
+mod tx;
 
 use std::rc::Rc;
+use std::sync::Arc;
 
+use anyhow::Context as _;
 use executor::Handle;
-use vhost_daemon::Address;
+use vhost_daemon::{Address, Server};
 
-use crate::netdev::Netdev;
+use crate::netdev::{Attachment, Netdev};
+use core::{Core, ring_count};
+use device::NetDevice;
+use pair::{PairParts, PairRemote};
+use shared::Shared;
 
 pub use hooks::{LiveLimits, PortHooks};
 pub use options::{MAX_PAIRS, MIN_MTU, Offer, PortOptions, PortState, RingReport};
 
 /// A running port. Lives on the control thread.
 pub struct Port {
-    options: PortOptions,
+    core: Rc<Core>,
+    server: Server,
+    /// Serves every pair; kept for as long as they are attached.
+    _netdev: Rc<dyn Netdev>,
 }
 
 impl Port {
@@ -33,37 +62,118 @@ impl Port {
         hooks: PortHooks,
     ) -> anyhow::Result<Port> {
         options.check()?;
-        let _ = (netdev, address, threads, hooks);
-        anyhow::bail!("port '{}' cannot start", options.id)
+        let id = options.id.clone();
+        if let Some(most) = netdev.max_queues() {
+            anyhow::ensure!(
+                options.queues <= most,
+                "port '{id}': queues={} is more than the back-end's {most}",
+                options.queues
+            );
+        }
+        let shared = Arc::new(Shared::new(options.mac, ring_count(&options)));
+        let pairs = attach(&options, &*netdev, &threads, (&shared, &hooks)).await?;
+        let offloads = (netdev.host_offloads(), netdev.guest_offloads());
+        let core = Rc::new(Core::new(options, shared, pairs, offloads, hooks.changed));
+        let device = Rc::new(NetDevice::new(core.clone()));
+        let server = match Server::start(device, address) {
+            Ok(server) => server,
+            Err(error) => {
+                detach(core).await;
+                return Err(error).with_context(|| format!("port '{id}': cannot use its socket"));
+            }
+        };
+        core.announce_changes_to(server.config_changed());
+        Ok(Port {
+            core,
+            server,
+            _netdev: netdev,
+        })
     }
 
-    /// Plugs the cable in or out; the guest is told.
-    pub fn set_link(&self, _up: bool) {}
+    /// Plugs the cable in or out; the guest is told. While it is out, what the guest sends is dropped and it receives nothing.
+    pub async fn set_link(&self, up: bool) {
+        self.core.set_link(up);
+        self.core.refresh_pairs().await;
+    }
 
-    /// Tells the guest another MTU.
+    /// Tells the guest another MTU, in bytes. A guest that started without one learns it when it starts again.
     ///
     /// # Errors
-    /// When it is out of range, or the port started without one.
+    /// When it is out of range.
     pub fn set_mtu(&self, mtu: u16) -> anyhow::Result<()> {
-        options::check_mtu(&self.options.id, Some(mtu))
+        options::check_mtu(&self.core.options.id, Some(mtu))?;
+        self.core.set_mtu(mtu);
+        Ok(())
     }
 
     /// Makes the network learn anew where the guest is.
-    pub fn announce(&self) {}
+    pub fn announce(&self) {
+        self.core.announce();
+    }
 
     /// The port as it is now.
     pub fn state(&self) -> PortState {
-        PortState {
-            connected: false,
-            features: 0,
-            pairs: 0,
-            link: false,
-            mac: self.options.mac,
-            mtu: self.options.mtu,
-            rings: Vec::new(),
-        }
+        self.core.state(self.server.connected())
     }
 
     /// Ends the front-end's session and closes the queues.
-    pub async fn stop(self) {}
+    pub async fn stop(self) {
+        self.server.stop().await;
+        detach(self.core).await;
+    }
+}
+
+/// Makes the pairs of a port; all or none.
+async fn attach(
+    options: &PortOptions,
+    netdev: &dyn Netdev,
+    threads: &[Handle],
+    (shared, hooks): (&Arc<Shared>, &PortHooks),
+) -> anyhow::Result<Vec<PairRemote>> {
+    let attachment = Attachment {
+        port: options.id.clone(),
+        mac: options.mac,
+        queues: options.queues,
+        vlan: options.vlan.clone(),
+        isolated: options.isolated,
+    };
+    let port: Arc<str> = options.id.as_str().into();
+    let mut pairs = Vec::new();
+    for index in 0..options.queues {
+        let thread = netdev.thread().unwrap_or_else(|| match threads.len() {
+            0 => Handle::current(),
+            count => threads[usize::from(index) % count].clone(),
+        });
+        let started = match netdev.attach(&attachment, index) {
+            Ok(open) => {
+                let parts = PairParts {
+                    port: port.clone(),
+                    index,
+                    shared: shared.clone(),
+                    hooks: hooks.clone(),
+                    open,
+                };
+                PairRemote::start(thread, parts).await
+            }
+            Err(error) => Err(error),
+        };
+        match started {
+            Ok(pair) => pairs.push(pair),
+            Err(error) => {
+                for pair in &pairs {
+                    PairRemote::stop(pair).await;
+                }
+                let place = format!("port '{port}': cannot open queue {index} of its back-end");
+                return Err(error).context(place);
+            }
+        }
+    }
+    Ok(pairs)
+}
+
+/// Ends the pairs of a port.
+async fn detach(core: Rc<Core>) {
+    for pair in &core.pairs {
+        pair.stop().await;
+    }
 }

@@ -169,15 +169,22 @@ impl<H: Handler> Poller for Worker<H> {
 pub struct RequestQueue<H: Handler> {
     worker: Rc<Worker<H>>,
     poller: Cell<Option<PollerRegistration>>,
+    was_used: bool,
 }
 
 impl<H: Handler> RequestQueue<H> {
+    /// Whether a driver had requests served from the ring before it started here.
+    pub fn was_used(&self) -> bool {
+        self.was_used
+    }
+
     /// Starts serving the ring of `setup` on the current executor.
     ///
     /// # Errors
     /// [`QueueError`]
     pub fn start(handler: H, setup: &QueueSetup) -> Result<Rc<Self>, QueueError> {
         let (served, resubmit) = ServedRing::open(setup, RingOrigin::Base)?;
+        let was_used = served.ring().borrow().was_used();
         let chains = (0..BATCH).map(|_| served.chain()).collect();
         let queue = Queue {
             served,
@@ -194,6 +201,7 @@ impl<H: Handler> RequestQueue<H> {
         Ok(Rc::new(RequestQueue {
             worker: worker.clone(),
             poller: Cell::new(Some(register_poller(worker))),
+            was_used,
         }))
     }
 }

@@ -176,6 +176,15 @@ impl Ring {
         either!(self, ring => ring.base())
     }
 
+    /// Whether requests of the ring were returned already, as far as it can tell: it is gone on with elsewhere than where rings
+    /// begin.
+    pub fn was_used(&self) -> bool {
+        match self {
+            Ring::Split(ring) => ring.base() != 0,
+            Ring::Packed(ring) => !ring.is_at_start(),
+        }
+    }
+
     /// Requests fetched and not yet returned.
     #[inline]
     pub fn in_flight(&self) -> u16 {

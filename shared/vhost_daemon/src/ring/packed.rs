@@ -233,6 +233,11 @@ impl PackedRing {
         half(self.next_avail) | half(self.next_used) << 16
     }
 
+    /// Whether the next descriptor to fetch is the first one of the first lap.
+    pub fn is_at_start(&self) -> bool {
+        self.next_avail == Position::START
+    }
+
     /// Requests fetched and not yet returned.
     #[inline]
     pub fn in_flight(&self) -> u16 {

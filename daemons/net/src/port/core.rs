@@ -1,0 +1,251 @@
+//! What the vhost-user device, its control queue and the port's owner share on the control thread.
+
+use std::cell::{Cell, OnceCell, RefCell};
+use std::sync::Arc;
+
+use executor::sync::{Mutex, Notify};
+use virtio_bindings::virtio_net as net;
+
+use super::features::{self, Config, guest_offload_bits, has};
+use super::filter::{Filter, Vlans};
+use super::options::{PortOptions, PortState, RingReport};
+use super::pair::PairRemote;
+use super::shared::{Shared, Used};
+use crate::frame::MacAddress;
+use crate::link::Offloads;
+
+/// Length of a RARP frame without padding: Ethernet header and packet.
+const RARP_LEN: usize = 14 + 28;
+/// Shortest Ethernet frame without its check sequence.
+const MIN_FRAME: usize = 60;
+
+/// A port's state.
+pub(super) struct Core {
+    pub(super) options: PortOptions,
+    pub(super) shared: Arc<Shared>,
+    pub(super) pairs: Vec<PairRemote>,
+    host_offloads: Offloads,
+    guest_offloads: Offloads,
+    acked: Cell<u64>,
+    mtu: Cell<Option<u16>>,
+    /// The guest is asked to announce itself.
+    pub(super) announcing: Cell<bool>,
+    /// Whose turn it is to execute a command.
+    pub(super) commands: Mutex<()>,
+    /// Sizes of the rings that run, by index.
+    rings: RefCell<Vec<Option<u16>>>,
+    /// Notified when the configuration space changes.
+    changed: OnceCell<Arc<Notify>>,
+    /// Notified when [`Core::state`] has changed.
+    state_changed: Arc<Notify>,
+}
+
+impl Core {
+    /// Of a port with these pairs, on a back-end with these offloads.
+    pub(super) fn new(
+        options: PortOptions,
+        shared: Arc<Shared>,
+        pairs: Vec<PairRemote>,
+        (host_offloads, guest_offloads): (Offloads, Offloads),
+        state_changed: Arc<Notify>,
+    ) -> Core {
+        let rings = RefCell::new(vec![None; usize::from(ring_count(&options))]);
+        Core {
+            shared,
+            pairs,
+            host_offloads,
+            guest_offloads,
+            acked: Cell::new(0),
+            mtu: Cell::new(options.mtu),
+            announcing: Cell::new(false),
+            commands: Mutex::new(()),
+            rings,
+            changed: OnceCell::new(),
+            state_changed,
+            options,
+        }
+    }
+
+    /// Tells where to notify of changes of the configuration space.
+    pub(super) fn announce_changes_to(&self, changed: Arc<Notify>) {
+        // Set once, by whoever starts the port.
+        let _ = self.changed.set(changed);
+    }
+
+    fn config_changed(&self) {
+        if let Some(changed) = self.changed.get() {
+            changed.notify_all();
+        }
+    }
+
+    /// Features offered.
+    pub(super) fn offered(&self) -> u64 {
+        let mtu = self.mtu.get().is_some();
+        features::offered(&self.options, mtu, self.host_offloads, self.guest_offloads)
+    }
+
+    /// Features acknowledged.
+    pub(super) fn features(&self) -> u64 {
+        self.acked.get()
+    }
+
+    /// Queue pairs of the port.
+    pub(super) fn pair_count(&self) -> u16 {
+        self.options.queues
+    }
+
+    /// Index of the control queue.
+    pub(super) fn control_ring(&self) -> u16 {
+        2 * self.options.queues
+    }
+
+    /// Starts over with a driver that acknowledged `features`.
+    pub(super) fn begin(&self, features: u64) {
+        self.acked.set(features);
+        self.announcing.set(false);
+        self.shared.set_used(Used::Enabled);
+        self.shared.set_guest_offloads(guest_offload_bits(features));
+        self.shared.filter.set(Filter::open(self.options.mac));
+        self.tell_change();
+    }
+
+    /// Tells that the state has changed.
+    pub(super) fn tell_change(&self) {
+        self.state_changed.notify_all();
+    }
+
+    /// Ring `index` runs with so many descriptors, or no more.
+    pub(super) fn note_ring(&self, index: u16, size: Option<u16>) {
+        if let Some(ring) = self.rings.borrow_mut().get_mut(usize::from(index)) {
+            *ring = size;
+        }
+        self.tell_change();
+    }
+
+    /// The control queue runs. With a driver that used it before (`known` is false) it is not known what it said; everything
+    /// passes then, and the pairs are those with something in their rings.
+    pub(super) fn begin_control(&self, known: bool) {
+        let multiqueue = has(self.features(), net::VIRTIO_NET_F_MQ);
+        let used = match (multiqueue, known) {
+            (false, _) => Used::Enabled,
+            (true, true) => Used::First(1),
+            (true, false) => Used::Filled,
+        };
+        self.shared.set_used(used);
+        if known && has(self.features(), net::VIRTIO_NET_F_CTRL_VLAN) {
+            let mut filter = self.shared.filter.get();
+            filter.vlans = Some(Vlans::none());
+            self.shared.filter.set(filter);
+        }
+    }
+
+    /// Lets every pair look at what is shared.
+    pub(super) async fn refresh_pairs(&self) {
+        for pair in &self.pairs {
+            pair.refresh().await;
+        }
+    }
+
+    /// The guest's address, as the port has it or the guest set it.
+    fn mac(&self) -> MacAddress {
+        self.shared.filter.get().mac
+    }
+
+    /// The configuration space.
+    pub(super) fn config(&self) -> Vec<u8> {
+        let config = Config {
+            mac: self.options.mac,
+            link: self.shared.link(),
+            announce: self.announcing.get(),
+            pairs: self.options.queues,
+            mtu: self.mtu.get().unwrap_or(0),
+        };
+        config.encode()
+    }
+
+    pub(super) fn set_link(&self, up: bool) {
+        if self.shared.link() != up {
+            self.shared.set_link(up);
+            self.config_changed();
+            self.tell_change();
+        }
+    }
+
+    pub(super) fn set_mtu(&self, mtu: u16) {
+        if self.mtu.replace(Some(mtu)) != Some(mtu) {
+            self.config_changed();
+            self.tell_change();
+        }
+    }
+
+    /// Makes the network learn anew where the guest is: the guest announces itself where it can, else the daemon speaks for it.
+    pub(super) fn announce(&self) {
+        let control = usize::from(self.control_ring());
+        let runs = self.rings.borrow().get(control).copied().flatten();
+        if runs.is_some() && has(self.features(), net::VIRTIO_NET_F_GUEST_ANNOUNCE) {
+            self.announcing.set(true);
+            self.config_changed();
+        } else {
+            self.send_rarp(self.mac());
+        }
+    }
+
+    /// Broadcasts that `mac` is here.
+    pub(super) fn send_rarp(&self, mac: MacAddress) {
+        if let Some(pair) = self.pairs.first() {
+            pair.send(rarp(mac));
+        }
+    }
+
+    /// As it is now, but for the connection.
+    pub(super) fn state(&self, connected: bool) -> PortState {
+        let rings = self.rings.borrow();
+        let running = rings.iter().zip(0u16..).filter_map(|(size, index)| {
+            size.map(|size| RingReport {
+                index,
+                size,
+                broken: self.shared.is_broken(index),
+            })
+        });
+        let rings: Vec<RingReport> = running.collect();
+        let enabled = (0..self.options.queues).filter(|pair| {
+            let of_pair = |ring: &RingReport| ring.index / 2 == *pair;
+            rings.iter().any(of_pair)
+        });
+        let enabled = enabled.count() as u16;
+        PortState {
+            connected,
+            features: self.features(),
+            pairs: match self.shared.used() {
+                Used::First(pairs) => enabled.min(pairs),
+                Used::Enabled | Used::Filled => enabled,
+            },
+            link: self.shared.link(),
+            mac: self.mac(),
+            mtu: self.mtu.get(),
+            rings,
+        }
+    }
+}
+
+/// Rings of a port.
+pub(super) fn ring_count(options: &PortOptions) -> u16 {
+    2 * options.queues + u16::from(options.offer.ctrl_vq)
+}
+
+/// A reverse ARP request of `mac` for itself, which tells every switch where it is (RFC 903).
+fn rarp(mac: MacAddress) -> Vec<u8> {
+    let mut frame = Vec::with_capacity(MIN_FRAME);
+    frame.extend(MacAddress::BROADCAST.0);
+    frame.extend(mac.0);
+    frame.extend([0x80, 0x35]);
+    // Ethernet, IPv4, address lengths, reverse request.
+    frame.extend([0, 1, 8, 0, 6, 4, 0, 3]);
+    for _ in ["sender", "target"] {
+        frame.extend(mac.0);
+        frame.extend([0; 4]);
+    }
+    debug_assert_eq!(frame.len(), RARP_LEN);
+    frame.resize(MIN_FRAME, 0);
+    frame
+}

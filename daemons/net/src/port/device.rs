@@ -1,0 +1,121 @@
+//! The port as the vhost-user session sees it.
+
+use std::rc::Rc;
+
+use executor::sync::Mutex;
+use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
+use vhost_daemon::queue::{QueueChange, RequestQueue};
+use vhost_daemon::session::{NET_PROTOCOL_FEATURES, PROTOCOL_FEATURES};
+use vhost_daemon::{Device, DeviceError, QueueError, QueueRemote, QueueSetup, RunningQueue};
+
+use super::control::Control;
+use super::core::{Core, ring_count};
+use super::options::MIN_MTU;
+use crate::frame::MacAddress;
+
+/// The device behind a port.
+pub(super) struct NetDevice {
+    core: Rc<Core>,
+    /// Locked while a queue starts, changes or stops, so that these never mix.
+    queues: Vec<Mutex<Option<QueueRemote>>>,
+}
+
+impl NetDevice {
+    pub(super) fn new(core: Rc<Core>) -> NetDevice {
+        let rings = ring_count(&core.options);
+        NetDevice {
+            queues: (0..rings).map(|_| Mutex::new(None)).collect(),
+            core,
+        }
+    }
+
+    /// Starts the control queue here.
+    async fn start_control(&self, setup: &QueueSetup) -> Result<QueueRemote, QueueError> {
+        let running = RequestQueue::start(Control::new(self.core.clone()), setup)?;
+        self.core.begin_control(!running.was_used());
+        self.core.refresh_pairs().await;
+        Ok(QueueRemote::here(running as Rc<dyn RunningQueue>))
+    }
+}
+
+impl Device for NetDevice {
+    fn name(&self) -> &str {
+        &self.core.options.id
+    }
+
+    fn features(&self) -> u64 {
+        self.core.offered()
+    }
+
+    /// Not the inflight region: frames are returned in order, so the used index says where to go on.
+    fn protocol_features(&self) -> u64 {
+        (PROTOCOL_FEATURES | NET_PROTOCOL_FEATURES) & !Protocol::INFLIGHT_SHMFD.bits()
+    }
+
+    fn set_features(&self, acked: u64) {
+        self.core.begin(acked);
+    }
+
+    fn queue_count(&self) -> u16 {
+        ring_count(&self.core.options)
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        self.core.options.queue_size_max
+    }
+
+    fn config(&self) -> Vec<u8> {
+        self.core.config()
+    }
+
+    fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), DeviceError> {
+        Err(DeviceError::ReadOnlyConfig {
+            offset: u64::from(offset),
+            end: u64::from(offset) + data.len() as u64,
+        })
+    }
+
+    fn set_mtu(&self, mtu: u16) -> Result<(), DeviceError> {
+        if mtu < MIN_MTU {
+            return Err(DeviceError::InvalidValue("the MTU"));
+        }
+        self.core.set_mtu(mtu);
+        Ok(())
+    }
+
+    fn send_rarp(&self, address: [u8; 6]) -> Result<(), DeviceError> {
+        self.core.send_rarp(MacAddress(address));
+        Ok(())
+    }
+
+    async fn start_queue(&self, setup: QueueSetup) -> Result<(), QueueError> {
+        let (index, size) = (setup.index, setup.size);
+        let mut queue = self.queues[usize::from(index)].lock().await;
+        let remote = match self.core.pairs.get(usize::from(index / 2)) {
+            Some(pair) => pair.start_ring(setup).await?,
+            None => self.start_control(&setup).await?,
+        };
+        *queue = Some(remote);
+        self.core.note_ring(index, Some(size));
+        Ok(())
+    }
+
+    async fn change_queue(&self, index: u16, change: QueueChange) {
+        if let Some(queue) = &*self.queues[usize::from(index)].lock().await {
+            queue.change(change).await;
+        }
+    }
+
+    async fn stop_queue(&self, index: u16) -> u32 {
+        let queue = self.queues[usize::from(index)].lock().await.take();
+        self.core.note_ring(index, None);
+        match queue {
+            Some(queue) => queue.stop().await.map_or(0, |stopped| stopped.base),
+            None => 0,
+        }
+    }
+
+    fn reset(&self) {
+        self.core.begin(0);
+    }
+}
