@@ -9,6 +9,7 @@ use crate::amend::{self, AmendRequest};
 use crate::check::Purpose;
 use crate::driver::BoxFuture;
 use crate::error::{Error, ErrorKind, Result};
+use crate::events::NodeEvents;
 use crate::node::Node;
 use crate::open::{
     Definition, DriverEntry, FILE_PROTOCOL, Inherited, OpenRequest, Options, PROBE_BYTES, Place,
@@ -50,6 +51,7 @@ pub struct Graph {
     formats: Formats,
     redo_dir: Option<PathBuf>,
     secrets: Secrets,
+    events: Option<Arc<dyn NodeEvents>>,
     /// In order of insertion.
     entries: RefCell<Vec<Entry>>,
     generated: Cell<u64>,
@@ -64,6 +66,7 @@ impl Graph {
             formats: Formats::Named,
             redo_dir: None,
             secrets: Secrets::default(),
+            events: None,
             entries: RefCell::default(),
             generated: Cell::new(0),
         }
@@ -74,6 +77,14 @@ impl Graph {
     pub fn with_redo_dir(self, directory: PathBuf) -> Graph {
         Graph {
             redo_dir: Some(directory),
+            ..self
+        }
+    }
+    /// Lets `events` hear what nodes report.
+    #[must_use]
+    pub fn with_events(self, events: Arc<dyn NodeEvents>) -> Graph {
+        Graph {
+            events: Some(events),
             ..self
         }
     }
@@ -223,6 +234,10 @@ impl Graph {
 
     pub(crate) fn policy(&self) -> Ref<'_, NamePolicy> {
         self.policy.borrow()
+    }
+
+    pub(crate) fn events(&self) -> Option<Arc<dyn NodeEvents>> {
+        self.events.clone()
     }
 
     pub(crate) fn probes(&self) -> bool {

@@ -24,6 +24,7 @@ pub mod driver;
 pub mod edge;
 pub mod epoch;
 pub mod error;
+pub mod events;
 pub mod format;
 pub mod format_node;
 pub mod graph;

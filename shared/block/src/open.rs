@@ -18,6 +18,7 @@ use crate::create::Creator;
 use crate::driver::{BoxFuture, Driver};
 use crate::edge::{Edge, EdgeSpec};
 use crate::error::{Error, ErrorKind, Result};
+use crate::events::Reporter;
 use crate::graph::Graph;
 use crate::node::{Node, NodeOptions};
 use crate::redo_log::RedoLog;
@@ -124,6 +125,10 @@ impl OpenRequest<'_> {
     /// What the node is opened for.
     pub fn purpose(&self) -> Purpose {
         self.place.purpose
+    }
+    /// How the node reports events.
+    pub fn reporter(&self) -> Reporter {
+        Reporter::new(&self.node.node_name, self.graph.events())
     }
     /// Lets the driver fall back to read-only (`auto-read-only`).
     pub fn set_read_only(&mut self) {

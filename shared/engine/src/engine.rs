@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use block::Graph;
 use block::graph::NamePolicy;
@@ -16,6 +17,7 @@ use crate::catalogue;
 use crate::commands::{self, Handler};
 use crate::error::from_block;
 use crate::exports::Exports;
+use crate::node_events::{Reported, emit_reported};
 use executor::IoThread;
 
 /// How an engine is set up.
@@ -47,13 +49,15 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// An engine with no node, export or iothread.
+    /// An engine with no node, export or iothread, on the current thread's executor.
     pub fn new(options: EngineOptions) -> Rc<Self> {
-        let mut graph = Graph::new(&catalogue::drivers(), options.name_policy);
+        let reported = Arc::<Reported>::default();
+        let graph = Graph::new(&catalogue::drivers(), options.name_policy);
+        let mut graph = graph.with_events(reported.clone());
         if let Some(redo_dir) = options.redo_dir {
             graph = graph.with_redo_dir(redo_dir);
         }
-        Rc::new(Self {
+        let engine = Rc::new(Self {
             graph,
             exports: Exports::default(),
             iothreads: RefCell::default(),
@@ -63,7 +67,12 @@ impl Engine {
             command: Mutex::new(()),
             sinks: EventSinks::default(),
             quit: Latch::new(),
-        })
+        });
+        drop(executor::spawn(emit_reported(
+            Rc::downgrade(&engine),
+            reported,
+        )));
+        engine
     }
 
     /// The commands it knows.

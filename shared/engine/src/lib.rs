@@ -21,6 +21,7 @@ pub mod commands;
 mod engine;
 mod error;
 mod exports;
+mod node_events;
 mod nodes;
 mod objects;
 pub mod secret;

@@ -128,7 +128,7 @@ fn a_refused_export_leaves_nothing_behind() {
 
 #[test]
 fn descriptors_are_found_by_name_and_number_and_only_when_handed_over() {
-    let engine = engine();
+    let engine = on_executor(async { engine() });
     for (name, expected) in [
         ("named", "Cannot use file descriptor 'named'"),
         ("9998", "Cannot use file descriptor '9998'"),

@@ -113,6 +113,11 @@ impl QmpClient {
         }
     }
 
+    /// The events that came and nobody waited for.
+    pub fn events(&self) -> impl Iterator<Item = &Value> {
+        self.events.iter()
+    }
+
     fn receive(&mut self) -> Result<Value> {
         let mut line = String::new();
         if self

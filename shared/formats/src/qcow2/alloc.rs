@@ -24,6 +24,8 @@ use super::tables::{
     REFCOUNT_BLOCK_MASK,
 };
 use super::{Qcow2, SECTOR, State, header, refcount};
+use block::ByteRange;
+use block::events::Corruption;
 use executor::Errno;
 use executor::sync::MutexGuard;
 use std::sync::atomic::Ordering::AcqRel;
@@ -109,7 +111,7 @@ pub(super) enum Need {
     /// Nothing helps.
     Fail(Errno),
     /// The image is found corrupt.
-    Corrupt(String),
+    Corrupt(Corruption),
 }
 
 /// Holds [`Qcow2::structure`].
@@ -158,7 +160,7 @@ impl Qcow2 {
             }
             Need::Block(cluster) => self.create_refcount_block(structure, cluster).await,
             Need::Fail(errno) => Err(errno),
-            Need::Corrupt(what) => Err(self.corruption(what).await),
+            Need::Corrupt(found) => Err(self.corruption_found(found).await),
         }
     }
 
@@ -181,9 +183,7 @@ impl Qcow2 {
             None => (self.find_at_end(state, want)?, Storage::Anything),
         };
         if let Some(what) = state.metadata.overlap(run) {
-            return Err(Need::Corrupt(format!(
-                "Preventing invalid write on metadata (overlaps with {what})"
-            )));
+            return Err(Need::Corrupt(self.overlapping(run, what)));
         }
         self.set_refcounts(run, 1)?;
         if run.first.0 == state.allocator.scan {
@@ -350,9 +350,18 @@ impl Qcow2 {
         match overlap {
             None => Ok(()),
             Some(what) => {
-                let what = format!("Preventing invalid write on metadata (overlaps with {what})");
-                Err(self.corruption(what).await)
+                let found = self.overlapping(run, what);
+                Err(self.corruption_found(found).await)
             }
+        }
+    }
+
+    /// New clusters lie where there is metadata already.
+    fn overlapping(&self, run: ClusterRun, what: &str) -> Corruption {
+        let bits = self.geometry.cluster_bits;
+        Corruption {
+            message: format!("Preventing invalid write on metadata (overlaps with {what})"),
+            range: Some(ByteRange::new(run.first.0 << bits, run.count << bits)),
         }
     }
 

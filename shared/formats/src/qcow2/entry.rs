@@ -63,6 +63,7 @@ pub(super) struct Parts {
 fn take_options(request: &mut OpenRequest<'_>) -> Result<OpenOptions, Error> {
     let mut options = OpenOptions {
         read_only: request.node().read_only,
+        reporter: request.reporter(),
         ..OpenOptions::default()
     };
     options.caches = CacheOptions {

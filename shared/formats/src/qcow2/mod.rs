@@ -70,6 +70,7 @@ pub use reclaim::DiscardPolicy;
 use alloc::Allocator;
 use bitmaps::Bitmaps;
 use block::Edge;
+use block::events::{Corruption, Reporter};
 use block::redo_log::RedoLog;
 use cache::{Claim, Pinned, TableCache};
 use cluster::PairSequence;
@@ -142,6 +143,7 @@ pub struct Qcow2 {
     bitmaps: Bitmaps,
     /// The snapshot that this image shows, when it is a view of one.
     shows: Option<Arc<()>>,
+    reporter: Reporter,
 }
 
 /// Everything that changes with the metadata.
@@ -255,6 +257,12 @@ impl Qcow2 {
 
     /// Metadata makes no sense: says so, stops all writing for good, and answers with `EIO`.
     async fn corruption(&self, what: impl Display) -> Errno {
+        self.corruption_found(what.to_string().into()).await
+    }
+
+    /// [`Qcow2::corruption`], found by a write that would have hit metadata.
+    async fn corruption_found(&self, found: Corruption) -> Errno {
+        let what = &found.message;
         let node = self.file.node().name();
         let known = self.health.corrupt.swap(true, Relaxed);
         match (known, self.writable) {
@@ -269,6 +277,9 @@ impl Qcow2 {
                 "qcow2: Image is corrupt: {what}; further non-fatal corruption events will be \
                  suppressed"
             ),
+        }
+        if !known {
+            self.reporter.image_corrupted(found, self.writable);
         }
         self.keep_writes_from_place(CORRUPT);
         if self.writable && !known && self.header.version >= 3 {

@@ -19,6 +19,7 @@ use super::tables::{
     Geometry, HostCluster, HostOffset, MAX_HOST_OFFSET, OFFSET_MASK, REFCOUNT_BLOCK_MASK,
 };
 use super::{Qcow2, RefcountTable, State, read_bytes};
+use block::events::Reporter;
 use block::redo_log::RedoLog;
 use block::{CheckOptions, Edge, Error, ErrorKind, Repair};
 use executor::sync::{Mutex as AsyncMutex, RangeLock};
@@ -49,6 +50,8 @@ pub struct OpenOptions {
     pub overlap_checks: OverlapChecks,
     /// What an encrypted image is read and written with.
     pub crypto: Option<Arc<Crypto>>,
+    /// Who is told that the image is corrupt.
+    pub reporter: Reporter,
 }
 
 impl Default for OpenOptions {
@@ -61,6 +64,7 @@ impl Default for OpenOptions {
             data_file: None,
             overlap_checks: OverlapChecks::default(),
             crypto: None,
+            reporter: Reporter::default(),
         }
     }
 }
@@ -184,6 +188,7 @@ impl Qcow2 {
             log: options.log,
             bitmaps: Bitmaps::default(),
             shows: None,
+            reporter: options.reporter,
             crypto: options.crypto,
         };
         if image.writable {

@@ -207,9 +207,9 @@ impl Qcow2 {
             let refcount = self.refcount(&state, first)?;
             let Some(value) = refcount.checked_sub(1) else {
                 let offset = self.geometry.host_offset(first).0;
-                let what = format!("cluster at {offset:#x} was in use but not counted");
+                let message = format!("cluster at {offset:#x} was in use but not counted");
                 state.reclaimable.pop_front();
-                return Err(Need::Corrupt(what));
+                return Err(Need::Corrupt(message.into()));
             };
             let one = ClusterRun { first, count: 1 };
             self.set_refcounts(one, value)?;

@@ -5,6 +5,7 @@
 
 mod blkio;
 mod clear;
+mod corrupt;
 mod device;
 mod exports;
 mod guests;

@@ -225,6 +225,7 @@ impl Qcow2 {
                 ..CacheOptions::default()
             },
             crypto: self.crypto.clone(),
+            reporter: self.reporter.clone(),
             ..OpenOptions::default()
         };
         let mut view = Self::open_parsed(file, backing.transpose()?, header, options).await?;

@@ -1,0 +1,78 @@
+//! What happens in nodes and is told to whoever runs the process.
+//!
+//! ```text
+//!   driver, on any thread ─ Reporter (its node's name) ─► NodeEvents of the graph ─► monitors
+//! ```
+//!
+//! Owns: the events and the seam. The graph hands each driver a [`Reporter`] when it is opened.
+//! Promises: reporting neither waits nor fails; without a listener nothing happens. Must not know:
+//! QMP.
+
+use crate::driver::ByteRange;
+use std::sync::Arc;
+
+/// An image makes no sense.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageCorrupted {
+    /// The node of the image.
+    pub node_name: String,
+    /// What is wrong, for a human.
+    pub message: String,
+    /// Bytes of the image file that a write was kept from, when that is what revealed it.
+    pub range: Option<ByteRange>,
+    /// The image takes no more writes; else the one request failed.
+    pub fatal: bool,
+}
+
+/// Hears of events; called on any thread, queue threads included. Must not block.
+pub trait NodeEvents: Send + Sync {
+    /// An image was found to be corrupt. Once per image and severity.
+    fn image_corrupted(&self, event: ImageCorrupted);
+}
+
+/// One node's way to report.
+#[derive(Clone, Default)]
+pub struct Reporter {
+    node_name: String,
+    events: Option<Arc<dyn NodeEvents>>,
+}
+
+/// A finding of corruption.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Corruption {
+    /// What is wrong, for a human.
+    pub message: String,
+    /// See [`ImageCorrupted::range`].
+    pub range: Option<ByteRange>,
+}
+
+impl<T: Into<String>> From<T> for Corruption {
+    fn from(message: T) -> Self {
+        Self {
+            message: message.into(),
+            range: None,
+        }
+    }
+}
+
+impl Reporter {
+    /// For the node `node_name`; nobody hears it without `events`.
+    pub fn new(node_name: &str, events: Option<Arc<dyn NodeEvents>>) -> Self {
+        Self {
+            node_name: node_name.to_owned(),
+            events,
+        }
+    }
+
+    /// Reports that the node's image is corrupt; `fatal` as in [`ImageCorrupted::fatal`].
+    pub fn image_corrupted(&self, found: Corruption, fatal: bool) {
+        if let Some(events) = &self.events {
+            events.image_corrupted(ImageCorrupted {
+                node_name: self.node_name.clone(),
+                message: found.message,
+                range: found.range,
+                fatal,
+            });
+        }
+    }
+}
