@@ -87,6 +87,15 @@ def within(image, case, per_cent):
     return f"within {per_cent} %", judge
 
 
+def no_slower(image, case, per_cent):
+    """The first side against the second."""
+    def judge(runs):
+        slower = 100 * (1 / runs.ratio(image, case) - 1)
+        ours, theirs = (runs.value(image, case, "iops", side) for side in "ab")
+        return f"{slower:+.1f} % ({kilo(ours)} : {kilo(theirs)})", slower <= per_cent
+    return f"within {per_cent} %", judge
+
+
 def memory(image, case, bar):
     def judge(runs):
         ours, theirs = (runs.value(image, case, "be_anon_kib", side) / 1024 for side in "ab")
@@ -138,6 +147,11 @@ CASES = [
         ("two queues, two iothreads against one, 64 KiB", (
             "scales (> 1.2 x on two CPUs)",
             lambda runs: at_least(f"{runs.ratio('shm-raw', 'read:64k:32:2'):.2f} x", runs.ratio("shm-raw", "read:64k:32:2"), 1.2))),
+    ]),
+    ("packed", "null,shm-raw", "randread:4k:32:1", ["-n", "packed", "-m", "split"],
+     {"QSD": BLKD, "BENCH_EXTRA_A": "--packed", "FIO": "off", "RUST_LOG": "warn"}, [
+        ("packed rings against split ones, null, depth 32", no_slower("null", "randread:4k:32:1", 5)),
+        ("packed rings against split ones, tmpfs, depth 32", no_slower("shm-raw", "randread:4k:32:1", 5)),
     ]),
     ("blocking", "null", "randread:4k:1:1", ["-w", "block"], {}, [
         ("front-end that sleeps, depth 1, p50", latency("null", "randread:4k:1:1", 35)),

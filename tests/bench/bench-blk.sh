@@ -27,6 +27,7 @@
 #   IOTHREADS (default 1): iothreads of A, over which its queues are spread (B has one).
 #   WARM="--rw read --bs 1M --iodepth 8 --ops 512": front-end options run once before each measurement
 #          (pre-faults a RAM disk, fills the page cache); BENCH_EXTRA: more options for the measurement.
+#   BENCH_EXTRA_A, BENCH_EXTRA_B: more front-end options of one side (BENCH_EXTRA_A=--packed QSD=$BLKD: packed against split rings).
 #   RT=1: front-end and back-end under SCHED_FIFO (for -w block on a busy machine; never with -w poll).
 #   GROUP_NICE=-10: autogroup nice of this run. With sched_autogroup_enabled=1 plain 'nice' does not
 #          order processes of different login groups.
@@ -115,6 +116,7 @@ one() { # one WHICH CASE IMAGE RUN -> appends json
   local which=$1 case=$2 img=$3 run=$4 rw bs qd nq cmd extra=()
   IFS=: read -r rw bs qd nq <<< "$case"
   NQ=$nq; SOCK=$DIR/s.$which; rm -f "$SOCK"
+  local more=${BENCH_EXTRA:-}; case $which in a) more+=" ${BENCH_EXTRA_A:-}";; b) more+=" ${BENCH_EXTRA_B:-}";; esac
   local side_img=$img
   case $img in *+*) [ "$which" = a ] && side_img=${img%+*} || side_img=${img#*+};; esac
   image "$side_img"
@@ -128,9 +130,9 @@ one() { # one WHICH CASE IMAGE RUN -> appends json
   case $side_img in *-empty) local b=$(numfmt --from=iec "${bs^^}"); local n=$((SIZE / b / nq)); [ "$n" -gt "${EMPTY_OPS:-8192}" ] && n=${EMPTY_OPS:-8192}; extra=(--ops "$n");;
    *-1t) extra=(--stride 64M --stride-len 64k);; esac
   local line
-  [ -n "${WARM:-}" ] && timeout 60 "$BENCH" --socket "$SOCK" --pin 0 $WARM ${BENCH_EXTRA:-} >/dev/null
+  [ -n "${WARM:-}" ] && timeout 60 "$BENCH" --socket "$SOCK" --pin 0 $WARM $more >/dev/null
   line=$("${rt[@]}" timeout 60 "$BENCH" --socket "$SOCK" --rw "$rw" --bs "$bs" --iodepth "$qd" --queues "$nq" --threads "${FE_THREADS:-1}" --wait "$WAIT" --seconds "$SECS" --ramp "${RAMP:-0.2}" \
-     ${PIN_FE_ARGS[@]+"${PIN_FE_ARGS[@]}"} --backend-pid "$BE" --json "${extra[@]}" ${BENCH_EXTRA:-}) || line='{"iops":0,"errors":1}'
+     ${PIN_FE_ARGS[@]+"${PIN_FE_ARGS[@]}"} --backend-pid "$BE" --json "${extra[@]}" $more) || line='{"iops":0,"errors":1}'
   kill "$BE" 2>/dev/null
   for _ in $(seq 1 100); do kill -0 "$BE" 2>/dev/null || break; sleep 0.02; done
   kill -9 "$BE" 2>/dev/null; wait "$BE" 2>/dev/null; BE=

@@ -95,6 +95,9 @@ struct Arguments {
     /// Use indirect descriptors
     #[arg(long)]
     indirect: bool,
+    /// Use packed rings; fails when the back-end has none
+    #[arg(long)]
+    packed: bool,
     /// Bytes per data descriptor; 0 = one descriptor
     #[arg(long, default_value = "0", value_parser = parse_size)]
     seg_size: u64,
@@ -156,6 +159,10 @@ fn run(arguments: &Arguments) -> Result<u64> {
         println!("queues {} {:?}", front_end.max_queues(), front_end.config());
         return Ok(0);
     }
+    ensure!(
+        !arguments.packed || front_end.features() & bits::RING_PACKED != 0,
+        "the back-end has no packed rings"
+    );
     let job = job_of(arguments, front_end.config().capacity * 512)?;
     let lanes = (0..arguments.queues)
         .map(|index| {
@@ -200,6 +207,9 @@ fn options_of(arguments: &Arguments, shape: Shape) -> Options {
     }
     if !arguments.indirect {
         options = options.without_features(bits::RING_INDIRECT_DESC);
+    }
+    if arguments.packed {
+        options = options.packed();
     }
     let heads = if arguments.indirect {
         shape.depth

@@ -14,15 +14,21 @@
     reason = "guest memory is accessed without bounds checks, to measure the back-end only"
 )]
 
+mod packed;
+mod split;
+
+use std::iter;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 
 use anyhow::{Context, Result, ensure};
 use harness::driver::features::bits;
 use harness::driver::memory::{Area, Region};
 use harness::driver::{FrontEnd, Operation};
 use nix::sys::eventfd::EventFd;
+use packed::PackedRing;
+use split::SplitRing;
 
 const STATUS_AT: usize = 48;
 const TABLE_AT: usize = 64;
@@ -82,22 +88,49 @@ pub(crate) struct Command {
     pub(crate) sector: u64,
 }
 
-/// A ring and its memory; used by one thread at a time.
-pub(crate) struct FastQueue {
-    descriptors: *mut Descriptor,
-    available: *mut u8,
-    used: *mut u8,
+/// One descriptor of a request.
+#[derive(Clone, Copy)]
+struct Piece {
+    gpa: u64,
+    bytes: u32,
+    writable: bool,
+}
+
+/// A slot's indirect table.
+struct Table {
+    place: *mut Descriptor,
+    gpa: u64,
+}
+
+enum Ring {
+    Split(SplitRing),
+    Packed(PackedRing),
+}
+
+/// Calls the same method of either layout.
+macro_rules! either {
+    ($self:expr, $ring:ident => $call:expr) => {
+        match $self {
+            Ring::Split($ring) => $call,
+            Ring::Packed($ring) => $call,
+        }
+    };
+}
+
+/// Memory of the requests in flight.
+struct Slots {
     slots: *mut u8,
     buffers: *mut u8,
     slots_gpa: u64,
     buffers_gpa: u64,
     shape: Shape,
-    entries: u16,
+}
+
+/// A ring and its memory; used by one thread at a time.
+pub(crate) struct FastQueue {
+    ring: Ring,
+    slots: Slots,
     indirect: bool,
-    event_idx: bool,
-    available_idx: u16,
-    published_idx: u16,
-    used_idx: u16,
     kick: Arc<EventFd>,
     call: Arc<EventFd>,
     /// Kicks sent.
@@ -121,42 +154,26 @@ impl FastQueue {
             .first()
             .cloned()
             .context("a data region")?;
-        let indirect = front_end.features() & bits::RING_INDIRECT_DESC != 0;
-        let heads = if indirect {
-            shape.depth
-        } else {
-            shape.depth * shape.chain()
-        };
+        let has = |feature| front_end.features() & feature != 0;
+        let indirect = has(bits::RING_INDIRECT_DESC);
+        let chain = if indirect { 1 } else { shape.chain() };
         ensure!(
-            heads <= usize::from(entries),
-            "a ring of {entries} is too small for {heads}"
+            shape.depth * chain <= usize::from(entries),
+            "a ring of {entries} is too small for {} requests",
+            shape.depth
         );
-        let per_queue = shape.depth * (shape.slot_bytes() + shape.buffer_stride()) + PAGE;
-        let mut area = Area::from(region.clone());
-        if index > 0 {
-            area.carve(index * per_queue, PAGE);
-        }
-        let slots = area.carve(shape.depth * shape.slot_bytes(), 64);
-        let buffers = area.carve(shape.depth * shape.buffer_stride(), PAGE);
-        // Touched now, or the first requests would measure page faults.
-        slots.write(0, &vec![0; slots.bytes]);
-        buffers.write(0, &vec![0x5a; buffers.bytes]);
+        let slots = Slots::new(&region, index, shape);
+        let event_idx = has(bits::RING_EVENT_IDX);
+        let ring = if has(bits::RING_PACKED) {
+            Ring::Packed(PackedRing::new(&parts, entries, (shape.depth, event_idx)))
+        } else {
+            Ring::Split(SplitRing::new(&parts, entries, (chain, event_idx)))
+        };
         let (kick, call) = front_end.eventfds(index);
         Ok(Self {
-            descriptors: pointer_to(&parts.descriptors).cast(),
-            available: pointer_to(&parts.available),
-            used: pointer_to(&parts.used),
-            slots: pointer_to(&slots),
-            buffers: pointer_to(&buffers),
-            slots_gpa: slots.gpa(0),
-            buffers_gpa: buffers.gpa(0),
-            shape,
-            entries,
+            ring,
+            slots,
             indirect,
-            event_idx: front_end.features() & bits::RING_EVENT_IDX != 0,
-            available_idx: 0,
-            published_idx: 0,
-            used_idx: 0,
             kick,
             call,
             kicks: 0,
@@ -173,62 +190,21 @@ impl FastQueue {
     /// Queues a request in `slot`, which is free; not yet visible.
     #[inline]
     pub(crate) fn push(&mut self, slot: usize, command: Command) {
-        debug_assert!(slot < self.shape.depth);
-        let head = if self.indirect {
-            slot
-        } else {
-            slot * self.shape.chain()
-        };
+        debug_assert!(slot < self.slots.shape.depth);
         // SAFETY: `slot` is below `depth`, for which `new` carved slots and buffers and checked that
-        // the table has room; a slot's bytes are aligned to 64.
+        // the ring has room; a slot's bytes are aligned to 64.
         unsafe {
-            let base = self.slots.add(slot * self.shape.slot_bytes());
-            self.write_header(base, command);
-            let table: *mut Descriptor = if self.indirect {
-                base.add(TABLE_AT).cast()
-            } else {
-                self.descriptors.add(head)
-            };
-            let first = if self.indirect { 0 } else { head as u16 };
-            let count = self.write_chain(table, (slot, first), command.operation);
-            if self.indirect {
-                let gpa = self.slot_gpa(slot) + TABLE_AT as u64;
-                let whole = Descriptor {
-                    gpa,
-                    bytes: count * 16,
-                    flags: INDIRECT,
-                    next: 0,
-                };
-                self.descriptors.add(head).write(whole);
-            }
-            let entry = usize::from(self.available_idx & (self.entries - 1));
-            self.available
-                .add(4 + 2 * entry)
-                .cast::<u16>()
-                .write((head as u16).to_le());
+            self.slots.write_header(slot, command);
+            let table = self.indirect.then(|| self.slots.table(slot));
+            let pieces = self.slots.pieces(slot, command.operation);
+            either!(&mut self.ring, ring => ring.push(slot, table, pieces));
         }
-        self.available_idx = self.available_idx.wrapping_add(1);
     }
 
     /// Shows queued requests to the back-end and kicks it when it asks for that.
     #[inline]
     pub(crate) fn publish(&mut self) {
-        let (old, new) = (self.published_idx, self.available_idx);
-        if old == new {
-            return;
-        }
-        self.index_at(self.available, 2)
-            .store(new, Ordering::Release);
-        self.published_idx = new;
-        fence(Ordering::SeqCst);
-        let wanted = if self.event_idx {
-            let at = 4 + 8 * usize::from(self.entries);
-            let event = self.index_at(self.used, at).load(Ordering::Relaxed);
-            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
-        } else {
-            self.index_at(self.used, 0).load(Ordering::Relaxed) & 1 == 0
-        };
-        if wanted {
+        if either!(&mut self.ring, ring => ring.publish()) {
             self.kicks += 1;
             self.kick
                 .write(1)
@@ -239,44 +215,26 @@ impl FastQueue {
     /// Next finished request: slot and status.
     #[inline]
     pub(crate) fn pop(&mut self) -> Option<(usize, u8)> {
-        if self.index_at(self.used, 2).load(Ordering::Acquire) == self.used_idx {
-            return None;
-        }
-        let entry = usize::from(self.used_idx & (self.entries - 1));
-        self.used_idx = self.used_idx.wrapping_add(1);
-        // SAFETY: the entry is inside the used ring; its id is bounded before it is used.
-        let id = unsafe { self.used.add(4 + 8 * entry).cast::<u32>().read_volatile() } as usize;
-        let slot = if self.indirect {
-            id
-        } else {
-            id / self.shape.chain()
-        };
+        let slot = either!(&mut self.ring, ring => ring.pop())?;
         assert!(
-            slot < self.shape.depth,
-            "the back-end returned descriptor {id}"
+            slot < self.slots.shape.depth,
+            "the back-end returned what was never in flight: {slot}"
         );
-        // SAFETY: `slot` was just checked; the back-end may write the byte, hence volatile.
-        let status = unsafe {
-            self.slots
-                .add(slot * self.shape.slot_bytes() + STATUS_AT)
-                .read_volatile()
-        };
-        Some((slot, status))
+        Some((slot, self.slots.status(slot)))
     }
 
     /// Asks for no interrupts.
     #[inline]
     pub(crate) fn suppress_interrupts(&self) {
-        // One behind: due again only after 65535 completions.
-        self.set_interrupts(self.used_idx.wrapping_sub(1), 1);
+        either!(&self.ring, ring => ring.suppress_interrupts());
     }
 
     /// Asks for an interrupt at the next completion; true when one is there already.
     #[inline]
     pub(crate) fn want_interrupt(&self) -> bool {
-        self.set_interrupts(self.used_idx, 0);
+        either!(&self.ring, ring => ring.enable_interrupts());
         fence(Ordering::SeqCst);
-        self.index_at(self.used, 2).load(Ordering::Acquire) != self.used_idx
+        either!(&self.ring, ring => ring.is_used())
     }
 
     /// Takes an interrupt.
@@ -286,38 +244,76 @@ impl FastQueue {
         }
     }
 
+    /// Changes what a write in `slot`, which is free, will write.
     #[inline]
-    fn set_interrupts(&self, used_event: u16, flags: u16) {
-        if self.event_idx {
-            let at = 4 + 2 * usize::from(self.entries);
-            self.index_at(self.available, at)
-                .store(used_event, Ordering::Relaxed);
-        } else {
-            self.index_at(self.available, 0)
-                .store(flags, Ordering::Relaxed);
+    pub(crate) fn stamp(&mut self, slot: usize, value: u64) {
+        self.slots.stamp(slot, value);
+    }
+}
+
+impl Slots {
+    /// The part of queue `index` in `region`.
+    fn new(region: &Arc<Region>, index: usize, shape: Shape) -> Self {
+        let per_queue = shape.depth * (shape.slot_bytes() + shape.buffer_stride()) + PAGE;
+        let mut area = Area::from(region.clone());
+        if index > 0 {
+            area.carve(index * per_queue, PAGE);
+        }
+        let slots = area.carve(shape.depth * shape.slot_bytes(), 64);
+        let buffers = area.carve(shape.depth * shape.buffer_stride(), PAGE);
+        // Touched now, or the first requests would measure page faults.
+        slots.write(0, &vec![0; slots.bytes]);
+        buffers.write(0, &vec![0x5a; buffers.bytes]);
+        Self {
+            slots: pointer_to(&slots),
+            buffers: pointer_to(&buffers),
+            slots_gpa: slots.gpa(0),
+            buffers_gpa: buffers.gpa(0),
+            shape,
         }
     }
 
     #[inline]
-    fn index_at(&self, ring: *mut u8, offset: usize) -> &AtomicU16 {
-        // SAFETY: callers pass a ring of this queue and the offset of an aligned 16-bit field in it;
-        // both sides access these fields atomically only.
-        unsafe { AtomicU16::from_ptr(ring.add(offset).cast()) }
-    }
-
-    #[inline]
-    fn slot_gpa(&self, slot: usize) -> u64 {
+    fn gpa(&self, slot: usize) -> u64 {
         self.slots_gpa + (slot * self.shape.slot_bytes()) as u64
     }
 
     /// # Safety
-    /// `base` is the start of a free slot.
+    /// `slot` is below the depth.
     #[inline]
-    unsafe fn write_header(&self, base: *mut u8, command: Command) {
+    unsafe fn base(&self, slot: usize) -> *mut u8 {
+        // SAFETY: the caller's slot is inside the area.
+        unsafe { self.slots.add(slot * self.shape.slot_bytes()) }
+    }
+
+    /// # Safety
+    /// `slot` is below the depth.
+    #[inline]
+    unsafe fn table(&self, slot: usize) -> Table {
+        Table {
+            // SAFETY: a slot ends with room for a whole chain.
+            place: unsafe { self.base(slot).add(TABLE_AT).cast() },
+            gpa: self.gpa(slot) + TABLE_AT as u64,
+        }
+    }
+
+    /// What the back-end wrote, or the preset.
+    #[inline]
+    fn status(&self, slot: usize) -> u8 {
+        assert!(slot < self.shape.depth);
+        // SAFETY: `slot` was just checked; the back-end may write the byte, hence volatile.
+        unsafe { self.base(slot).add(STATUS_AT).read_volatile() }
+    }
+
+    /// # Safety
+    /// `slot` is free and below the depth.
+    #[inline]
+    unsafe fn write_header(&self, slot: usize, command: Command) {
         let Command { operation, sector } = command;
         let ranged = is_ranged(operation);
         // SAFETY: the caller's slot has all these fields, aligned.
         unsafe {
+            let base = self.base(slot);
             base.cast::<u32>().write(operation.wire_type().to_le());
             base.add(4).cast::<u32>().write(0);
             base.add(8)
@@ -334,56 +330,38 @@ impl FastQueue {
         }
     }
 
-    /// Writes the descriptors of a request; their number.
-    ///
-    /// # Safety
-    /// `table` has room for a whole chain.
+    /// The descriptors of a request, never more than [`Shape::chain`].
     #[inline]
-    unsafe fn write_chain(
-        &self,
-        table: *mut Descriptor,
-        (slot, first): (usize, u16),
-        operation: Operation,
-    ) -> u32 {
-        let gpa = self.slot_gpa(slot);
-        let mut count = 0u16;
-        let mut add = |gpa: u64, bytes: u32, flags: u16| {
-            let next = first + count + 1;
-            // SAFETY: the caller's table has room, and a chain never has more than `chain()` entries.
-            unsafe {
-                table.add(usize::from(count)).write(Descriptor {
-                    gpa,
-                    bytes,
-                    flags,
-                    next,
-                })
-            };
-            count += 1;
+    fn pieces(&self, slot: usize, operation: Operation) -> impl Iterator<Item = Piece> {
+        let gpa = self.gpa(slot);
+        let piece = |at: usize, bytes: u32, writable: bool| Piece {
+            gpa: gpa + at as u64,
+            bytes,
+            writable,
         };
-        add(gpa, 16, NEXT);
-        if is_ranged(operation) {
-            add(gpa + 16, 16, NEXT);
-        } else if matches!(operation, Operation::Read | Operation::Write) {
-            let flags = if operation == Operation::Read {
-                NEXT | WRITE
-            } else {
-                NEXT
-            };
-            let buffer = self.buffers_gpa + (slot * self.shape.buffer_stride()) as u64;
-            let mut at = 0;
-            while at < self.shape.block_bytes {
-                let bytes = self.shape.segment_bytes.min(self.shape.block_bytes - at);
-                add(buffer + at as u64, bytes as u32, flags);
-                at += bytes;
+        let range = is_ranged(operation).then(|| piece(16, 16, false));
+        let segments = match operation {
+            Operation::Read | Operation::Write => self.shape.segments(),
+            _ => 0,
+        };
+        let buffer = self.buffers_gpa + (slot * self.shape.buffer_stride()) as u64;
+        let shape = self.shape;
+        let data = (0..segments).map(move |segment| {
+            let at = segment * shape.segment_bytes;
+            Piece {
+                gpa: buffer + at as u64,
+                bytes: shape.segment_bytes.min(shape.block_bytes - at) as u32,
+                writable: operation == Operation::Read,
             }
-        }
-        add(gpa + STATUS_AT as u64, 1, WRITE);
-        u32::from(count)
+        });
+        iter::once(piece(0, 16, false))
+            .chain(range)
+            .chain(data)
+            .chain(iter::once(piece(STATUS_AT, 1, true)))
     }
 
-    /// Changes what a write in `slot` will write.
     #[inline]
-    pub(crate) fn stamp(&mut self, slot: usize, value: u64) {
+    fn stamp(&mut self, slot: usize, value: u64) {
         debug_assert!(slot < self.shape.depth);
         // SAFETY: `slot` is free and below `depth`; buffers are page aligned.
         unsafe {

@@ -18,7 +18,7 @@ pub mod features;
 mod front_end;
 pub mod memory;
 pub(crate) mod negotiation;
-mod packed_ring;
+pub mod packed_ring;
 mod pool;
 mod queue;
 mod request;

@@ -14,32 +14,71 @@ use super::memory::Area;
 use super::ring::{Buffer, DESC_BYTES, F_INDIRECT, F_NEXT, F_WRITE, RingParts};
 
 const EVENT_BYTES: usize = 4;
-const AVAILABLE: u16 = 1 << 7;
-const USED: u16 = 1 << 15;
-const FLAGS_AT: usize = 14;
-const EVENT_ENABLE: u16 = 0;
-const EVENT_DISABLE: u16 = 1;
-const EVENT_DESCRIPTOR: u16 = 2;
+/// Flag of a descriptor: equal to the wrap counter of its lap when it is available.
+pub const AVAILABLE: u16 = 1 << 7;
+/// Flag of a descriptor: equal to the wrap counter of its lap, as is the other, when it is used.
+pub const USED: u16 = 1 << 15;
+/// Where a descriptor's flags are, in bytes.
+pub const FLAGS_AT: usize = 14;
+/// Event structure: notify always.
+pub const EVENT_ENABLE: u16 = 0;
+/// Event structure: do not notify.
+pub const EVENT_DISABLE: u16 = 1;
+/// Event structure: notify at a descriptor.
+pub const EVENT_DESCRIPTOR: u16 = 2;
 
 /// A place in the ring and the wrap counter of its lap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Place {
-    index: u16,
-    wrap: bool,
+pub struct Place {
+    /// Index of the descriptor.
+    pub index: u16,
+    /// Wrap counter.
+    pub wrap: bool,
 }
 
 impl Place {
-    const START: Self = Self {
+    /// Where both sides begin.
+    pub const START: Self = Self {
         index: 0,
         wrap: true,
     };
 
-    fn advanced(self, count: u16, entries: u16) -> Self {
+    /// `count` descriptors further in a ring of `entries`.
+    #[inline]
+    #[must_use]
+    pub fn advanced(self, count: u16, entries: u16) -> Self {
         let index = u32::from(self.index) + u32::from(count);
         let lap = index / u32::from(entries);
         Self {
             index: (index % u32::from(entries)) as u16,
             wrap: self.wrap ^ (lap % 2 == 1),
+        }
+    }
+
+    /// The flags that make a descriptor here available.
+    #[inline]
+    pub fn available(self) -> u16 {
+        if self.wrap { AVAILABLE } else { USED }
+    }
+
+    /// Whether a descriptor here with these flags is used.
+    #[inline]
+    pub fn is_used(self, flags: u16) -> bool {
+        let bit = |bit: u16| flags & bit != 0;
+        bit(AVAILABLE) == self.wrap && bit(USED) == self.wrap
+    }
+
+    /// Whether the device, whose event structure is `event`, wants to be notified of the descriptors
+    /// from `old` to here.
+    #[inline]
+    pub fn wants_kick(self, old: Self, (event, event_idx): (u32, bool), entries: u16) -> bool {
+        match (event >> 16) as u16 & 3 {
+            EVENT_DISABLE => false,
+            EVENT_DESCRIPTOR if event_idx => {
+                let at = Self::from_wire(event as u16).distance_from(old, entries);
+                at < self.distance_from(old, entries)
+            }
+            _ => true,
         }
     }
 
@@ -53,7 +92,9 @@ impl Place {
         (line(self) + lap - line(earlier)) % lap
     }
 
-    fn to_wire(self) -> u16 {
+    /// As an event structure has it.
+    #[inline]
+    pub fn to_wire(self) -> u16 {
         self.index | u16::from(self.wrap) << 15
     }
 
@@ -195,7 +236,7 @@ impl PackedRing {
     /// Writes descriptor number `at` of the chain being queued; the first one stays hidden.
     fn write(&mut self, at: u16, buffer: Buffer, (id, flags): (u16, u16)) {
         let place = self.available.advanced(at, self.entries);
-        let flags = flags | if place.wrap { AVAILABLE } else { USED };
+        let flags = flags | place.available();
         let offset = usize::from(place.index) * DESC_BYTES;
         let bytes = descriptor(buffer, id, flags);
         if at == 0 {
@@ -222,14 +263,8 @@ impl PackedRing {
         fence(Ordering::SeqCst);
         let device = &self.parts.used;
         let event: u32 = device.region.load(device.offset, Ordering::Relaxed);
-        match (event >> 16) as u16 & 3 {
-            EVENT_DISABLE => false,
-            EVENT_DESCRIPTOR if self.event_idx => {
-                let at = Place::from_wire(event as u16).distance_from(old, self.entries);
-                at < self.available.distance_from(old, self.entries)
-            }
-            _ => true,
-        }
+        self.available
+            .wants_kick(old, (event, self.event_idx), self.entries)
     }
 
     /// Next finished chain: its buffer id and the number of bytes the device says it wrote.
@@ -304,8 +339,7 @@ impl PackedRing {
         let descriptors = &self.parts.descriptors;
         let at = descriptors.offset + usize::from(place.index) * DESC_BYTES;
         let flags: u16 = descriptors.region.load(at + FLAGS_AT, Ordering::Acquire);
-        let bit = |bit: u16| flags & bit != 0;
-        if bit(AVAILABLE) != place.wrap || bit(USED) != place.wrap {
+        if !place.is_used(flags) {
             return None;
         }
         let written: u32 = descriptors.region.load(at + 8, Ordering::Relaxed);
