@@ -48,6 +48,12 @@ pub struct Scratch {
     headers: Vec<u8>,
 }
 
+/// Whether a header leaves anything to be done.
+#[inline]
+pub fn has_work(header: VnetHeader) -> bool {
+    header.flags & NEEDS_CSUM != 0 || header.gso_type != GSO_NONE
+}
+
 /// Checks the virtio-net header of a frame of `frame_len` bytes from a guest that may leave `negotiated` undone, and gives the
 /// one to go on with: without flags that are not a guest's to set, and with a header length that is inside of the frame.
 ///
@@ -60,7 +66,7 @@ pub fn check_header(
     frame_len: usize,
     negotiated: Offloads,
 ) -> Result<VnetHeader, DropReason> {
-    if header.flags & NEEDS_CSUM == 0 && header.gso_type == GSO_NONE {
+    if !has_work(header) {
         return Ok(VnetHeader::default());
     }
     check_work(header, frame_len, negotiated)
@@ -111,7 +117,7 @@ fn takes(gso_type: u8, offloads: Offloads) -> bool {
 /// Whether a frame with this header has to go through [`finish`] for a receiver with `offloads`.
 #[inline]
 pub fn needs_work(header: VnetHeader, offloads: Offloads) -> bool {
-    if header.flags & NEEDS_CSUM == 0 && header.gso_type == GSO_NONE {
+    if !has_work(header) {
         return false;
     }
     !offloads.csum || (header.gso_type != GSO_NONE && !takes(header.gso_type, offloads))

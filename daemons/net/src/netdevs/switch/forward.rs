@@ -20,7 +20,7 @@ use super::outlet::Outlet;
 use super::plane::Settings;
 use super::stats::Stats;
 use super::table::{Key, Learned, MemberId, Place, Table};
-use super::vlan::{self, Class, Head};
+use super::vlan::{self, Class, Egress, Head};
 
 /// The addresses that bridges never forward (IEEE 802.1Q section 8.6.3): 01:80:c2:00:00:00 to 0f.
 const RESERVED_GROUP: [u8; 5] = [0x01, 0x80, 0xc2, 0, 0];
@@ -293,7 +293,7 @@ impl State {
                 && member.kind == Kind::Port
                 && !member.outlets.is_empty()
                 && from.is_some_and(|from| member.hears(from))
-                && member.vlan.egress(class) != vlan::Egress::Refuse;
+                && member.vlan.egress(class) != Egress::Refuse;
             if !is_meant {
                 continue;
             }
@@ -349,7 +349,7 @@ impl State {
                     continue;
                 }
                 let egress = member.vlan.egress(route.class);
-                if egress == vlan::Egress::Refuse && !is_only {
+                if egress == Egress::Refuse && !is_only {
                     continue;
                 }
                 let frame = match vlan::rewrite(frame, egress, head) {
@@ -386,6 +386,9 @@ struct Room<'a> {
 }
 
 /// Gives a frame to a port, as the port wants it.
+///
+/// Frames that stay as they are are not moved on the way: a copy of one would have to wait for the stores into guest memory that
+/// came before it.
 #[inline]
 fn give(
     member: &Member,
@@ -402,12 +405,20 @@ fn give(
     if outlet.touch() {
         touched.push(Rc::clone(outlet));
     }
-    let frame = vlan::rewrite(frame, member.vlan.egress(class), head)?;
-    if frame.header.flags & offload::NEEDS_CSUM == 0 && frame.header.gso_type == offload::GSO_NONE {
-        return outlet.send(&frame);
+    match member.vlan.egress(class) {
+        Egress::Same => finish(outlet, frame, scratch),
+        egress => finish(outlet, &vlan::rewrite(frame, egress, head)?, scratch),
+    }
+}
+
+/// Gives a frame to an outlet, finished if it has to be.
+#[inline]
+fn finish(outlet: &Rc<Outlet>, frame: &Frame<'_>, scratch: &mut Scratch) -> Result<(), DropReason> {
+    if !offload::has_work(frame.header) {
+        return outlet.send(frame);
     }
     let mut sent = Ok(());
-    offload::finish(&frame, outlet.offloads(), scratch, &mut |frame| {
+    offload::finish(frame, outlet.offloads(), scratch, &mut |frame| {
         sent = sent.and(outlet.send(frame));
     })?;
     sent

@@ -178,7 +178,6 @@ fn contains(members: &[u64; 64], vlan: u16) -> bool {
 ///
 /// # Errors
 /// Why it cannot leave so.
-#[inline]
 pub(super) fn rewrite<'a>(
     frame: &Frame<'a>,
     egress: Egress,
