@@ -10,7 +10,7 @@ pub mod stream;
 pub mod switch;
 pub mod tap;
 #[cfg(test)]
-mod test_support;
+pub(crate) mod test_support;
 mod vectors;
 
 use std::os::fd::OwnedFd;

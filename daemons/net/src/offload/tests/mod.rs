@@ -1,5 +1,7 @@
 //! Segments put together again are what was cut; checksums are right by a slow and independent sum.
 
+mod kernel;
+
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
