@@ -6,6 +6,7 @@ mod address;
 pub mod echo;
 mod interface;
 pub mod null;
+pub mod passt;
 pub mod stream;
 pub mod switch;
 pub mod tap;
@@ -30,6 +31,8 @@ pub enum NetdevOptions {
     Null(null::NullOptions),
     /// Gives every frame back to the queue that it came from.
     Echo(echo::EchoOptions),
+    /// A passt process.
+    Passt(passt::PasstOptions),
     /// A stream socket.
     Stream(stream::StreamOptions),
     /// A tap interface.
@@ -62,6 +65,7 @@ pub fn open(options: &NetdevOptions, context: &Context<'_>) -> anyhow::Result<Rc
     Ok(match options {
         NetdevOptions::Null(options) => Rc::new(null::Null::new(options)),
         NetdevOptions::Echo(options) => Rc::new(echo::Echo::new(options)),
+        NetdevOptions::Passt(options) => Rc::new(passt::Passt::open(options, context)?),
         NetdevOptions::Stream(options) => Rc::new(stream::Stream::open(options, context)?),
         NetdevOptions::Tap(options) => Rc::new(tap::Tap::open(options, context)?),
         NetdevOptions::Macvtap(options) => Rc::new(tap::Tap::open_macvtap(options, context)?),

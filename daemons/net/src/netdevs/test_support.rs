@@ -18,7 +18,7 @@ use executor::{Config, Executor, Handle};
 use super::Context;
 use crate::frame::{Frame, HEAD_LEN, MAX_FRAME, MacAddress, VnetHeader};
 use crate::link::{Delivery, DropReason, LocalFuture, NetQueue, Offloads, Received, Sink};
-use crate::netdev::{Attachment, Netdev, VlanMode};
+use crate::netdev::{Attachment, Netdev, Notice, VlanMode};
 
 /// A guest's receiving half.
 #[derive(Default)]
@@ -184,6 +184,17 @@ pub(crate) fn open_with(
     descriptors: Vec<(&str, OwnedFd)>,
 ) -> anyhow::Result<Rc<dyn Netdev>> {
     let options = qmp::keyval::parse(text, Some("type"))?.parse()?;
+    with_context(descriptors, Rc::new(|_| {}), |context| {
+        super::open(&options, context)
+    })
+}
+
+/// Calls `open` with what a back-end may ask for.
+pub(crate) fn with_context<T>(
+    descriptors: Vec<(&str, OwnedFd)>,
+    notice: Rc<dyn Fn(Notice)>,
+    open: impl FnOnce(&Context<'_>) -> T,
+) -> T {
     let descriptors = RefCell::new(descriptors);
     let claim = |name: &str| {
         let mut descriptors = descriptors.borrow_mut();
@@ -196,9 +207,9 @@ pub(crate) fn open_with(
         descriptor: &claim,
         thread: &|_| Ok(Handle::current()),
         netdev: &|id| anyhow::bail!("no netdev '{id}'"),
-        notice: Rc::new(|_| {}),
+        notice,
     };
-    super::open(&options, &context)
+    open(&context)
 }
 
 /// Opens a back-end from an option's text.

@@ -21,6 +21,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Result, bail};
+use executor::JoinHandle;
+use executor::sync::Notify;
 use serde::Deserialize;
 
 use self::queue::StreamQueue;
@@ -28,7 +30,7 @@ pub(super) use self::source::Source;
 use super::Context;
 use super::address::SocketAddress;
 use crate::link::Offloads;
-use crate::netdev::{Attachment, Netdev, QueueMaker};
+use crate::netdev::{Attachment, Netdev, Notice, QueueMaker};
 
 /// Options of `type=stream`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -46,11 +48,13 @@ pub struct StreamOptions {
 }
 
 /// What the queue tells the control thread.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Status {
     connected: AtomicBool,
     connections: AtomicU64,
     wrong_lengths: AtomicU64,
+    /// `connected` or `connections` changed.
+    changed: Notify,
 }
 
 /// The back-end.
@@ -58,6 +62,8 @@ pub struct Stream {
     kind: &'static str,
     slot: Arc<Mutex<Option<Source>>>,
     status: Arc<Status>,
+    /// Tells of connections that come and go.
+    watcher: Option<JoinHandle<()>>,
 }
 
 fn lock(slot: &Mutex<Option<Source>>) -> MutexGuard<'_, Option<Source>> {
@@ -95,16 +101,49 @@ impl Stream {
         };
         let every = (!every.is_zero()).then_some(every);
         let source = Source::open(&options.addr, options.server, every, context)?;
-        Ok(Stream::new("stream", source))
+        Ok(Stream::new("stream", source, context))
     }
 
     /// A back-end called `kind` that gets its connections from `source`.
-    pub(super) fn new(kind: &'static str, source: Source) -> Stream {
+    pub(super) fn new(kind: &'static str, source: Source, context: &Context<'_>) -> Stream {
+        let status = Arc::<Status>::default();
+        let notice = Rc::clone(&context.notice);
+        let watcher = executor::spawn(watch(Arc::clone(&status), source.peer(), notice));
         Stream {
             kind,
             slot: Arc::new(Mutex::new(Some(source))),
-            status: Arc::default(),
+            status,
+            watcher: Some(watcher),
         }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if let Some(watcher) = self.watcher.take() {
+            watcher.cancel();
+        }
+    }
+}
+
+/// Passes on what the queue's thread tells.
+async fn watch(status: Arc<Status>, peer: String, notice: Rc<dyn Fn(Notice)>) {
+    let mut seen = 0;
+    let mut was_connected = false;
+    loop {
+        let changed = status.changed.notified();
+        let connections = status.connections.load(Ordering::Acquire);
+        let connected = status.connected.load(Ordering::Acquire);
+        if was_connected && (connections != seen || !connected) {
+            notice(Notice::Disconnected);
+            was_connected = false;
+        }
+        if connected && !was_connected {
+            notice(Notice::Connected(peer.clone()));
+            was_connected = true;
+        }
+        seen = connections;
+        changed.await;
     }
 }
 

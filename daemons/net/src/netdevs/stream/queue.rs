@@ -115,7 +115,8 @@ impl State {
         let mut input = self.input.borrow_mut();
         (input.start, input.end) = (0, 0);
         self.output.borrow_mut().rest.clear();
-        self.status.connected.store(false, Ordering::Relaxed);
+        self.status.connected.store(false, Ordering::Release);
+        self.status.changed.notify_all();
         self.changed.notify_all();
     }
 
@@ -235,8 +236,9 @@ async fn keep_connected(mut lease: Lease, state: Rc<State>) {
         };
         again = true;
         state.connection.replace(Some(Rc::new(connection)));
-        state.status.connections.fetch_add(1, Ordering::Relaxed);
-        state.status.connected.store(true, Ordering::Relaxed);
+        state.status.connections.fetch_add(1, Ordering::Release);
+        state.status.connected.store(true, Ordering::Release);
+        state.status.changed.notify_all();
         state.changed.notify_all();
         loop {
             let changed = state.changed.notified();

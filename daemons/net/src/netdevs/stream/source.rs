@@ -37,6 +37,13 @@ pub(crate) enum Source {
     },
     /// Waits for peers; one at a time.
     Server(Server),
+    /// A process that sends connected sockets.
+    Helper {
+        /// Sent already.
+        first: Option<Stream>,
+        /// Where the others come from.
+        helper: Stream,
+    },
 }
 
 /// Whom a client connects to.
@@ -166,7 +173,33 @@ impl Source {
                 no_delay(&stream);
                 Ok(stream)
             }
+            Source::Helper { first, helper } => match first.take() {
+                Some(stream) => Ok(stream),
+                None => from_helper(helper).await,
+            },
         }
+    }
+
+    /// Who is, or was, at the other end.
+    pub(crate) fn peer(&self) -> String {
+        match self {
+            Source::Given(_) => "a descriptor".to_owned(),
+            Source::Client { target, .. } => target.to_string(),
+            Source::Server(server) => match &server.path {
+                Some(path) => format!("a client of '{}'", path.display()),
+                None => "a client".to_owned(),
+            },
+            Source::Helper { .. } => "passt".to_owned(),
+        }
+    }
+}
+
+/// The connected socket that the helper sends next.
+async fn from_helper(helper: &Stream) -> io::Result<Stream> {
+    let (message, mut fds) = helper.recv_with_fds(1, 1).await?;
+    match (message.is_empty(), fds.pop()) {
+        (false, Some(fd)) => Stream::from_fd(fd),
+        _ => Err(io::Error::other("the helper process has ended")),
     }
 }
 
