@@ -185,6 +185,26 @@ impl<'a> Frame<'a> {
         }
     }
 
+    /// A frame in private memory of two parts: its first bytes, and the `rest`, which `piece` is made to name.
+    pub fn of_parts(
+        header: VnetHeader,
+        head: &'a [u8],
+        rest: &'a [u8],
+        piece: &'a mut libc::iovec,
+    ) -> Frame<'a> {
+        *piece = libc::iovec {
+            iov_base: rest.as_ptr().cast_mut().cast(),
+            iov_len: rest.len(),
+        };
+        Frame {
+            header,
+            head,
+            tail: std::slice::from_ref(piece),
+            len: head.len() + rest.len(),
+            memory: PhantomData,
+        }
+    }
+
     /// The same bytes with another header.
     pub fn with_header(self, header: VnetHeader) -> Frame<'a> {
         Frame { header, ..self }

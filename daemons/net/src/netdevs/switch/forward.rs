@@ -9,10 +9,10 @@
 use std::rc::Rc;
 use std::time::Instant;
 
-use crate::frame::{Frame, HEAD_LEN, MacAddress};
+use crate::frame::{Frame, MacAddress};
 use crate::link::{BURST, DropReason};
 use crate::offload::{self, Scratch};
-use crate::packet::{ETHERNET_LEN, TAG_LEN};
+use crate::packet::ETHERNET_LEN;
 
 use super::Unknown;
 use super::member::{Kind, Member};
@@ -74,7 +74,7 @@ impl State {
             table: Table::new(settings.table),
             touched: Vec::new(),
             scratch: Scratch::default(),
-            heads: Box::new([[0; HEAD_LEN + TAG_LEN]; BURST]),
+            heads: Box::new([Head::default(); BURST]),
             unknown: settings.unknown,
         }
     }

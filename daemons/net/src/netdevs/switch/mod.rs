@@ -246,7 +246,7 @@ impl Switch {
                     vlan,
                     is_isolated: false,
                 };
-                let opened = uplink::Uplink::open(description, &*netdev, &access, &thread);
+                let opened = uplink::Uplink::open(description, netdev, &access, &thread);
                 Some(opened.with_context(|| format!("cannot use '{id}' as the uplink"))?)
             }
         };
@@ -255,6 +255,11 @@ impl Switch {
             thread,
             uplink,
         })
+    }
+
+    /// The back-end that it uses as its uplink.
+    pub fn uplink(&self) -> Option<&str> {
+        self.uplink.as_ref().map(uplink::Uplink::id)
     }
 
     /// The stations that it knows, by VLAN and address.

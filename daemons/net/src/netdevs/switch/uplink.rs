@@ -102,6 +102,8 @@ impl Sink for UplinkSink {
 pub(super) struct Uplink {
     id: String,
     is_running: Arc<AtomicBool>,
+    /// It is there for as long as its queue is used.
+    _netdev: Rc<dyn Netdev>,
 }
 
 impl Uplink {
@@ -111,7 +113,7 @@ impl Uplink {
     /// It lives on another thread, is a switch, or cannot be opened. What fails on the switch's thread is logged.
     pub(super) fn open(
         description: Description,
-        netdev: &dyn Netdev,
+        netdev: Rc<dyn Netdev>,
         access: &Access,
         thread: &Handle,
     ) -> anyhow::Result<Uplink> {
@@ -144,7 +146,11 @@ impl Uplink {
             }
         });
         ensure!(started, "the switch's thread has ended");
-        Ok(Uplink { id, is_running })
+        Ok(Uplink {
+            id,
+            is_running,
+            _netdev: netdev,
+        })
     }
 
     /// The back-end's id.

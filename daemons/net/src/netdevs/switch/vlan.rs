@@ -12,7 +12,7 @@
 //! ones (0x8100). Others are payload to transparent ports; access ports and trunks take none that begins with one, and a tag is
 //! not taken off when another one is behind it: a frame that left its VLAN with the inner tag would be somewhere else.
 
-use crate::frame::{Frame, HEAD_LEN, MAX_FRAME};
+use crate::frame::{Frame, HEAD_LEN, MAX_FRAME, VnetHeader};
 use crate::link::DropReason;
 use crate::netdev::VlanMode;
 use crate::offload;
@@ -23,8 +23,25 @@ const VLAN_BITS: u16 = 0xfff;
 /// Not to be used (IEEE 802.1Q table 9-2).
 const RESERVED: u16 = 0xfff;
 
-/// Room for a frame's head and one more tag.
-pub(super) type Head = [u8; HEAD_LEN + TAG_LEN];
+/// Room for what changes of a frame: its head and one more tag.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Head {
+    bytes: [u8; HEAD_LEN + TAG_LEN],
+    /// What follows when the frame's head was longer.
+    rest: libc::iovec,
+}
+
+impl Default for Head {
+    fn default() -> Self {
+        Head {
+            bytes: [0; HEAD_LEN + TAG_LEN],
+            rest: libc::iovec {
+                iov_base: std::ptr::null_mut(),
+                iov_len: 0,
+            },
+        }
+    }
+}
 
 /// The tag that a frame came with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -195,57 +212,61 @@ fn change<'a>(
     egress: Egress,
     room: &'a mut Head,
 ) -> Result<Frame<'a>, DropReason> {
-    let head = frame.head();
-    let (addresses, rest) = head
+    // Frames in private memory may be all head.
+    let (head, rest) = frame.head().split_at(frame.head().len().min(HEAD_LEN));
+    let (addresses, tagged) = head
         .split_at_checked(ETHERTYPE_AT)
         .ok_or(DropReason::TooShort)?;
-    room[..ETHERTYPE_AT].copy_from_slice(addresses);
-    let mut header = frame.header;
-    let is_open = header.flags & offload::NEEDS_CSUM != 0;
-    let len = match egress {
+    let Head { bytes, rest: piece } = room;
+    bytes[..ETHERTYPE_AT].copy_from_slice(addresses);
+    let (header, len) = match egress {
         Egress::Insert(vlan) => {
-            if frame.len() + TAG_LEN > MAX_FRAME || head.len() > HEAD_LEN {
+            if frame.len() + TAG_LEN > MAX_FRAME {
                 return Err(DropReason::TooLong);
             }
             let tag = [packet::ETHERTYPE_VLAN.to_be_bytes(), vlan.to_be_bytes()];
-            room[ETHERTYPE_AT..ETHERTYPE_AT + TAG_LEN].copy_from_slice(tag.as_flattened());
-            let len = head.len() + TAG_LEN;
-            room[ETHERTYPE_AT + TAG_LEN..len].copy_from_slice(rest);
-            if is_open {
-                let tag = TAG_LEN as u16;
-                let start = header.csum_start.checked_add(tag);
-                header.csum_start = start.ok_or(DropReason::BadHeader)?;
-                header.hdr_len = header.hdr_len.saturating_add(tag);
-            }
-            len
+            let at = ETHERTYPE_AT + TAG_LEN;
+            bytes[ETHERTYPE_AT..at].copy_from_slice(tag.as_flattened());
+            bytes[at..at + tagged.len()].copy_from_slice(tagged);
+            (shifted(frame.header, TAG_LEN as i16)?, head.len() + TAG_LEN)
         }
         Egress::Remove => {
-            let rest = rest.get(TAG_LEN..).ok_or(DropReason::TooShort)?;
-            if packet::word(rest, 0).is_none_or(packet::is_tag) {
+            let plain = tagged.get(TAG_LEN..).ok_or(DropReason::TooShort)?;
+            if packet::word(plain, 0).is_none_or(packet::is_tag) {
                 return Err(DropReason::Vlan);
             }
-            let len = ETHERTYPE_AT + rest.len();
-            room[ETHERTYPE_AT..len].copy_from_slice(rest);
-            if is_open {
-                let tag = TAG_LEN as u16;
-                // A checksum over the addresses or the tag is no one's.
-                if usize::from(header.csum_start) < ETHERTYPE_AT + TAG_LEN {
-                    return Err(DropReason::BadHeader);
-                }
-                header.csum_start -= tag;
-                header.hdr_len = header.hdr_len.saturating_sub(tag);
-            }
-            len
+            bytes[ETHERTYPE_AT..ETHERTYPE_AT + plain.len()].copy_from_slice(plain);
+            let header = shifted(frame.header, -(TAG_LEN as i16))?;
+            (header, head.len() - TAG_LEN)
         }
         Egress::Retag(vlan) => {
-            let control = packet::word(rest, 2).ok_or(DropReason::TooShort)?;
-            let len = head.len().min(room.len());
-            room[ETHERTYPE_AT..len].copy_from_slice(&rest[..len - ETHERTYPE_AT]);
+            let control = packet::word(tagged, 2).ok_or(DropReason::TooShort)?;
+            bytes[ETHERTYPE_AT..head.len()].copy_from_slice(tagged);
             let control = control & !VLAN_BITS | vlan;
-            room[ETHERTYPE_AT + 2..ETHERTYPE_AT + 4].copy_from_slice(&control.to_be_bytes());
-            len
+            bytes[ETHERTYPE_AT + 2..ETHERTYPE_AT + 4].copy_from_slice(&control.to_be_bytes());
+            (frame.header, head.len())
         }
         Egress::Same | Egress::Refuse => return Err(DropReason::Vlan),
     };
-    Ok(frame.with_head(header, &room[..len]))
+    match (rest.is_empty(), frame.tail().is_empty()) {
+        (true, _) => Ok(frame.with_head(header, &bytes[..len])),
+        (false, true) => Ok(Frame::of_parts(header, &bytes[..len], rest, piece)),
+        // No one makes a frame whose long head has a tail.
+        (false, false) => Err(DropReason::TooLong),
+    }
+}
+
+/// The header of a frame that has `by` bytes more behind its addresses.
+fn shifted(header: VnetHeader, by: i16) -> Result<VnetHeader, DropReason> {
+    if !offload::has_work(header) {
+        return Ok(header);
+    }
+    let start = header.csum_start.checked_add_signed(by);
+    // A checksum over the addresses, or over the tag that goes, is no one's.
+    let start = start.filter(|start| usize::from(*start) >= ETHERTYPE_AT);
+    Ok(VnetHeader {
+        csum_start: start.ok_or(DropReason::BadHeader)?,
+        hdr_len: header.hdr_len.saturating_add_signed(by),
+        ..header
+    })
 }

@@ -272,6 +272,37 @@ fn an_uplink_can_be_a_trunk() {
 }
 
 #[test]
+fn frames_of_any_length_come_in_with_and_without_their_tag() {
+    let (rig, outside) = rig(SwitchOptions::default(), Offloads::ALL);
+    let access = rig.queue(&attachment(1, VlanMode::Access(10)), 0);
+    let native = VlanMode::Trunk {
+        vlans: vec![],
+        native: Some(20),
+    };
+    let native = rig.queue(&attachment(2, native), 0);
+    for len in [14, 60, 187, 188, 189, 191, 192, 193, 196, 197, 1500, 65_000] {
+        let mut plain = frame(mac(200), ALL, "");
+        plain.resize(len, 7);
+        let mut tagged = plain.clone();
+        tagged.splice(12..12, [0x81, 0, 0, 10]);
+        // Both ways in which a back-end gives frames.
+        for _ in 0..2 {
+            outside.give(VnetHeader::default(), &tagged);
+        }
+        rig.turn();
+        assert_eq!(access.guest.got(), vec![plain.clone(); 2], "{len} bytes");
+        assert_eq!(native.guest.got(), vec![tagged; 2], "{len} bytes");
+        // A priority tag gets the VLAN of its port.
+        let mut priority = plain.clone();
+        priority.splice(12..12, [0x81, 0, 0xe0, 0]);
+        priority[6..12].copy_from_slice(&mac(2).0);
+        assert_eq!(native.send_one(&priority), None);
+        priority[14..16].copy_from_slice(&[0xe0, 20]);
+        assert_eq!(outside.sent(), [priority]);
+    }
+}
+
+#[test]
 fn unknown_stations_can_be_the_uplinks_alone() {
     let options = SwitchOptions {
         unknown: Unknown::Uplink,
