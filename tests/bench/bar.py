@@ -5,7 +5,7 @@ usage: bar.py [-r RUNS] [-s SECONDS] [-k CASE,...] [--keep DIR]
 
 Each line names the bench-blk.sh run behind it. "raw against qcow2" and "two queues" compare outboard
 with itself; the others compare with qemu-storage-daemon, and on raw files with fio, in the same turns.
-Two idle CPUs are needed. Takes about eight minutes with 5 runs of a second.
+Two idle CPUs are needed. Takes about ten minutes with 3 runs of a second.
 """
 import argparse, json, os, pathlib, statistics, subprocess, sys, tempfile
 
@@ -141,6 +141,12 @@ CASES = [
     ("empty", "shm-qcow2-empty", "randwrite:4k:32:1,write:64k:32:1", [], {}, [
         ("cold allocation, 4 KiB random writes", times_peer("shm-qcow2-empty", "randwrite:4k:32:1", 3.0)),
         ("cold allocation, 64 KiB sequential writes", times_peer("shm-qcow2-empty", "write:64k:32:1", 1.5)),
+    ]),
+    ("luks", "shm-qcow2-luks", "randread:4k:32:1,randwrite:4k:32:1,read:1M:8:1,write:1M:8:1", [], {}, [
+        ("LUKS, 4 KiB random reads, depth 32", times_peer("shm-qcow2-luks", "randread:4k:32:1", 1.0)),
+        ("LUKS, 4 KiB random writes, depth 32", times_peer("shm-qcow2-luks", "randwrite:4k:32:1", 1.0)),
+        ("LUKS, 1 MiB reads, depth 8", times_peer("shm-qcow2-luks", "read:1M:8:1", 1.0)),
+        ("LUKS, 1 MiB writes, depth 8", times_peer("shm-qcow2-luks", "write:1M:8:1", 1.0)),
     ]),
     ("queues", "shm-raw", "read:64k:32:2", ["-w", "block", "-m", "one-iothread"],
      {"IOTHREADS": "2", "QSD": BLKD, "FE_THREADS": "2", "PIN_FE": "", "PIN_BE": "", "FIO": "off", "RUST_LOG": "warn"}, [

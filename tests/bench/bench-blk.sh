@@ -16,6 +16,7 @@
 #            null shm-raw ext4-raw shm-qcow2 ext4-qcow2 shm-qcow2-chain shm-qcow2-empty
 #            ext4-qcow2-empty (empty = recreated before every run: cold allocation, at most EMPTY_OPS=8192 requests)
 #            shm-qcow2-1t (1 TiB sparse, 16384 populated spots: L2 working set of 128 MiB)
+#            shm-qcow2-luks (encrypted, LUKS with AES-256-XTS, fully allocated)
 #            shm-qcow2-asraw (the file of shm-qcow2, its data read as a raw image: against shm-qcow2 the same pages of memory)
 #            shm-* lies on tmpfs, ext4-* in WORKDIR, opened with O_DIRECT
 #   -d     where images on disk go (default: a new directory in $TMPDIR or /tmp)
@@ -50,6 +51,7 @@ SERVE='case $FMT in
  null) set -- --blockdev driver=null-co,node-name=n,size=$SIZE,read-zeroes=${NULL_ZEROES:-off};;
  *) set -- --blockdev driver=file,filename=$IMG,node-name=f,cache.direct=$DIRECT,aio=$AIO,discard=unmap,cache.no-flush=${NOFLUSH:-off} --blockdev driver=$FMT,file=f,node-name=n,discard=unmap${FMT_OPTS:+,$FMT_OPTS};;
 esac
+[ -n "$SECRET" ] && set -- --object secret,id=key,data=$SECRET "$@"
 threads=iothread=io0
 set -- "$@" --object iothread,id=io0${IOTHREAD_OPTS:+,$IOTHREAD_OPTS}
 [ "$N" -gt 1 ] && { threads=iothread.0=io0; for t in $(seq 1 $((N - 1))); do
@@ -82,13 +84,14 @@ fi
 # image NAME -> sets IMG FMT DIRECT AIO SIZE; makes it when missing or when it must be fresh
 image() {
   local n=$1 base
-  FMT=raw DIRECT=off AIO=io_uring IMG= SIZE=$((SIZE_MB << 20)) FMT_OPTS=
+  FMT=raw DIRECT=off AIO=io_uring IMG= SIZE=$((SIZE_MB << 20)) FMT_OPTS= SECRET=
   case $n in shm-*) base=$SHM;; ext4-*) base=$DIR; DIRECT=on;; esac
   case $n in
     null) FMT=null; return;;
     *-raw) IMG=$base/raw; [ -e "$IMG" ] || { $QIMG create -q -f raw "$IMG" $SIZE; fillraw "$IMG"; };;
     *-qcow2-asraw) image "${n%-asraw}"; FMT=raw FMT_OPTS=offset=$(first_data "$IMG"),size=$SIZE;;
     *-qcow2) FMT=qcow2 FMT_OPTS=${QCOW2_OPTS:-}; IMG=$base/full.qcow2; [ -e "$IMG" ] || { $QIMG create -q -f qcow2 -o preallocation=metadata "$IMG" $SIZE; fillq "$IMG"; };;
+    *-qcow2-luks) FMT=qcow2 SECRET=benchmark FMT_OPTS=encrypt.format=luks,encrypt.key-secret=key; IMG=$base/luks.qcow2; [ -e "$IMG" ] || mkluks "$IMG";;
     *-qcow2-chain) FMT=qcow2 FMT_OPTS=${QCOW2_OPTS:-}; IMG=$base/c3.qcow2; [ -e "$IMG" ] || mkchain "$base";;
     *-qcow2-empty) FMT=qcow2 FMT_OPTS=${QCOW2_OPTS:-}; IMG=$base/empty.qcow2; rm -f "$IMG"; $QIMG create -q -f qcow2 "$IMG" $SIZE;;
     *-qcow2-1t) FMT=qcow2 FMT_OPTS=${QCOW2_OPTS:-}; IMG=$base/1t.qcow2; SIZE=$((1 << 40)); [ -e "$IMG" ] || mk1t "$IMG";;
@@ -99,6 +102,12 @@ image() {
 fillraw() { dd if=/dev/zero bs=1M count=$SIZE_MB status=none | tr '\0' '\125' | dd of="$1" bs=1M conv=notrunc,fsync iflag=fullblock status=none; }
 fillq() { for o in $(seq 0 64 $((SIZE_MB - 64))); do echo "write -P 0x55 ${o}M 64M"; done | $QIO -f qcow2 "$1" >/dev/null; }
 first_data() { $QIMG map --output=json "$1" | python3 -c 'import json, sys; print(next(e["offset"] for e in json.load(sys.stdin) if "offset" in e))'; }
+mkluks() { local secret=secret,id=key,data=$SECRET
+  # On a busy machine qemu-img sometimes cannot tell how many rounds take that long.
+  for _ in 1 2 3 4 5; do
+    $QIMG create -q --object $secret -f qcow2 -o preallocation=metadata,encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=100 "$1" $SIZE && break
+  done
+  for o in $(seq 0 64 $((SIZE_MB - 64))); do echo "write -P 0x55 ${o}M 64M"; done | $QIO --object $secret --image-opts driver=qcow2,file.filename="$1",$FMT_OPTS >/dev/null; }
 mkchain() { local i b=$1
   $QIMG create -q -f qcow2 "$b/c0.qcow2" $SIZE; fillq "$b/c0.qcow2"
   for i in 1 2 3; do
@@ -122,7 +131,7 @@ one() { # one WHICH CASE IMAGE RUN -> appends json
   image "$side_img"
   case $which in fio-*) one_fio "${which#fio-}" "$rw" "$bs" "$qd"; record; return;; esac
   [ "$which" = b ] && [ "$side_img" = "$img" ] && cmd=$CMD_B || cmd=$CMD_A
-  export SOCK IMG FMT FMT_OPTS DIRECT AIO NQ SIZE
+  export SOCK IMG FMT FMT_OPTS SECRET DIRECT AIO NQ SIZE
   local rt=(); [ -n "${RT:-}" ] && [ "$WAIT" = block ] && rt=(chrt -f 1)
   if [ -n "${PIN_BE-1}" ]; then "${rt[@]}" taskset -c "${PIN_BE-1}" bash -c "$cmd" & else "${rt[@]}" bash -c "$cmd" & fi
   BE=$!
