@@ -10,12 +10,16 @@ use std::sync::Arc;
 use executor::buffer::IoVecs;
 
 use super::RingError;
+use super::descriptor::{prefetch, prefetch_to_write};
 use crate::memory::MemoryTable;
 
 /// Longest chain accepted, in descriptors, and most contiguous pieces that they come to. It bounds
 /// the memory that a guest can make the device use: descriptors cost the guest next to nothing, as
 /// many chains may share them.
 pub const MAX_CHAIN: u16 = 2048;
+
+/// Bytes of a line of the cache.
+const CACHE_LINE: usize = 64;
 
 /// The memory table as a queue thread holds it: cheap to keep alive per request.
 pub type SharedMemory = Rc<Arc<MemoryTable>>;
@@ -182,10 +186,21 @@ impl Chain {
         }
     }
 
-    /// The first buffer, to warm the cache with.
+    /// Fetches the beginning of the first buffer into the cache: a request's header, or a small frame behind its own.
     #[inline]
-    pub(super) fn first(&self) -> Option<*mut u8> {
-        self.segments.first().map(|segment| segment.base)
+    pub(super) fn warm(&self) {
+        let Some(first) = self.segments.first() else {
+            return;
+        };
+        let last = first.len.min(CACHE_LINE);
+        let lines = [first.base, first.base.wrapping_add(last)];
+        let crosses = first.base.addr() % CACHE_LINE + last > CACHE_LINE;
+        for line in &lines[..1 + usize::from(crosses)] {
+            match self.readable {
+                0 => prefetch_to_write(*line),
+                _ => prefetch(*line),
+            }
+        }
     }
 
     /// Appends one descriptor's buffer.

@@ -384,9 +384,7 @@ impl PackedRing {
                 break (state, descriptor.tag);
             }
         };
-        if let Some(buffer) = chain.first() {
-            prefetch(buffer);
-        }
+        chain.warm();
         self.free_head = free;
         self.next_avail = at;
         if let Some(inflight) = &mut self.inflight {

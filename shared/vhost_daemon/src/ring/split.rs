@@ -304,9 +304,7 @@ impl SplitRing {
             return Err(RingError::Duplicate(head));
         }
         self.parse(chain)?;
-        if let Some(first) = chain.first() {
-            prefetch(first);
-        }
+        chain.warm();
         self.held[usize::from(head)] = true;
         self.in_flight += 1;
         Ok(())
