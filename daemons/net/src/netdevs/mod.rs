@@ -3,6 +3,10 @@
 //! A type is a module here, a variant of [`NetdevOptions`] and a line in [`open`].
 
 mod address;
+pub mod af_packet;
+mod burst_queue;
+mod datagrams;
+pub mod dgram;
 pub mod echo;
 mod interface;
 pub mod null;
@@ -31,6 +35,10 @@ pub enum NetdevOptions {
     Null(null::NullOptions),
     /// Gives every frame back to the queue that it came from.
     Echo(echo::EchoOptions),
+    /// An interface of the host.
+    AfPacket(af_packet::AfPacketOptions),
+    /// A datagram socket.
+    Dgram(dgram::DgramOptions),
     /// A passt process.
     Passt(passt::PasstOptions),
     /// A stream socket.
@@ -65,6 +73,8 @@ pub fn open(options: &NetdevOptions, context: &Context<'_>) -> anyhow::Result<Rc
     Ok(match options {
         NetdevOptions::Null(options) => Rc::new(null::Null::new(options)),
         NetdevOptions::Echo(options) => Rc::new(echo::Echo::new(options)),
+        NetdevOptions::AfPacket(options) => Rc::new(af_packet::AfPacket::open(options)?),
+        NetdevOptions::Dgram(options) => Rc::new(dgram::Dgram::open(options, context)?),
         NetdevOptions::Passt(options) => Rc::new(passt::Passt::open(options, context)?),
         NetdevOptions::Stream(options) => Rc::new(stream::Stream::open(options, context)?),
         NetdevOptions::Tap(options) => Rc::new(tap::Tap::open(options, context)?),
