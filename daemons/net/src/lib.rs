@@ -13,14 +13,17 @@
 //! or queued. Frames go on in the order in which they came, and a ring can always be gone on with at its used index.
 
 pub mod capture;
+pub mod control;
 pub mod counters;
 pub mod frame;
 pub mod guard;
 pub mod limit;
 pub mod link;
 pub mod live;
+pub mod metrics;
 pub mod netdev;
 pub mod netdevs;
 pub mod offload;
+pub mod options;
 mod packet;
 pub mod port;

@@ -75,11 +75,16 @@ impl Port {
         let offloads = (netdev.host_offloads(), netdev.guest_offloads());
         let core = Rc::new(Core::new(options, shared, pairs, offloads, hooks.changed));
         let device = Rc::new(NetDevice::new(core.clone()));
+        let socket = match &address {
+            Address::Listen(path) | Address::Connect(path) => path.display().to_string(),
+            Address::ListenFd(_) => "that was handed over".to_owned(),
+        };
         let server = match Server::start(device, address) {
             Ok(server) => server,
             Err(error) => {
                 detach(core).await;
-                return Err(error).with_context(|| format!("port '{id}': cannot use its socket"));
+                return Err(error)
+                    .with_context(|| format!("port '{id}': cannot use the socket {socket}"));
             }
         };
         core.announce_changes_to(server.config_changed());
