@@ -29,6 +29,8 @@ pub mod sandbox;
 pub mod server;
 pub mod session;
 mod store;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod wire;
 
 pub use device::{Device, DeviceError};

@@ -8,8 +8,10 @@ use rand::{Rng, SeedableRng};
 use vhost::vhost_user::message::FrontendReq as Req;
 
 use super::device::{BackEnd, Mode};
-use super::front_end::{Driver, FrontEnd, GUEST_BASE, Memory, NEXT, PATIENCE_MS, eventfd, wait};
 use crate::session::PROTOCOL_FEATURES;
+use crate::testing::front_end::{
+    Driver, FrontEnd, GUEST_BASE, Memory, NEXT, PATIENCE_MS, eventfd, wait,
+};
 
 const MEMORY: usize = 1 << 20;
 const NEEDS_RESET: u64 = 0x40;
@@ -147,7 +149,7 @@ fn plausible(rng: &mut StdRng) -> Vec<u8> {
         64,
         0x1000,
         GUEST_BASE,
-        super::front_end::USER_BASE,
+        crate::testing::front_end::USER_BASE,
         u64::MAX,
     ];
     (0..5)

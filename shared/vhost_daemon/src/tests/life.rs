@@ -7,10 +7,10 @@ use std::sync::atomic::Ordering;
 use vhost::vhost_user::message::FrontendReq as Req;
 
 use super::device::{BackEnd, Mode};
-use super::front_end::{
+use crate::session::PROTOCOL_FEATURES;
+use crate::testing::front_end::{
     Driver, FrontEnd, GUEST_BASE, INDIRECT, Memory, NEXT, PATIENCE_MS, WRITE, wait,
 };
-use crate::session::PROTOCOL_FEATURES;
 
 const MEMORY: usize = 1 << 20;
 

@@ -6,7 +6,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use vhost::vhost_user::message::FrontendReq as Req;
 
-use super::front_end::eventfd;
+use crate::testing::front_end::eventfd;
 use crate::wire::{HEADER_LEN, Header, MAX_PAYLOAD, Message, WireError, reply};
 
 fn header(words: [u32; 3]) -> Result<Header, WireError> {

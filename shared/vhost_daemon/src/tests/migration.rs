@@ -9,9 +9,11 @@ use rand::{Rng, SeedableRng};
 use vhost::vhost_user::message::FrontendReq as Req;
 
 use super::device::{BackEnd, Mode};
-use super::front_end::{Driver, FrontEnd, GUEST_BASE, Memory, PATIENCE_MS, RingPlaces, wait};
-use super::packed_driver::PackedDriver;
 use crate::session::PROTOCOL_FEATURES;
+use crate::testing::front_end::{
+    Driver, FrontEnd, GUEST_BASE, Memory, PATIENCE_MS, RingPlaces, wait,
+};
+use crate::testing::packed_driver::PackedDriver;
 
 const MEMORY: usize = 1 << 20;
 const PAGE: usize = 4096;

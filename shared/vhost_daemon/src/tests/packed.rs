@@ -10,12 +10,14 @@ use rand::{Rng, SeedableRng};
 use vhost::vhost_user::message::FrontendReq as Req;
 
 use super::device::{BackEnd, Mode};
-use super::front_end::{FrontEnd, GUEST_BASE, INDIRECT, Memory, NEXT, PATIENCE_MS, USER_BASE};
-use super::front_end::{WRITE, wait};
-use super::packed_driver::PackedDriver;
 use crate::memory::MemoryTable;
 use crate::ring::{Chain, PackedRing, Position, RingError, RingFeatures, RingOrigin, RingParts};
 use crate::session::PROTOCOL_FEATURES;
+use crate::testing::front_end::{
+    FrontEnd, GUEST_BASE, INDIRECT, Memory, NEXT, PATIENCE_MS, USER_BASE,
+};
+use crate::testing::front_end::{WRITE, wait};
+use crate::testing::packed_driver::PackedDriver;
 use crate::wire::{RegionSpec, RingAddresses};
 
 const MEMORY: usize = 1 << 20;

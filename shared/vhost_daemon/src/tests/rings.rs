@@ -11,9 +11,9 @@ use executor::buffer::IoVecs;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::front_end::{Driver, GUEST_BASE, INDIRECT, Memory, NEXT, USER_BASE, WRITE};
 use crate::memory::MemoryTable;
 use crate::ring::{Chain, RingError, RingFeatures, RingOrigin, RingParts, SharedMemory, SplitRing};
+use crate::testing::front_end::{Driver, GUEST_BASE, INDIRECT, Memory, NEXT, USER_BASE, WRITE};
 use crate::wire::{RegionSpec, RingAddresses};
 
 const MEMORY: usize = 1 << 18;

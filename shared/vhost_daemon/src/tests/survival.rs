@@ -13,12 +13,12 @@ use rand::rngs::StdRng;
 use rand::seq::IteratorRandom;
 use rand::{Rng, SeedableRng};
 
-use super::front_end::{Driver, GUEST_BASE, INDIRECT, Memory, NEXT, USER_BASE, WRITE};
-use super::packed_driver::PackedDriver;
 use crate::inflight::InflightRegion;
 use crate::memory::MemoryTable;
 use crate::ring::{Chain, Ring, RingFeatures, RingLayout, RingOrigin, RingParts, SharedMemory};
 use crate::store::death;
+use crate::testing::front_end::{Driver, GUEST_BASE, INDIRECT, Memory, NEXT, USER_BASE, WRITE};
+use crate::testing::packed_driver::PackedDriver;
 use crate::wire::{RegionSpec, RingAddresses};
 
 const MEMORY: usize = 1 << 18;

@@ -12,27 +12,27 @@ const AVAIL: u16 = 1 << 7;
 const USED: u16 = 1 << 15;
 
 /// One descriptor without id: address, length, flags besides available and used.
-pub(super) type Piece = (u64, u32, u16);
+pub type Piece = (u64, u32, u16);
 
 /// Layout: descriptors, driver event, device event, then buffers of 4096 bytes.
-pub(super) struct PackedDriver {
-    pub(super) memory: Arc<Memory>,
-    pub(super) offset: usize,
-    pub(super) size: u16,
-    pub(super) avail: Position,
-    pub(super) used: Position,
+pub struct PackedDriver {
+    pub memory: Arc<Memory>,
+    pub offset: usize,
+    pub size: u16,
+    pub avail: Position,
+    pub used: Position,
     /// Where the driver stood when it last decided whether to kick.
     considered: Position,
     /// Descriptors of each request, by buffer id.
-    pub(super) chains: HashMap<u16, u16>,
-    pub(super) kick: OwnedFd,
-    pub(super) call: OwnedFd,
-    pub(super) err: OwnedFd,
-    pub(super) event_idx: bool,
+    pub chains: HashMap<u16, u16>,
+    pub kick: OwnedFd,
+    pub call: OwnedFd,
+    pub err: OwnedFd,
+    pub event_idx: bool,
 }
 
 impl PackedDriver {
-    pub(super) fn new(memory: &Arc<Memory>, offset: usize, size: u16) -> PackedDriver {
+    pub fn new(memory: &Arc<Memory>, offset: usize, size: u16) -> PackedDriver {
         PackedDriver {
             memory: memory.clone(),
             offset,
@@ -48,15 +48,15 @@ impl PackedDriver {
         }
     }
 
-    pub(super) fn driver_event(&self) -> usize {
+    pub fn driver_event(&self) -> usize {
         self.offset + 16 * usize::from(self.size)
     }
 
-    pub(super) fn device_event(&self) -> usize {
+    pub fn device_event(&self) -> usize {
         self.driver_event() + 4
     }
 
-    pub(super) fn places(&self) -> RingPlaces<'_> {
+    pub fn places(&self) -> RingPlaces<'_> {
         let half = |position: Position| u32::from(position.to_wire(self.size));
         RingPlaces {
             size: self.size,
@@ -68,12 +68,12 @@ impl PackedDriver {
     }
 
     /// Offset in memory of a request's 4096 bytes.
-    pub(super) fn buffer(&self, id: u16) -> usize {
+    pub fn buffer(&self, id: u16) -> usize {
         (self.device_event() + 4).next_multiple_of(4096) + 4096 * usize::from(id)
     }
 
     /// Descriptors that the device does not own.
-    pub(super) fn room(&self) -> u16 {
+    pub fn room(&self) -> u16 {
         self.size - self.avail.distance_from(self.used, self.size)
     }
 
@@ -83,7 +83,7 @@ impl PackedDriver {
 
     /// Writes a descriptor; `flags` are complete.
     #[expect(clippy::too_many_arguments, reason = "the fields of a descriptor")]
-    pub(super) fn descriptor(&self, at: Position, addr: u64, len: u32, id: u16, flags: u16) {
+    pub fn descriptor(&self, at: Position, addr: u64, len: u32, id: u16, flags: u16) {
         let slot = self.slot(at);
         self.memory.write(slot, &addr.to_le_bytes());
         self.memory.write(slot + 8, &len.to_le_bytes());
@@ -92,7 +92,7 @@ impl PackedDriver {
     }
 
     /// Makes a chain available under `id`: its first descriptor's flags are stored last.
-    pub(super) fn push(&mut self, id: u16, pieces: &[Piece]) {
+    pub fn push(&mut self, id: u16, pieces: &[Piece]) {
         let count = pieces.len() as u16;
         assert!(count <= self.room() && self.chains.insert(id, count).is_none());
         for (number, (addr, len, flags)) in pieces.iter().enumerate().rev() {
@@ -105,7 +105,7 @@ impl PackedDriver {
     }
 
     /// A request of `data` with as much room for the answer.
-    pub(super) fn request(&mut self, id: u16, data: &[u8]) {
+    pub fn request(&mut self, id: u16, data: &[u8]) {
         let at = self.buffer(id);
         self.memory.write(at, data);
         self.memory.write(at + 2048, &vec![0xaa; data.len()]);
@@ -114,12 +114,12 @@ impl PackedDriver {
     }
 
     /// The answer to the request of `id`.
-    pub(super) fn answer(&self, id: u16, len: usize) -> Vec<u8> {
+    pub fn answer(&self, id: u16, len: usize) -> Vec<u8> {
         self.memory.read(self.buffer(id) + 2048, len)
     }
 
     /// Kicks when the device wants that. Whether it did.
-    pub(super) fn publish(&mut self) -> bool {
+    pub fn publish(&mut self) -> bool {
         fence(Ordering::SeqCst);
         let event = self.memory.read(self.device_event(), 4);
         let off_wrap = u16::from_le_bytes([event[0], event[1]]);
@@ -140,7 +140,7 @@ impl PackedDriver {
     }
 
     /// The next used descriptor that is there: buffer id and written length.
-    pub(super) fn try_complete(&mut self) -> Option<(u16, u32)> {
+    pub fn try_complete(&mut self) -> Option<(u16, u32)> {
         let slot = self.slot(self.used);
         let flags = self.memory.u16(slot + 14).load(Ordering::Acquire);
         let wrap = self.used.wrap(self.size);
@@ -155,7 +155,7 @@ impl PackedDriver {
     }
 
     /// Says when to call.
-    pub(super) fn ask_for_calls(&self, flags: u16) {
+    pub fn ask_for_calls(&self, flags: u16) {
         let off_wrap = self.used.to_wire(self.size).to_le_bytes();
         let [low, high] = flags.to_le_bytes();
         let event = [off_wrap[0], off_wrap[1], low, high];
@@ -164,7 +164,7 @@ impl PackedDriver {
     }
 
     /// The next used descriptor, waiting for calls.
-    pub(super) fn complete(&mut self) -> (u16, u32) {
+    pub fn complete(&mut self) -> (u16, u32) {
         loop {
             if let Some(done) = self.try_complete() {
                 return done;

@@ -15,17 +15,17 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use vhost::vhost_user::message::FrontendReq as Req;
 
-pub(super) const NEED_REPLY: u32 = 8;
+pub const NEED_REPLY: u32 = 8;
 /// Where the test's memory begins for the guest.
-pub(super) const GUEST_BASE: u64 = 0x10_0000;
+pub const GUEST_BASE: u64 = 0x10_0000;
 /// Where the front-end says that it has it mapped.
-pub(super) const USER_BASE: u64 = 0x7f00_0000_0000;
+pub const USER_BASE: u64 = 0x7f00_0000_0000;
 /// How long a test waits for what must come.
-pub(super) const PATIENCE_MS: u16 = 10_000;
+pub const PATIENCE_MS: u16 = 10_000;
 
 /// Shared memory, mapped.
-pub(super) struct Memory {
-    pub(super) fd: OwnedFd,
+pub struct Memory {
+    pub fd: OwnedFd,
     base: *mut u8,
     len: usize,
 }
@@ -36,14 +36,14 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    pub(super) fn new(len: usize) -> Arc<Memory> {
+    pub fn new(len: usize) -> Arc<Memory> {
         let flags = nix::sys::memfd::MFdFlags::empty();
         let fd = nix::sys::memfd::memfd_create(c"guest", flags).unwrap();
         nix::unistd::ftruncate(&fd, len as i64).unwrap();
         Memory::map(fd, len)
     }
 
-    pub(super) fn map(fd: OwnedFd, len: usize) -> Arc<Memory> {
+    pub fn map(fd: OwnedFd, len: usize) -> Arc<Memory> {
         // SAFETY: a fresh shared mapping of an open file.
         let base = unsafe {
             libc::mmap(
@@ -63,13 +63,13 @@ impl Memory {
         })
     }
 
-    pub(super) fn write(&self, offset: usize, bytes: &[u8]) {
+    pub fn write(&self, offset: usize, bytes: &[u8]) {
         assert!(offset + bytes.len() <= self.len);
         // SAFETY: inside the mapping.
         unsafe { std::ptr::copy(bytes.as_ptr(), self.base.add(offset), bytes.len()) };
     }
 
-    pub(super) fn read(&self, offset: usize, len: usize) -> Vec<u8> {
+    pub fn read(&self, offset: usize, len: usize) -> Vec<u8> {
         assert!(offset + len <= self.len);
         let mut bytes = vec![0; len];
         // SAFETY: inside the mapping.
@@ -77,7 +77,7 @@ impl Memory {
         bytes
     }
 
-    pub(super) fn u16(&self, offset: usize) -> &AtomicU16 {
+    pub fn u16(&self, offset: usize) -> &AtomicU16 {
         assert!(offset + 2 <= self.len);
         // SAFETY: inside the mapping; offsets used are even.
         unsafe { &*self.base.add(offset).cast() }
@@ -91,13 +91,13 @@ impl Drop for Memory {
     }
 }
 
-pub(super) fn eventfd() -> OwnedFd {
+pub fn eventfd() -> OwnedFd {
     use nix::sys::eventfd::{EfdFlags, EventFd};
     EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap().into()
 }
 
 /// Waits until `fd` is signalled and empties it; false when that does not happen in time.
-pub(super) fn wait(fd: BorrowedFd<'_>, timeout_ms: u16) -> bool {
+pub fn wait(fd: BorrowedFd<'_>, timeout_ms: u16) -> bool {
     let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
     if poll(&mut fds, PollTimeout::from(timeout_ms)).unwrap() == 0 {
         return false;
@@ -106,25 +106,25 @@ pub(super) fn wait(fd: BorrowedFd<'_>, timeout_ms: u16) -> bool {
 }
 
 /// A ring as its driver sees it. Layout: descriptors, available, used, then 64 buffers of 4096.
-pub(super) struct Driver {
-    pub(super) memory: Arc<Memory>,
-    pub(super) offset: usize,
-    pub(super) size: u16,
-    pub(super) avail: u16,
-    pub(super) used: u16,
-    pub(super) kick: OwnedFd,
-    pub(super) call: OwnedFd,
-    pub(super) err: OwnedFd,
-    pub(super) event_idx: bool,
+pub struct Driver {
+    pub memory: Arc<Memory>,
+    pub offset: usize,
+    pub size: u16,
+    pub avail: u16,
+    pub used: u16,
+    pub kick: OwnedFd,
+    pub call: OwnedFd,
+    pub err: OwnedFd,
+    pub event_idx: bool,
 }
 
 /// Flag of a descriptor.
-pub(super) const NEXT: u16 = 1;
-pub(super) const WRITE: u16 = 2;
-pub(super) const INDIRECT: u16 = 4;
+pub const NEXT: u16 = 1;
+pub const WRITE: u16 = 2;
+pub const INDIRECT: u16 = 4;
 
 impl Driver {
-    pub(super) fn new(memory: &Arc<Memory>, offset: usize, size: u16) -> Driver {
+    pub fn new(memory: &Arc<Memory>, offset: usize, size: u16) -> Driver {
         Driver {
             memory: memory.clone(),
             offset,
@@ -138,22 +138,22 @@ impl Driver {
         }
     }
 
-    pub(super) fn avail_offset(&self) -> usize {
+    pub fn avail_offset(&self) -> usize {
         self.offset + 16 * usize::from(self.size)
     }
 
-    pub(super) fn used_offset(&self) -> usize {
+    pub fn used_offset(&self) -> usize {
         (self.avail_offset() + 6 + 2 * usize::from(self.size)).next_multiple_of(4)
     }
 
     /// Offset in memory of a head's 4096 bytes.
-    pub(super) fn buffer(&self, head: u16) -> usize {
+    pub fn buffer(&self, head: u16) -> usize {
         let rings = self.used_offset() + 6 + 8 * usize::from(self.size);
         rings.next_multiple_of(4096) + 4096 * usize::from(head)
     }
 
     #[expect(clippy::too_many_arguments, reason = "the fields of a descriptor")]
-    pub(super) fn descriptor(&self, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
+    pub fn descriptor(&self, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
         let at = self.offset + 16 * usize::from(index);
         self.memory.write(at, &addr.to_le_bytes());
         self.memory.write(at + 8, &len.to_le_bytes());
@@ -163,7 +163,7 @@ impl Driver {
 
     /// Makes a request of `data` with as much room for the answer, in descriptors `head`,
     /// `head + 1`.
-    pub(super) fn request(&mut self, head: u16, data: &[u8]) {
+    pub fn request(&mut self, head: u16, data: &[u8]) {
         let at = self.buffer(head);
         self.memory.write(at, data);
         self.memory.write(at + 2048, &vec![0xaa; data.len()]);
@@ -174,7 +174,7 @@ impl Driver {
         self.make_available(head);
     }
 
-    pub(super) fn make_available(&mut self, head: u16) {
+    pub fn make_available(&mut self, head: u16) {
         let slot = usize::from(self.avail % self.size);
         let entry = self.avail_offset() + 4 + 2 * slot;
         self.memory.u16(entry).store(head, Ordering::Relaxed);
@@ -182,7 +182,7 @@ impl Driver {
     }
 
     /// Shows the device what was made available; kicks when it wants that. Whether it did.
-    pub(super) fn publish(&mut self) -> bool {
+    pub fn publish(&mut self) -> bool {
         let index = self.memory.u16(self.avail_offset() + 2);
         let old = index.load(Ordering::Relaxed);
         index.store(self.avail, Ordering::Release);
@@ -202,7 +202,7 @@ impl Driver {
     }
 
     /// The next used element, waiting for calls.
-    pub(super) fn complete(&mut self) -> (u32, u32) {
+    pub fn complete(&mut self) -> (u32, u32) {
         loop {
             if let Some(element) = self.try_complete() {
                 return element;
@@ -224,12 +224,12 @@ impl Driver {
         }
     }
 
-    pub(super) fn used_idx(&self) -> u16 {
+    pub fn used_idx(&self) -> u16 {
         let at = self.used_offset() + 2;
         self.memory.u16(at).load(Ordering::Acquire)
     }
 
-    pub(super) fn try_complete(&mut self) -> Option<(u32, u32)> {
+    pub fn try_complete(&mut self) -> Option<(u32, u32)> {
         if self.used_idx() == self.used {
             return None;
         }
@@ -241,32 +241,32 @@ impl Driver {
     }
 
     /// The answer to the request of `head`.
-    pub(super) fn answer(&self, head: u16, len: usize) -> Vec<u8> {
+    pub fn answer(&self, head: u16, len: usize) -> Vec<u8> {
         self.memory.read(self.buffer(head) + 2048, len)
     }
 }
 
 /// A connection to the back-end.
-pub(super) struct FrontEnd {
-    pub(super) socket: UnixStream,
-    pub(super) ack: bool,
+pub struct FrontEnd {
+    pub socket: UnixStream,
+    pub ack: bool,
 }
 
 impl FrontEnd {
     /// Connects and negotiates everything but memory and rings.
-    pub(super) fn connect(path: &Path, protocol: u64) -> FrontEnd {
+    pub fn connect(path: &Path, protocol: u64) -> FrontEnd {
         let mut front_end = FrontEnd::plain(UnixStream::connect(path).unwrap());
         front_end.negotiate(protocol);
         front_end
     }
 
-    pub(super) fn plain(socket: UnixStream) -> FrontEnd {
+    pub fn plain(socket: UnixStream) -> FrontEnd {
         let patience = Duration::from_millis(u64::from(PATIENCE_MS));
         socket.set_read_timeout(Some(patience)).unwrap();
         FrontEnd { socket, ack: false }
     }
 
-    pub(super) fn negotiate(&mut self, protocol: u64) {
+    pub fn negotiate(&mut self, protocol: u64) {
         self.send(Req::SET_OWNER, &[], &[]);
         // Split rings, nothing logged: the tests of the rest choose for themselves.
         let features = self.get(Req::GET_FEATURES) & !(1 << 34 | 1 << 26);
@@ -277,7 +277,7 @@ impl FrontEnd {
         self.set(Req::SET_FEATURES, &features.to_ne_bytes(), &[]);
     }
 
-    pub(super) fn send_raw(&mut self, request: u32, flags: u32, payload: &[u8], fds: &[i32]) {
+    pub fn send_raw(&mut self, request: u32, flags: u32, payload: &[u8], fds: &[i32]) {
         let mut bytes = Vec::new();
         for word in [request, flags, payload.len() as u32] {
             bytes.extend_from_slice(&word.to_ne_bytes());
@@ -294,13 +294,13 @@ impl FrontEnd {
         let _ = sendmsg::<()>(self.socket.as_raw_fd(), &iov, &control, flags, None);
     }
 
-    pub(super) fn send(&mut self, request: Req, payload: &[u8], fds: &[BorrowedFd<'_>]) {
+    pub fn send(&mut self, request: Req, payload: &[u8], fds: &[BorrowedFd<'_>]) {
         let fds: Vec<i32> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         self.send_raw(request.into(), 1, payload, &fds);
     }
 
     /// The next reply's payload; `None` when the back-end ended the session.
-    pub(super) fn receive(&mut self) -> Option<Vec<u8>> {
+    pub fn receive(&mut self) -> Option<Vec<u8>> {
         let mut head = [0; 12];
         self.socket.read_exact(&mut head).ok()?;
         let len = u32::from_ne_bytes(head[8..].try_into().unwrap());
@@ -309,7 +309,7 @@ impl FrontEnd {
         Some(payload)
     }
 
-    pub(super) fn receive_fd(&mut self) -> (Vec<u8>, OwnedFd) {
+    pub fn receive_fd(&mut self) -> (Vec<u8>, OwnedFd) {
         let mut bytes = [0; 64];
         let mut iov = [IoSliceMut::new(&mut bytes)];
         let mut space = cmsg_space!([i32; 1]);
@@ -324,19 +324,14 @@ impl FrontEnd {
         (bytes[12..len].to_vec(), fd)
     }
 
-    pub(super) fn get(&mut self, request: Req) -> u64 {
+    pub fn get(&mut self, request: Req) -> u64 {
         self.send(request, &[], &[]);
         let payload = self.receive().expect("a reply");
         u64::from_ne_bytes(payload.try_into().unwrap())
     }
 
     /// Sends a request and, when acknowledgements are on, gives what came back.
-    pub(super) fn try_set(
-        &mut self,
-        request: Req,
-        payload: &[u8],
-        fds: &[BorrowedFd<'_>],
-    ) -> Option<u64> {
+    pub fn try_set(&mut self, request: Req, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Option<u64> {
         let fds: Vec<i32> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let flags = if self.ack { 1 | NEED_REPLY } else { 1 };
         self.send_raw(request.into(), flags, payload, &fds);
@@ -347,28 +342,28 @@ impl FrontEnd {
         Some(u64::from_ne_bytes(payload.try_into().unwrap()))
     }
 
-    pub(super) fn set(&mut self, request: Req, payload: &[u8], fds: &[BorrowedFd<'_>]) {
+    pub fn set(&mut self, request: Req, payload: &[u8], fds: &[BorrowedFd<'_>]) {
         let answer = self.try_set(request, payload, fds);
         assert_eq!(answer, Some(0), "{request:?}");
     }
 
-    pub(super) fn region(memory: &Memory) -> Vec<u8> {
+    pub fn region(memory: &Memory) -> Vec<u8> {
         let fields = [GUEST_BASE, memory.len as u64, USER_BASE, 0];
         fields.iter().flat_map(|f| f.to_ne_bytes()).collect()
     }
 
-    pub(super) fn set_memory(&mut self, memory: &Memory) {
+    pub fn set_memory(&mut self, memory: &Memory) {
         let mut payload = vec![1, 0, 0, 0, 0, 0, 0, 0];
         payload.extend(Self::region(memory));
         self.set(Req::SET_MEM_TABLE, &payload, &[memory.fd.as_fd()]);
     }
 
-    pub(super) fn state(index: u32, value: u32) -> Vec<u8> {
+    pub fn state(index: u32, value: u32) -> Vec<u8> {
         [index.to_ne_bytes(), value.to_ne_bytes()].concat()
     }
 
     /// Everything about a ring but enabling it.
-    pub(super) fn set_ring(&mut self, index: u8, driver: &Driver) {
+    pub fn set_ring(&mut self, index: u8, driver: &Driver) {
         let places = RingPlaces {
             size: driver.size,
             base: u32::from(driver.avail),
@@ -379,7 +374,7 @@ impl FrontEnd {
         self.set_ring_places(index, &places);
     }
 
-    pub(super) fn set_ring_places(&mut self, index: u8, ring: &RingPlaces<'_>) {
+    pub fn set_ring_places(&mut self, index: u8, ring: &RingPlaces<'_>) {
         let state = |value: u32| Self::state(u32::from(index), value);
         self.set(Req::SET_VRING_NUM, &state(u32::from(ring.size)), &[]);
         self.set(Req::SET_VRING_BASE, &state(ring.base), &[]);
@@ -391,13 +386,13 @@ impl FrontEnd {
         self.set(Req::SET_VRING_KICK, &index, &[kick.as_fd()]);
     }
 
-    pub(super) fn enable(&mut self, index: u32, enable: bool) {
+    pub fn enable(&mut self, index: u32, enable: bool) {
         let payload = Self::state(index, u32::from(enable));
         self.set(Req::SET_VRING_ENABLE, &payload, &[]);
     }
 
     /// Stops a ring; its next available index.
-    pub(super) fn get_base(&mut self, index: u32) -> u32 {
+    pub fn get_base(&mut self, index: u32) -> u32 {
         self.send(Req::GET_VRING_BASE, &Self::state(index, 0), &[]);
         let payload = self.receive().expect("a base");
         u32::from_ne_bytes(payload[4..].try_into().unwrap())
@@ -405,20 +400,20 @@ impl FrontEnd {
 }
 
 /// Where a ring is, whatever its layout.
-pub(super) struct RingPlaces<'a> {
-    pub(super) size: u16,
-    pub(super) base: u32,
+pub struct RingPlaces<'a> {
+    pub size: u16,
+    pub base: u32,
     /// Offsets in memory of descriptors, used and available ring.
-    pub(super) parts: [usize; 3],
+    pub parts: [usize; 3],
     /// The guest address that the used ring is logged at.
-    pub(super) log: Option<u64>,
+    pub log: Option<u64>,
     /// Kick, call and error.
-    pub(super) fds: [&'a OwnedFd; 3],
+    pub fds: [&'a OwnedFd; 3],
 }
 
 impl RingPlaces<'_> {
     /// Payload of SET_VRING_ADDR.
-    pub(super) fn addresses(&self, index: u8) -> Vec<u8> {
+    pub fn addresses(&self, index: u8) -> Vec<u8> {
         let flags = u32::from(self.log.is_some());
         let mut payload = FrontEnd::state(u32::from(index), flags);
         for part in self.parts {
