@@ -21,6 +21,8 @@ mod options;
 mod pair;
 mod rx;
 mod shared;
+#[cfg(test)]
+mod tests;
 mod tx;
 
 use std::rc::Rc;

@@ -180,6 +180,7 @@ impl Tx {
         ring.allowed = true;
         let bytes = ring.give_back(taken, |reason| counters.count_drop(reason));
         counters.count(taken.saturating_sub(dropped) as u64, bytes);
+        ring.served.publish();
         network.flush();
         if !whole {
             self.block(Blocked::Network);
@@ -402,8 +403,6 @@ impl TxRing {
             ring.push_used(self.chains[self.done].head(), 0);
             self.done += 1;
         }
-        drop(ring);
-        self.served.publish();
         bytes
     }
 
