@@ -59,6 +59,32 @@ impl Layout {
     }
 }
 
+/// A ring index or a count below the ring's size, kept in 32 bits. Compilers read 16 bits in 32 where that is aligned, and a load
+/// that is wider than a store before it waits until the store has left the processor: behind those into guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Index(u32);
+
+impl Index {
+    fn new(value: u16) -> Index {
+        Index(u32::from(value))
+    }
+
+    #[inline]
+    fn get(self) -> u16 {
+        self.0 as u16
+    }
+
+    #[inline]
+    fn add(&mut self, count: u16) {
+        *self = Index::new(self.get().wrapping_add(count));
+    }
+
+    #[inline]
+    fn sub(&mut self, count: u16) {
+        *self = Index::new(self.get().wrapping_sub(count));
+    }
+}
+
 /// A split ring from the device's side. Lives on its queue's thread.
 #[derive(Debug)]
 pub struct SplitRing {
@@ -68,16 +94,16 @@ pub struct SplitRing {
     event_idx: bool,
     indirect: Indirect,
     /// Next entry of the available ring to fetch.
-    next_avail: u16,
+    next_avail: Index,
     /// Next entry of the used ring to write.
-    next_used: u16,
+    next_used: Index,
     /// What the guest sees as the used index.
-    published: u16,
+    published: Index,
     /// The used index when the guest was last considered for a call.
-    considered: u16,
+    considered: Index,
     /// Which heads the device holds.
     held: Box<[bool]>,
-    in_flight: u16,
+    in_flight: Index,
     inflight: Option<SplitInflight>,
     /// Where writes are logged; `None` while they are not.
     dirty: Option<Box<Dirty>>,
@@ -108,39 +134,40 @@ impl SplitRing {
             size,
             event_idx: parts.features.event_idx,
             indirect: parts.features.indirect,
-            next_avail: base,
-            next_used: 0,
-            published: 0,
-            considered: 0,
+            next_avail: Index::new(base),
+            next_used: Index::new(0),
+            published: Index::new(0),
+            considered: Index::new(0),
             held: vec![false; usize::from(size)].into_boxed_slice(),
-            in_flight: 0,
+            in_flight: Index::new(0),
             inflight,
             dirty: None,
             memory,
             hint: Cell::new(0),
         };
         let used = ring.used_u16(INDEX_AT).load(Ordering::Acquire);
-        (ring.next_used, ring.published, ring.considered) = (used, used, used);
+        let index = Index::new(used);
+        (ring.next_used, ring.published, ring.considered) = (index, index, index);
         if parts.origin == RingOrigin::Used {
-            ring.next_avail = used;
+            ring.next_avail = Index::new(used);
         }
         let mut resubmit = Vec::new();
         if let Some(inflight) = &mut ring.inflight {
             let recovery = inflight.recover(used)?;
             resubmit = recovery.resubmit;
-            ring.next_avail = recovery.avail.unwrap_or(base);
+            ring.next_avail = Index::new(recovery.avail.unwrap_or(base));
         }
         Ok((ring, resubmit))
     }
 
     /// Next index of the available ring, as GET_VRING_BASE tells it.
     pub fn base(&self) -> u32 {
-        u32::from(self.next_avail)
+        u32::from(self.next_avail.get())
     }
 
     /// Requests fetched and not yet returned.
     pub fn in_flight(&self) -> u16 {
-        self.in_flight
+        self.in_flight.get()
     }
 
     /// Ring size in descriptors.
@@ -172,7 +199,11 @@ impl SplitRing {
         match (log, &mut self.dirty) {
             (Some(log), Some(dirty)) => dirty.redirect(log),
             (Some(log), None) => {
-                assert_eq!(self.in_flight, 0, "writable buffers are noted as they come");
+                assert_eq!(
+                    self.in_flight.get(),
+                    0,
+                    "writable buffers are noted as they come"
+                );
                 self.dirty = Some(Box::new(Dirty::new(log, self.size)));
             }
             (None, _) => self.dirty = None,
@@ -231,21 +262,21 @@ impl SplitRing {
     /// Whether the driver made something available.
     #[inline]
     pub fn has_work(&self) -> bool {
-        self.avail_u16(INDEX_AT).load(Ordering::Acquire) != self.next_avail
+        self.avail_u16(INDEX_AT).load(Ordering::Acquire) != self.next_avail.get()
     }
 
     /// Fetches up to `chains.len()` requests. Gives how many, and what broke the ring after them.
     #[inline]
     pub fn fetch(&mut self, chains: &mut [Chain]) -> (usize, Option<RingError>) {
         let index = self.avail_u16(INDEX_AT).load(Ordering::Acquire);
-        let pending = index.wrapping_sub(self.next_avail);
+        let pending = index.wrapping_sub(self.next_avail.get());
         if pending == 0 {
             return (0, None);
         }
         if pending > self.size {
             let error = RingError::AvailableIndex {
                 index,
-                next: self.next_avail,
+                next: self.next_avail.get(),
                 size: self.size,
             };
             return (0, Some(error));
@@ -253,7 +284,7 @@ impl SplitRing {
         let count = usize::from(pending).min(chains.len());
         // Three passes, so that the cache misses of a batch overlap: heads, descriptors, headers.
         for (chain, entry) in chains[..count].iter_mut().zip(0u16..) {
-            let offset = 4 + 2 * self.slot(self.next_avail.wrapping_add(entry));
+            let offset = 4 + 2 * self.slot(self.next_avail.get().wrapping_add(entry));
             let head = self.avail_u16(offset).load(Ordering::Relaxed);
             chain.begin(head, &self.memory);
             if head < self.size {
@@ -271,7 +302,7 @@ impl SplitRing {
                 inflight.mark(chain.head());
             }
             taken += 1;
-            self.next_avail = self.next_avail.wrapping_add(1);
+            self.next_avail.add(1);
         }
         if let Some(dirty) = &mut self.dirty {
             chains[..taken].iter().for_each(|chain| dirty.note(chain));
@@ -306,7 +337,7 @@ impl SplitRing {
         self.parse(chain)?;
         chain.warm();
         self.held[usize::from(head)] = true;
-        self.in_flight += 1;
+        self.in_flight.add(1);
         Ok(())
     }
 
@@ -363,11 +394,11 @@ impl SplitRing {
         let held = &mut self.held[usize::from(head)];
         assert!(*held, "a request is returned once");
         *held = false;
-        self.in_flight -= 1;
-        let offset = 4 + 8 * self.slot(self.next_used);
+        self.in_flight.sub(1);
+        let offset = 4 + 8 * self.slot(self.next_used.get());
         self.used_u32(offset).put(u32::from(head).to_le());
         self.used_u32(offset + 4).put(written.to_le());
-        self.next_used = self.next_used.wrapping_add(1);
+        self.next_used.add(1);
         if let Some(inflight) = &mut self.inflight {
             inflight.complete(head);
         }
@@ -383,9 +414,9 @@ impl SplitRing {
             self.inflight.is_none(),
             "what is in flight is recorded as such"
         );
-        self.next_avail = self.next_avail.wrapping_sub(self.in_flight);
+        self.next_avail.sub(self.in_flight.get());
         self.held.fill(false);
-        self.in_flight = 0;
+        self.in_flight = Index::new(0);
     }
 
     /// Shows the guest every request returned by now; false when there is none.
@@ -394,10 +425,10 @@ impl SplitRing {
         if self.published == self.next_used {
             return false;
         }
-        self.used_u16(INDEX_AT).put(self.next_used);
+        self.used_u16(INDEX_AT).put(self.next_used.get());
         self.published = self.next_used;
         if let Some(inflight) = &mut self.inflight {
-            inflight.publish(self.next_used);
+            inflight.publish(self.next_used.get());
         }
         if let Some(dirty) = &self.dirty {
             dirty.used(INDEX_AT, 2);
@@ -408,8 +439,8 @@ impl SplitRing {
     /// Whether the guest wants a call for what was published since this was last asked.
     #[inline]
     pub fn needs_call(&mut self) -> bool {
-        let (old, new) = (self.considered, self.published);
-        self.considered = new;
+        let (old, new) = (self.considered.get(), self.published.get());
+        self.considered = Index::new(new);
         fence(Ordering::SeqCst);
         if self.event_idx {
             let offset = 4 + 2 * usize::from(self.size);
@@ -423,7 +454,7 @@ impl SplitRing {
 
     /// Asks for kicks; true when something came in before the request could be seen.
     pub fn arm(&self) -> bool {
-        self.ask_for_kicks(self.next_avail, 0);
+        self.ask_for_kicks(self.next_avail.get(), 0);
         fence(Ordering::SeqCst);
         self.has_work()
     }
@@ -431,7 +462,7 @@ impl SplitRing {
     /// Asks for no kicks, as far as the guest may honour that.
     pub fn disarm(&self) {
         let flags = VRING_USED_F_NO_NOTIFY as u16;
-        self.ask_for_kicks(self.next_avail.wrapping_sub(1), flags);
+        self.ask_for_kicks(self.next_avail.get().wrapping_sub(1), flags);
     }
 
     /// Asks for a kick at `event`, or says `flags` to a driver without the event index.
