@@ -76,8 +76,8 @@ pub(crate) trait Model: Send + Sync {
         0
     }
 
-    /// A part of the configuration that the command line decides, with its offset: each back-end is told at once, and may keep
-    /// its own.
+    /// A part of the configuration that the command line decides, with its offset: a back-end is told before rings are started, and
+    /// may keep its own.
     fn announced_config(&self) -> Option<(usize, Vec<u8>)> {
         None
     }

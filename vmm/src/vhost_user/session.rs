@@ -1,8 +1,8 @@
 //! The conversation with one back-end: what is negotiated, in which order rings are started, how they are drained.
 //!
 //! ```text
-//! open:   SET_OWNER  GET_FEATURES  GET/SET_PROTOCOL_FEATURES  GET_QUEUE_NUM  SET_BACKEND_REQ_FD  SET_CONFIG  GET_CONFIG
-//! start:  SET_STATUS  SET_FEATURES  NET_SET_MTU  SET_MEM_TABLE  GET/SET_INFLIGHT_FD
+//! open:   SET_OWNER  GET_FEATURES  GET/SET_PROTOCOL_FEATURES  GET_QUEUE_NUM  SET_BACKEND_REQ_FD  GET_CONFIG
+//! start:  SET_CONFIG  SET_STATUS  SET_FEATURES  NET_SET_MTU  SET_MEM_TABLE  GET/SET_INFLIGHT_FD
 //!         per ring: NUM ADDR BASE KICK CALL, then ENABLE          SET_STATUS
 //! drain:  per ring: GET_VRING_BASE
 //! reset:  drain  SET_STATUS(0)  RESET_DEVICE

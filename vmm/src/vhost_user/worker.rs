@@ -199,7 +199,14 @@ impl Worker {
         let (Some(session), Some(activation)) = (&mut self.session, &self.activation) else {
             return;
         };
-        match session.start(&self.setup, activation, &mut self.progress) {
+        let announced = session.announce_config(&self.setup);
+        if let Ok(false) = announced {
+            let text = "the back-end keeps its address, the guest has the command line's";
+            tracing::warn!(device = self.name, "{text}");
+        }
+        let started =
+            announced.and_then(|_| session.start(&self.setup, activation, &mut self.progress));
+        match started {
             Ok(()) => {
                 self.started = true;
                 self.progress.bases.clear();
@@ -254,10 +261,6 @@ impl Worker {
 
     fn open(&mut self, link: super::wire::Link) -> Result<Session, LinkError> {
         let mut session = Session::open(link, &self.setup)?;
-        if !session.announce_config(&self.setup)? {
-            let text = "the back-end keeps its address, the guest has the command line's";
-            tracing::warn!(device = self.name, "{text}");
-        }
         let mut config = session.read_config(&self.setup)?;
         if let (Some(at), Some(value)) = (self.setup.model.switch(), self.switched)
             && session.write_config(at, &[value])?

@@ -28,6 +28,8 @@ pub(super) struct Core {
     guest_offloads: Offloads,
     acked: Cell<u64>,
     mtu: Cell<Option<u16>>,
+    /// The guest's address at its start: the port's, or the front-end's.
+    mac: Cell<MacAddress>,
     /// The guest is asked to announce itself.
     pub(super) announcing: Cell<bool>,
     /// Whose turn it is to execute a command.
@@ -57,6 +59,7 @@ impl Core {
             guest_offloads,
             acked: Cell::new(0),
             mtu: Cell::new(options.mtu),
+            mac: Cell::new(options.mac),
             announcing: Cell::new(false),
             commands: Mutex::new(()),
             rings,
@@ -94,9 +97,30 @@ impl Core {
         self.options.queues
     }
 
-    /// Index of the control queue.
+    /// Index of the control queue: after the last pair that there could be (virtio 1.2 section 5.1.2).
     pub(super) fn control_ring(&self) -> u16 {
-        2 * self.options.queues
+        let multiqueue = has(self.features(), net::VIRTIO_NET_F_MQ);
+        2 * if multiqueue { self.options.queues } else { 1 }
+    }
+
+    /// Whether ring `index` is the control queue of the driver that is there.
+    pub(super) fn is_control(&self, index: u16) -> bool {
+        has(self.features(), net::VIRTIO_NET_F_CTRL_VQ) && index == self.control_ring()
+    }
+
+    /// The front-end decides about the guest's address. What the guest may claim is the guard's business.
+    pub(super) fn set_mac(&self, mac: MacAddress) {
+        self.mac.set(mac);
+        let mut filter = self.shared.filter.get();
+        filter.mac = mac;
+        self.shared.filter.set(filter);
+        self.tell_change();
+    }
+
+    /// Back to what there was before any front-end.
+    pub(super) fn reset(&self) {
+        self.mac.set(self.options.mac);
+        self.begin(0);
     }
 
     /// Starts over with a driver that acknowledged `features`.
@@ -105,7 +129,7 @@ impl Core {
         self.announcing.set(false);
         self.shared.set_used(Used::Enabled);
         self.shared.set_guest_offloads(guest_offload_bits(features));
-        self.shared.filter.set(Filter::open(self.options.mac));
+        self.shared.filter.set(Filter::open(self.mac.get()));
         self.tell_change();
     }
 
@@ -154,7 +178,7 @@ impl Core {
     /// The configuration space.
     pub(super) fn config(&self) -> Vec<u8> {
         let config = Config {
-            mac: self.options.mac,
+            mac: self.mac.get(),
             link: self.shared.link(),
             announce: self.announcing.get(),
             pairs: self.options.queues,

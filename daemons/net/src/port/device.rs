@@ -68,11 +68,20 @@ impl Device for NetDevice {
         self.core.config()
     }
 
+    /// The front-end may give the guest an address; nothing else is its to decide.
     fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), DeviceError> {
-        Err(DeviceError::ReadOnlyConfig {
-            offset: u64::from(offset),
-            end: u64::from(offset) + data.len() as u64,
-        })
+        let (0, Ok(bytes)) = (offset, <[u8; 6]>::try_from(data)) else {
+            return Err(DeviceError::ReadOnlyConfig {
+                offset: u64::from(offset),
+                end: u64::from(offset) + data.len() as u64,
+            });
+        };
+        let mac = MacAddress(bytes);
+        if mac.is_multicast() || mac == MacAddress::default() {
+            return Err(DeviceError::InvalidValue("the address"));
+        }
+        self.core.set_mac(mac);
+        Ok(())
     }
 
     fn set_mtu(&self, mtu: u16) -> Result<(), DeviceError> {
@@ -92,8 +101,8 @@ impl Device for NetDevice {
         let (index, size) = (setup.index, setup.size);
         let mut queue = self.queues[usize::from(index)].lock().await;
         let remote = match self.core.pairs.get(usize::from(index / 2)) {
-            Some(pair) => pair.start_ring(setup).await?,
-            None => self.start_control(&setup).await?,
+            Some(pair) if !self.core.is_control(index) => pair.start_ring(setup).await?,
+            _ => self.start_control(&setup).await?,
         };
         *queue = Some(remote);
         self.core.note_ring(index, Some(size));
@@ -116,6 +125,66 @@ impl Device for NetDevice {
     }
 
     fn reset(&self) {
-        self.core.begin(0);
+        self.core.reset();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use virtio_bindings::virtio_net as net;
+
+    use super::super::shared::Shared;
+    use super::*;
+    use crate::link::Offloads;
+    use crate::port::PortOptions;
+
+    const PORTS: MacAddress = MacAddress([2; 6]);
+
+    /// A device of that many pairs without their threads.
+    fn device(queues: u16) -> NetDevice {
+        let options = PortOptions {
+            queues,
+            ..PortOptions::new("p0", PORTS)
+        };
+        let shared = Arc::new(Shared::new(options.mac, ring_count(&options)));
+        let offloads = (Offloads::NONE, Offloads::NONE);
+        let core = Core::new(options, shared, Vec::new(), offloads, Arc::default());
+        NetDevice::new(Rc::new(core))
+    }
+
+    #[test]
+    fn a_front_end_may_give_the_guest_an_address_and_nothing_else() {
+        let device = device(1);
+        device.write_config(0, &[4; 6]).unwrap();
+        assert_eq!(device.config()[..6], [4; 6]);
+        device.set_features(0);
+        assert_eq!(device.core.state(true).mac, MacAddress([4; 6]));
+        for wrong in [[0; 6], [1; 6]] {
+            assert!(device.write_config(0, &wrong).is_err(), "{wrong:?}");
+        }
+        assert!(device.write_config(1, &[4; 6]).is_err());
+        assert!(device.write_config(0, &[4; 7]).is_err());
+        device.reset();
+        assert_eq!(device.config()[..6], [2; 6]);
+        assert_eq!(device.core.state(true).mac, PORTS);
+    }
+
+    #[test]
+    fn the_control_queue_follows_the_last_pair_that_there_could_be() {
+        let [control, multiqueue] =
+            [net::VIRTIO_NET_F_CTRL_VQ, net::VIRTIO_NET_F_MQ].map(|bit| 1_u64 << bit);
+        let device = device(4);
+        let controls = |features| {
+            device.set_features(features);
+            let rings = 0..device.queue_count();
+            rings
+                .filter(|ring| device.core.is_control(*ring))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(controls(control), [2]);
+        assert_eq!(controls(control | multiqueue), [8]);
+        assert!(controls(multiqueue).is_empty());
     }
 }

@@ -73,14 +73,14 @@ fn enabled_rings(back_end: &BackEnd, count: usize) -> Vec<u32> {
 fn the_command_line_wins_and_the_back_end_is_told() {
     let rig = card(",mac=52:54:00:00:00:01,mtu=9000,queues=2");
     let back_end = rig.connect(card_server(2));
-    let told = back_end.expect(FrontendReq::SET_CONFIG);
-    assert_eq!((told.word(0), told.word(1)), (0, 6));
-    assert_eq!(told.payload[12..], OWN);
     let (seen, _) = rig.device.config().unwrap();
     assert_eq!(seen, config(OWN, 1, 2, 9000)[..12]);
     let features = VERSION_1 | GSO | MAC | MTU | STATUS | CTRL_VQ | MQ;
     assert_eq!(rig.device.features(), Some(features), "no RSS");
     activate(&rig, features);
+    let told = back_end.expect(FrontendReq::SET_CONFIG);
+    assert_eq!((told.word(0), told.word(1)), (0, 6));
+    assert_eq!(told.payload[12..], OWN);
     let mtu = back_end.expect(FrontendReq::NET_SET_MTU);
     assert_eq!(mtu.payload, 9000_u64.to_ne_bytes());
     back_end.expect(FrontendReq::SET_STATUS);
