@@ -3,15 +3,17 @@
 //!
 //! ```text
 //!   input = script (header, steps) ++ image file
-//!     │ check ─► open in memory ─► steps: read, write, zero, discard ... ─► close ─► check ─► reopen
+//!     │ open in memory ─► steps: read, write, zero, discard ... ─► close ─► check ─► open again
 //!     └─ an image that was sound stays sound, and reads back what was written
 //! ```
 //!
 //! `fuzz_targets/` holds the entry points in cargo-fuzz's layout, `seeds` makes the corpus to start
 //! from, `regressions/` keeps what fuzzing found. The tests of this crate run all of them once.
 
+mod disk;
 pub mod memory_file;
 pub mod model;
 pub mod qcow2;
 pub mod script;
 pub mod seeds;
+pub mod target;

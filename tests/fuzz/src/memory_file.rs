@@ -14,7 +14,7 @@ const MAX_PAGES: usize = 4096;
 /// Longest file in bytes, as on ext4.
 const MAX_LENGTH: u64 = 16 << 40;
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Content {
     length: u64,
     pages: BTreeMap<u64, Box<[u8]>>,
@@ -34,6 +34,14 @@ impl MemoryFile {
             .write(0, bytes)
             .expect("an input is shorter than a disk");
         file
+    }
+
+    /// Another file with the same content.
+    pub fn duplicate(&self) -> Self {
+        let content = self.content().clone();
+        Self {
+            content: Arc::new(Mutex::new(content)),
+        }
     }
 
     /// The file's bytes; only for files known to be small.

@@ -34,9 +34,9 @@ impl Model {
 
     /// Compares what was read at `offset`.
     ///
-    /// # Panics
-    /// When a byte is another one than was written.
-    pub fn compare(&self, offset: u64, read: &[u8]) {
+    /// # Errors
+    /// A byte that is another one than was written.
+    pub fn compare(&self, offset: u64, read: &[u8]) -> Result<(), String> {
         let mut expected: Vec<Option<u8>> = vec![None; read.len()];
         let end = offset + read.len() as u64;
         for (range, fill) in &self.changes {
@@ -47,12 +47,11 @@ impl Model {
             }
         }
         for (at, (read, expected)) in read.iter().zip(expected).enumerate() {
-            let right = expected.is_none_or(|expected| expected == *read);
-            assert!(
-                right,
-                "byte {} is {read:#x}, was written {expected:x?}",
-                offset + at as u64
-            );
+            if expected.is_some_and(|expected| expected != *read) {
+                let at = offset + at as u64;
+                return Err(format!("byte {at} is {read:#x}, was written {expected:x?}"));
+            }
         }
+        Ok(())
     }
 }

@@ -2,11 +2,12 @@
 //!
 //! | bytes | meaning |
 //! |---|---|
-//! | 0 | bit 0: read-only; bit 1: over a backing; bits 4..: cache size, see [`Script::cache_bytes`] |
+//! | 0 | bit 0: read-only; bit 1: over a backing; bits 4..6: cache size, see [`Script::cache_bytes`] |
 //! | 1 | number of steps, at most [`MAX_STEPS`] |
-//! | 2.. | steps of 8 bytes: kind, fill, length in 64-byte units (16 bits), position (32 bits), little-endian |
+//! | 2.. | steps of 8 bytes: kind (one of the target's), fill, length in 64-byte units (16 bits), position (32 bits), little-endian |
 //! | rest | the image |
 
+use crate::target::Target;
 use block::ByteRange;
 
 /// Most steps of a script.
@@ -43,23 +44,17 @@ pub enum Kind {
     Delete,
     /// Reads a snapshot without applying it.
     View,
+    /// Closes the image and opens it again.
+    Reopen,
+    /// The process ends without closing the image, and the next one opens it.
+    Kill,
+    /// Adds a persistent bitmap.
+    AddBitmap,
+    /// Removes a bitmap.
+    RemoveBitmap,
+    /// Makes a bitmap clean.
+    ClearBitmap,
 }
-
-const KINDS: [Kind; 13] = [
-    Kind::Read,
-    Kind::Write,
-    Kind::Zero,
-    Kind::ZeroUnmap,
-    Kind::Discard,
-    Kind::Flush,
-    Kind::Status,
-    Kind::Resize,
-    Kind::Compress,
-    Kind::Snapshot,
-    Kind::Apply,
-    Kind::Delete,
-    Kind::View,
-];
 
 /// One step.
 #[derive(Clone, Copy, Debug)]
@@ -88,25 +83,29 @@ pub struct Script<'i> {
 }
 
 impl<'i> Script<'i> {
-    /// Takes an input apart; `None` when it is too short.
-    pub fn parse(input: &'i [u8]) -> Option<Self> {
+    /// Takes an input of a target apart; `None` when it is too short.
+    pub fn parse(target: Target, input: &'i [u8]) -> Option<Self> {
         let (&[flags, count], rest) = input.split_first_chunk()?;
         let count = usize::from(count).min(MAX_STEPS);
         let (steps, image) = rest.split_at_checked(count * STEP_BYTES)?;
         Some(Self {
             read_only: flags & 1 != 0,
             has_backing: flags & 2 != 0,
-            cache_bytes: 4096 << (flags >> 4),
-            steps: steps.chunks_exact(STEP_BYTES).map(Step::parse).collect(),
+            cache_bytes: 4096 << (flags >> 4 & 7),
+            steps: steps
+                .chunks_exact(STEP_BYTES)
+                .map(|bytes| Step::parse(target, bytes))
+                .collect(),
             image,
         })
     }
 }
 
 impl Step {
-    fn parse(bytes: &[u8]) -> Self {
+    fn parse(target: Target, bytes: &[u8]) -> Self {
+        let kinds = target.kinds();
         Self {
-            kind: KINDS[usize::from(bytes[0]) % KINDS.len()],
+            kind: kinds[usize::from(bytes[0]) % kinds.len()],
             fill: bytes[1],
             length: u16::from_le_bytes([bytes[2], bytes[3]]),
             position: u32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
@@ -129,9 +128,14 @@ impl Step {
         }
     }
 
-    /// A step as it is written in an input.
-    pub fn encode(kind: Kind, fill: u8, length_bytes: u64, fraction: f64) -> [u8; STEP_BYTES] {
-        let kind = KINDS.iter().position(|known| *known == kind).unwrap_or(0) as u8;
+    /// A step as it is written in an input; `None` when the target has no such steps.
+    pub fn encode(
+        target: Target,
+        (kind, fill): (Kind, u8),
+        length_bytes: u64,
+        fraction: f64,
+    ) -> Option<[u8; STEP_BYTES]> {
+        let kind = target.kinds().iter().position(|known| *known == kind)? as u8;
         let length = (length_bytes / LENGTH_UNIT) as u16;
         let position = (fraction * f64::from(u32::MAX)) as u32;
         let mut bytes = [0; STEP_BYTES];
@@ -139,6 +143,6 @@ impl Step {
         bytes[1] = fill;
         bytes[2..4].copy_from_slice(&length.to_le_bytes());
         bytes[4..].copy_from_slice(&position.to_le_bytes());
-        bytes
+        Some(bytes)
     }
 }

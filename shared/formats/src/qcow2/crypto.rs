@@ -72,6 +72,14 @@ fn invalid(message: impl Into<String>) -> Error {
 }
 
 impl Crypto {
+    /// Reads and writes with a cipher that is keyed already, whatever the image's own keys are.
+    pub fn of(cipher: Sectors) -> Self {
+        Self {
+            cipher: Some(cipher),
+            luks: None,
+        }
+    }
+
     /// Opens what the header says with a password.
     ///
     /// # Errors

@@ -1,5 +1,6 @@
 //! Writes the seeds of a target into a directory: `make-seeds TARGET DIRECTORY`.
 
+use fuzz::target::Target;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -9,14 +10,11 @@ fn main() -> ExitCode {
         eprintln!("usage: make-seeds TARGET DIRECTORY");
         return ExitCode::from(2);
     };
-    let seeds = match target.as_str() {
-        "qcow2" => fuzz::seeds::qcow2(),
-        other => {
-            eprintln!("make-seeds: no target '{other}'");
-            return ExitCode::from(2);
-        }
+    let Some(target) = Target::named(target) else {
+        eprintln!("make-seeds: no target '{target}'");
+        return ExitCode::from(2);
     };
-    for seed in seeds {
+    for seed in fuzz::seeds::of(target) {
         let path = Path::new(directory).join(&seed.name);
         if let Err(error) = std::fs::write(&path, &seed.input) {
             eprintln!("make-seeds: {}: {error}", path.display());

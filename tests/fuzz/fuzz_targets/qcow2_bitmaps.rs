@@ -1,0 +1,4 @@
+//! The qcow2 driver on any image: persistent bitmaps beside requests.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| fuzz::qcow2::run(fuzz::target::Target::Bitmaps, input));

@@ -1,0 +1,4 @@
+//! The qcow2 driver on any image: external data files.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| fuzz::qcow2::run(fuzz::target::Target::DataFile, input));

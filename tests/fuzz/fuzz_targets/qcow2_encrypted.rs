@@ -1,0 +1,7 @@
+//! The qcow2 driver on any image: encrypted images.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| fuzz::qcow2::run(
+    fuzz::target::Target::Encrypted,
+    input
+));
