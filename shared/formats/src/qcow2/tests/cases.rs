@@ -2,6 +2,7 @@
 
 use super::bitmaps::{self, State};
 use super::checker::Checker;
+use super::encrypted::{PASSWORD, encryption};
 use super::rig::{Disk, Setup};
 use super::snapshots;
 use super::workload::{Check, History, Workload};
@@ -43,13 +44,22 @@ pub(super) enum Layout {
     DataFile {
         raw: bool,
     },
+    /// Encrypted, by the older method or by LUKS.
+    Encrypted(Method),
+}
+
+/// How an image is encrypted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Method {
+    Aes,
+    Luks,
 }
 
 impl Layout {
     /// Incompatible and autoclear features.
     pub(super) fn features(self) -> (u64, u64) {
         match self {
-            Self::Standard => (0, 0),
+            Self::Standard | Self::Encrypted(_) => (0, 0),
             Self::Subclusters => (16, 0),
             Self::DataFile { raw } => (4, u64::from(raw) * 2),
         }
@@ -99,6 +109,31 @@ pub(super) const DATA_FILE: Case = Case {
 pub(super) const RAW_DATA_FILE: Case = Case {
     layout: Layout::DataFile { raw: true },
     ..ROOMY
+};
+
+pub(super) const AES: Case = Case {
+    layout: Layout::Encrypted(Method::Aes),
+    snapshots: 2,
+    ..ROOMY
+};
+
+/// Its header takes half a megabyte.
+pub(super) const LUKS: Case = Case {
+    layout: Layout::Encrypted(Method::Luks),
+    cluster_size: 8192,
+    ..AES
+};
+
+pub(super) const BRIEF_AES: Case = Case {
+    layout: Layout::Encrypted(Method::Aes),
+    snapshots: 2,
+    ..BRIEF
+};
+
+pub(super) const BRIEF_LUKS: Case = Case {
+    layout: Layout::Encrypted(Method::Luks),
+    cluster_size: 8192,
+    ..BRIEF_AES
 };
 
 /// Caches that hold a fraction of the tables, a refcount table that must grow, a log that fills.
@@ -171,6 +206,10 @@ impl Case {
         CreateOptions {
             cluster_size: self.cluster_size,
             refcount_bits: self.refcount_bits,
+            encryption: match self.layout {
+                Layout::Encrypted(method) => Some(encryption(method)),
+                _ => None,
+            },
             // Extended entries map half as much with the same L1 table.
             ..CreateOptions::new(self.size * 2)
         }
@@ -208,6 +247,7 @@ impl Case {
             log,
             cache: self.cache,
             data_file: matches!(self.layout, Layout::DataFile { .. }).then(|| DATA.into()),
+            password: matches!(self.layout, Layout::Encrypted(_)).then_some(PASSWORD),
             ..Setup::default()
         }
     }

@@ -2,6 +2,7 @@
 //!
 //! Written from the specification alone, without the driver's code.
 
+use block::{SectorCipher, Tweak};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
@@ -12,6 +13,8 @@ pub(super) struct Checker<'b> {
     bytes: &'b [u8],
     /// The external data file, whose clusters are not counted.
     data: Option<&'b [u8]>,
+    /// What the data is encrypted with.
+    cipher: Option<&'b dyn SectorCipher>,
     cluster_size: u64,
     /// Bytes of an L2 entry.
     entry_size: u64,
@@ -62,6 +65,7 @@ impl<'b> Checker<'b> {
         let mut checker = Self {
             bytes,
             data: None,
+            cipher: None,
             cluster_size: 0,
             entry_size: 8,
             refcount_order: 4,
@@ -84,6 +88,13 @@ impl<'b> Checker<'b> {
         assert_ne!(self.u64(72) & 4, 0, "the image has no external data file");
         let data = Some(data);
         Self { data, ..self }
+    }
+
+    /// With what its data is encrypted with.
+    pub(super) fn with_cipher(self, cipher: &'b dyn SectorCipher) -> Self {
+        assert_ne!(self.u32(32), 0, "the image is not encrypted");
+        let cipher = Some(cipher);
+        Self { cipher, ..self }
     }
 
     fn u32(&self, at: u64) -> u32 {
@@ -137,21 +148,28 @@ impl<'b> Checker<'b> {
         (start, at - start)
     }
 
+    /// Where the body of a header extension is.
+    fn extension(&self, kind: u32) -> Option<u64> {
+        let mut at = match self.u32(4) {
+            2 => 72,
+            _ => u64::from(self.u32(100)).next_multiple_of(8),
+        };
+        loop {
+            match (self.u32(at), self.u32(at + 4)) {
+                (0, _) => return None,
+                (found, _) if found == kind => return Some(at + 8),
+                (_, length) => at += 8 + u64::from(length).next_multiple_of(8),
+            }
+        }
+    }
+
     /// Offset and bytes of the bitmap directory, and its entries.
     fn bitmap_directory(&self) -> Option<(u64, u64, u32)> {
         if self.u32(4) < 3 || self.u64(88) & 1 == 0 {
             return None;
         }
-        let mut at = u64::from(self.u32(100)).next_multiple_of(8);
-        loop {
-            match (self.u32(at), self.u32(at + 4)) {
-                (0, _) => return None,
-                (0x2385_2875, _) => {
-                    return Some((self.u64(at + 24), self.u64(at + 16), self.u32(at + 8)));
-                }
-                (_, length) => at += 8 + u64::from(length).next_multiple_of(8),
-            }
-        }
+        let at = self.extension(0x2385_2875)?;
+        Some((self.u64(at + 16), self.u64(at + 8), self.u32(at)))
     }
 
     /// The stored bitmaps.
@@ -239,6 +257,10 @@ impl<'b> Checker<'b> {
             }
         };
         count(0, 1, "header");
+        if self.u32(32) == 2 {
+            let at = self.extension(0x0537_be77).expect("LUKS has a header");
+            count(self.u64(at), self.u64(at + 8), "LUKS header");
+        }
         let (l1, entries) = self.l1();
         count(l1, entries * 8, "L1 table");
         let table = self.u64(48);
@@ -436,19 +458,6 @@ impl<'b> Checker<'b> {
         self.read_from(self.l1().0, self.size, backing)
     }
 
-    /// The whole disk of an encrypted image; `decrypt` gets the guest offset of each sector that is
-    /// stored.
-    pub(super) fn read_with(&self, decrypt: &dyn Fn(u64, &mut [u8])) -> Vec<u8> {
-        let mut disk = self.read_all(&[]);
-        for (number, sector) in disk.chunks_mut(512).enumerate() {
-            let offset = number as u64 * 512;
-            if matches!(self.place(self.l1().0, offset), Place::File(_)) {
-                decrypt(offset, sector);
-            }
-        }
-        disk
-    }
-
     /// The whole disk as it was when a snapshot was taken.
     pub(super) fn read_snapshot(&self, snapshot: &Snapshot) -> Vec<u8> {
         self.read_from(snapshot.l1.0, snapshot.size, &[])
@@ -459,7 +468,8 @@ impl<'b> Checker<'b> {
         let mut last = (0, Rc::default());
         for (number, sector) in disk.chunks_mut(512).enumerate() {
             let offset = number as u64 * 512;
-            let (source, at) = match self.place(l1, offset) {
+            let place = self.place(l1, offset);
+            let (source, at) = match place {
                 Place::Backing => (backing, offset),
                 Place::Zero => continue,
                 Place::File(host) => (self.data.unwrap_or(self.bytes), host),
@@ -473,6 +483,13 @@ impl<'b> Checker<'b> {
             let rest = source.get(at as usize..).unwrap_or_default();
             let held = rest.len().min(sector.len());
             sector[..held].copy_from_slice(&rest[..held]);
+            if let (Some(cipher), Place::File(host)) = (self.cipher, place) {
+                let tied_to = match cipher.tweak() {
+                    Tweak::GuestOffset => offset,
+                    Tweak::HostOffset => host,
+                };
+                cipher.decrypt(tied_to, sector);
+            }
         }
         disk
     }
@@ -513,6 +530,7 @@ fn decode(packed: &[u8], is_zstd: bool, cluster_size: usize) -> Vec<u8> {
 }
 
 /// Where a sector's bytes are.
+#[derive(Clone, Copy)]
 enum Place {
     Backing,
     Zero,

@@ -5,21 +5,24 @@
 
 use super::bitmaps::{self, State};
 use super::cases::{
-    BITMAPS, BRIEF, BRIEF_SNAPSHOTS, Case, DATA, DATA_FILE, Layout, RAW_DATA_FILE, ROOMY,
-    SNAPSHOTS, SUBCLUSTER_SNAPSHOTS, SUBCLUSTERS, TIGHT, TIGHT_SNAPSHOTS,
+    AES, BITMAPS, BRIEF, BRIEF_AES, BRIEF_LUKS, BRIEF_SNAPSHOTS, Case, DATA, DATA_FILE, LUKS,
+    Layout, RAW_DATA_FILE, ROOMY, SNAPSHOTS, SUBCLUSTER_SNAPSHOTS, SUBCLUSTERS, TIGHT,
+    TIGHT_SNAPSHOTS,
 };
 use super::checker::Checker;
 use super::checks::check_bytes;
+use super::encrypted::cipher;
 use super::rig::{self, Disk, Setup};
 use super::snapshots;
 use super::workload::History;
-use block::{ByteRange, RedoLog};
-use executor::sim::{Config, Fault, PowerCut, Subset, World};
+use block::{ByteRange, RedoLog, SectorCipher};
+use executor::sim::{Config, Fault, Image, PowerCut, Subset, World};
 use executor::{Errno, Executor};
 use std::cell::Cell;
 use std::ops::Range;
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 const IMAGE: &str = "disk.qcow2";
 
@@ -51,13 +54,45 @@ fn sample(total: u64, points: u64) -> usize {
     (total / points).max(1) as usize
 }
 
+/// A new encrypted image, and what its data is encrypted with.
+struct Encrypted {
+    files: Image,
+    cipher: Box<dyn SectorCipher>,
+}
+
+/// Deriving keys takes long, so the image is made once.
+fn encrypted(case: &Case) -> Arc<Encrypted> {
+    type Made = Vec<((u64, u64, Layout), Arc<Encrypted>)>;
+    static MADE: Mutex<Made> = Mutex::new(Vec::new());
+    let key = (case.size, case.cluster_size, case.layout);
+    let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, image)) = made.iter().find(|(known, _)| *known == key) {
+        return Arc::clone(image);
+    }
+    let world = new_world(Config::default(), case);
+    let image = Arc::new(Encrypted {
+        files: world.files(),
+        cipher: Executor::simulated(&world).block_on(cipher(Path::new(IMAGE))),
+    });
+    made.push((key, Arc::clone(&image)));
+    image
+}
+
 fn world(seed: u64, case: &Case) -> World {
-    let options = &case.image();
-    let world = World::new(Config {
+    let config = Config {
         seed,
         short_transfers: true,
         ..Config::default()
-    });
+    };
+    match case.layout {
+        Layout::Encrypted(_) => World::with_files(config, encrypted(case).files.clone()),
+        _ => new_world(config, case),
+    }
+}
+
+fn new_world(config: Config, case: &Case) -> World {
+    let options = &case.image();
+    let world = World::new(config.clone());
     Executor::simulated(&world).block_on(async {
         rig::make(Path::new(IMAGE), options).await;
         rig::with_features(Path::new(IMAGE), case.size, case.layout.features()).await;
@@ -67,14 +102,7 @@ fn world(seed: u64, case: &Case) -> World {
             disk.close().await.unwrap();
         }
     });
-    world.restart(
-        &cut(world.log_len(), Subset::All),
-        Config {
-            seed,
-            short_transfers: true,
-            ..Config::default()
-        },
-    )
+    world.restart(&cut(world.log_len(), Subset::All), config)
 }
 
 fn cut(prefix: usize, subset: Subset) -> PowerCut {
@@ -89,6 +117,7 @@ fn cut(prefix: usize, subset: Subset) -> PowerCut {
 struct Files {
     image: Vec<u8>,
     data: Option<Vec<u8>>,
+    encrypted: Option<Arc<Encrypted>>,
 }
 
 thread_local! {
@@ -99,16 +128,22 @@ thread_local! {
 const OWN_CHECK: u64 = 32;
 
 impl Files {
-    fn new(mut files: executor::sim::Image) -> Self {
+    fn new(case: &Case, mut files: Image) -> Self {
         let data = files.remove(Path::new(DATA));
         let image = files.remove(Path::new(IMAGE)).unwrap();
-        Self { image, data }
+        let is_encrypted = matches!(case.layout, Layout::Encrypted(_));
+        Self {
+            image,
+            data,
+            encrypted: is_encrypted.then(|| encrypted(case)),
+        }
     }
     fn checker(&self) -> Checker<'_> {
         let checker = Checker::new(&self.image);
-        match &self.data {
-            Some(data) => checker.with_data(data),
-            None => checker,
+        match (&self.data, &self.encrypted) {
+            (Some(data), _) => checker.with_data(data),
+            (None, Some(encrypted)) => checker.with_cipher(&*encrypted.cipher),
+            (None, None) => checker,
         }
     }
     /// Asserts that the image is sound, and that the driver's own check agrees; answers with the
@@ -152,6 +187,8 @@ fn a_clean_run_leaves_no_leak_and_the_right_content() {
         (&SUBCLUSTER_SNAPSHOTS, 40..44),
         (&DATA_FILE, 50..54),
         (&RAW_DATA_FILE, 60..64),
+        (&AES, 80..84),
+        (&LUKS, 84..88),
     ];
     for (case, usual) in cases {
         for seed in seeds(usual) {
@@ -159,7 +196,7 @@ fn a_clean_run_leaves_no_leak_and_the_right_content() {
             let world = world(seed, case);
             let history = History::of_world(case.size, &world);
             run_and_close(&world, &history, (case, seed));
-            let files = Files::new(world.files());
+            let files = Files::new(case, world.files());
             let checker = files.checker();
             assert_eq!(checker.check(), Default::default(), "seed {seed}");
             if case.size == TIGHT.size {
@@ -224,6 +261,16 @@ fn subclusters_and_data_files_survive_a_power_cut() {
 }
 
 #[test]
+fn encrypted_data_survives_a_power_cut_at_every_moment() {
+    for seed in seeds(80..81) {
+        println!("seed {seed}");
+        cut_power_everywhere(&BRIEF_AES, seed, (1, SUBSETS));
+        let density = if is_soak() { (1, SUBSETS) } else { (2, 10) };
+        cut_power_everywhere(&BRIEF_LUKS, seed, density);
+    }
+}
+
+#[test]
 fn bitmaps_never_say_too_little_after_a_power_cut() {
     for seed in seeds(70..71) {
         println!("seed {seed}");
@@ -258,7 +305,7 @@ fn cut_power_everywhere(case: &Case, seed: u64, (step, subsets): (usize, usize))
 }
 
 fn assert_survived(case: &Case, (world, history): (&World, &History), cut: &PowerCut, seed: u64) {
-    let files = Files::new(world.power_cut(cut));
+    let files = Files::new(case, world.power_cut(cut));
     let context = format!("seed {seed}, {cut:?}");
     let disk = files.sound_content(&context);
     let checked = history
@@ -280,6 +327,8 @@ fn a_failing_disk_never_succeeds_silently() {
         (&SUBCLUSTERS, 16),
         (&SUBCLUSTER_SNAPSHOTS, 12),
         (&DATA_FILE, 8),
+        (&BRIEF_AES, u64::MAX),
+        (&BRIEF_LUKS, 20),
     ];
     for (case, points) in cases {
         for seed in seeds(7..8) {
@@ -319,7 +368,7 @@ fn run_with_fault(case: &Case, seed: u64, fault: Option<Fault>) -> u64 {
     });
     let moment = world.log_len();
     for subset in [Subset::None, Subset::All, Subset::Random(1)] {
-        let files = Files::new(world.power_cut(&cut(moment, subset)));
+        let files = Files::new(case, world.power_cut(&cut(moment, subset)));
         let disk = files.sound_content(&context);
         let checked = history
             .check_power_cut(&disk, &[], moment)
@@ -342,6 +391,8 @@ fn completed_writes_survive_a_kill_at_every_moment() {
         (&SUBCLUSTERS, 13..14, 40),
         (&DATA_FILE, 14..15, 20),
         (&RAW_DATA_FILE, 15..16, 20),
+        (&BRIEF_AES, 16..17, u64::MAX),
+        (&BRIEF_LUKS, 17..18, 20),
     ];
     for (case, usual, points) in cases {
         for seed in seeds(usual) {
@@ -383,7 +434,7 @@ fn kill_here(case: &Case, seed: u64, operations: u64) -> u64 {
         ..Config::default()
     };
     let world = world.restart(&cut(killed, Subset::All), config);
-    Files::new(world.files()).sound_content(&context);
+    Files::new(case, world.files()).sound_content(&context);
     let executor = Executor::simulated(&world);
     let disk = executor.block_on(async {
         let disk = Disk::open(Path::new(IMAGE), case.setup_with(log))
@@ -395,7 +446,7 @@ fn kill_here(case: &Case, seed: u64, operations: u64) -> u64 {
         disk.root.flush().await.unwrap();
         disk
     });
-    let files = Files::new(world.power_cut(&cut(world.log_len(), Subset::None)));
+    let files = Files::new(case, world.power_cut(&cut(world.log_len(), Subset::None)));
     let content = files.sound_content(&context);
     let checked = history
         .check_kill(&content, &[], killed)

@@ -1,19 +1,18 @@
-//! Encrypted images: QEMU's tools both ways, wrong passwords, and crashes.
+//! Encrypted images: QEMU's tools both ways, wrong passwords, and what crash tests need of them.
 
-use super::checker::Checker;
+use super::cases::Method;
 use super::peers::{Files, has_qemu, on_host, qemu, work, work_here};
 use super::rig::{self, Disk, Setup, password};
-use super::workload::{History, Workload};
 use crate::luks;
+use crate::qcow2::header::CryptMethod;
+use crate::qcow2::open::read_header;
 use crate::qcow2::{CreateOptions, Encryption};
-use block::{ByteRange, Errno, RedoLog, SectorCipher, ZeroFlags};
-use executor::Executor;
-use executor::sim::{Config, PowerCut, Subset, World};
+use block::{ByteRange, Errno, SectorCipher, Tweak, ZeroFlags};
 use std::path::Path;
 use std::time::Duration;
 
 const SIZE: u64 = 3 << 20;
-const PASSWORD: &str = "geheim";
+pub(super) const PASSWORD: &str = "geheim";
 const SECRET: &str = "secret,id=s,data=geheim";
 
 fn setup() -> Setup {
@@ -157,66 +156,36 @@ fn images_that_are_encrypted_here_are_read_by_qemu() {
     }
 }
 
-const IMAGE: &str = "disk.qcow2";
-
-#[test]
-fn encrypted_data_survives_a_power_cut_at_every_moment() {
-    let size = 128 << 10;
-    for seed in 0..2 {
-        println!("seed {seed}");
-        let config = || Config {
-            seed,
-            short_transfers: true,
-            ..Config::default()
-        };
-        let made = World::new(config());
-        let options = CreateOptions {
-            cluster_size: 1024,
-            encryption: Some(Encryption::Aes(password(PASSWORD))),
-            ..CreateOptions::new(size)
-        };
-        Executor::simulated(&made).block_on(rig::make(Path::new(IMAGE), &options));
-        let all = |prefix, subset| PowerCut {
-            prefix,
-            subset,
-            tear: 512,
-        };
-        let world = made.restart(&all(made.log_len(), Subset::All), config());
-        let history = History::of_world(size, &world);
-        Executor::simulated(&world).block_on(async {
-            let setup = Setup {
-                log: RedoLog::in_memory(512),
-                ..setup()
+/// How crash tests encrypt: with the shortest header that LUKS has.
+pub(super) fn encryption(method: Method) -> Encryption {
+    let key = password(PASSWORD);
+    match method {
+        Method::Aes => Encryption::Aes(key),
+        Method::Luks => {
+            let mut options = quick_luks();
+            options.cipher = luks::Spec {
+                algorithm: luks::Algorithm::Aes128,
+                mode: luks::Mode::Cbc,
+                iv: luks::IvKind::Plain64,
             };
-            let disk = Disk::open(Path::new(IMAGE), setup).await.unwrap();
-            let workload = Workload {
-                seed,
-                tasks: 4,
-                requests: 20,
-                longest: 12 << 10,
-            };
-            workload.run(&disk, &history).await;
-            disk.close().await.unwrap();
-        });
-        assert_eq!(history.failures.get(), 0, "seed {seed}");
-        let cipher = luks::legacy_aes(PASSWORD.as_bytes());
-        for epoch in world.epochs() {
-            let random = 50_usize.div_ceil(epoch.len()) as u64;
-            for prefix in epoch {
-                let parts = (0..random).map(|number| Subset::Random(seed + (number << 32)));
-                for subset in [Subset::None, Subset::All].into_iter().chain(parts) {
-                    let cut = all(prefix, subset);
-                    let bytes = world.power_cut(&cut).remove(Path::new(IMAGE)).unwrap();
-                    let checker = Checker::new(&bytes);
-                    let findings = checker.check();
-                    assert!(findings.corruptions.is_empty(), "{cut:?}: {findings:#x?}");
-                    let content = checker.read_with(&|offset, sector| {
-                        cipher.decrypt(offset, sector);
-                    });
-                    let checked = history.check_power_cut(&content, &[], prefix);
-                    checked.unwrap_or_else(|wrong| panic!("seed {seed}, {cut:?}: {wrong}"));
-                }
-            }
+            Encryption::Luks(options, key)
         }
+    }
+}
+
+/// What an encrypted image's data can be read with.
+pub(super) async fn cipher(path: &Path) -> Box<dyn SectorCipher> {
+    let file = rig::image_edge(path);
+    let header = read_header(&file).await.unwrap();
+    match header.crypt {
+        CryptMethod::Luks { offset, .. } => {
+            let location = luks::Location {
+                file: &file,
+                offset,
+            };
+            let volume = luks::Volume::open(location, &password(PASSWORD)).await;
+            Box::new(volume.unwrap().cipher(Tweak::HostOffset))
+        }
+        _ => Box::new(luks::legacy_aes(PASSWORD.as_bytes())),
     }
 }
