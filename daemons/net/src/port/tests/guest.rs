@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
@@ -330,13 +330,18 @@ pub(super) struct Guest {
 impl Guest {
     /// A guest of `layout` that acknowledges `features` besides those of the layout, with `rings` rings that run.
     pub(super) fn start(back_end: &BackEnd, layout: Layout, features: u64, rings: usize) -> Guest {
+        Guest::start_at(&back_end.path, layout, features, rings)
+    }
+
+    /// The same at the port that listens on `path`.
+    pub(super) fn start_at(path: &Path, layout: Layout, features: u64, rings: usize) -> Guest {
         let memory = Memory::new(rings * RING_ROOM);
         let features = match layout {
             Layout::Split => features,
             Layout::Packed => features | 1 << 34,
         };
         let mut guest = Guest {
-            front_end: connect(back_end, features),
+            front_end: connect(path, features),
             rings: (0..rings).map(|i| Ring::new(layout, &memory, i)).collect(),
             memory,
             features: features | BASIC,
@@ -347,7 +352,7 @@ impl Guest {
 
     /// Connects again, to a back-end that took the place of another.
     pub(super) fn reconnect(&mut self, back_end: &BackEnd) {
-        self.front_end = connect(back_end, self.features);
+        self.front_end = connect(&back_end.path, self.features);
         self.run();
     }
 
@@ -420,8 +425,8 @@ pub(super) fn is_broken(ring: &Ring) -> bool {
 /// VERSION_1, EVENT_IDX, INDIRECT and the protocol features.
 const BASIC: u64 = 1 << 32 | 1 << 29 | 1 << 28 | 1 << 30;
 
-fn connect(back_end: &BackEnd, features: u64) -> FrontEnd {
-    let socket = std::os::unix::net::UnixStream::connect(&back_end.path).unwrap();
+fn connect(path: &Path, features: u64) -> FrontEnd {
+    let socket = std::os::unix::net::UnixStream::connect(path).unwrap();
     let mut front_end = FrontEnd::plain(socket);
     front_end.send(Req::SET_OWNER, &[], &[]);
     let wanted = features | BASIC;

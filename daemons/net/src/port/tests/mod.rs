@@ -6,3 +6,4 @@ mod guest;
 mod hostile;
 mod life;
 mod probe;
+mod switched;
