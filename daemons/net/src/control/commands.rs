@@ -7,7 +7,7 @@ use std::rc::Rc;
 use qmp::{Arguments, Command, CommandTable, Error, Result, Value, json};
 use serde::Deserialize;
 
-use super::{Netd, capture, groups, iothreads, netdevs, ports, query};
+use super::{Netd, capture, groups, iothreads, netdevs, ports, query, switches};
 use crate::link::LocalFuture;
 
 /// What runs a command, on the control thread. Descriptors are those that its client passed last.
@@ -46,6 +46,7 @@ const COMMANDS: &[Command<Handler>] = commands! {
     "query-netdevs" => netdevs::query,
     "query-ports" => query::ports,
     "query-status" => query_status,
+    "query-switch" => switches::query,
     "query-version" => query_version,
     "quit" => quit,
     "set-group-rate" => groups::set_rate,

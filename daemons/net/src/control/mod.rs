@@ -23,6 +23,7 @@ mod netdevs;
 mod ports;
 mod query;
 mod sandbox;
+mod switches;
 #[cfg(test)]
 mod tests;
 

@@ -213,6 +213,35 @@ fn a_port_tells_what_it_is() {
 }
 
 #[test]
+fn switches_tell_their_stations_and_keep_their_uplinks() {
+    run(async |netd, at| {
+        ok(&netd, "netdev_add", "up,type=null").await;
+        ok(&netd, "netdev_add", "s,type=switch,uplink=up,trunk=10:20").await;
+        let socket = at.join("s").display().to_string();
+        ok(
+            &netd,
+            "port-add",
+            &format!("p,socket={socket},netdev=s,vlan=10"),
+        )
+        .await;
+        let expected = json!([{ "id": "s", "stations": [] }]);
+        assert_eq!(ok(&netd, "query-switch", "").await, expected);
+        assert_eq!(ok(&netd, "query-switch", "id=s").await, expected);
+        let told = refused(&netd, "query-switch", "id=up").await;
+        assert_eq!(told, "netdev 'up' is not a switch");
+        refused(&netd, "netdev_del", "up").await;
+        let netdevs = ok(&netd, "query-netdevs", "").await;
+        let switch = netdevs.as_array().unwrap().iter().find(|n| n["id"] == "s");
+        assert!(
+            switch
+                .unwrap()
+                .to_string()
+                .contains(r#""uplink-running":true"#)
+        );
+    });
+}
+
+#[test]
 fn limits_come_change_and_go_under_a_port() {
     run(async |netd, at| {
         let socket = at.join("s").display().to_string();
