@@ -314,3 +314,61 @@ fn the_longest_frame_has_no_room_for_a_tag() {
     assert_eq!(access.send_one(&longest), None);
     assert_eq!(trunk.guest.got()[0].len(), crate::frame::MAX_FRAME);
 }
+
+#[test]
+fn damaged_frames_do_no_harm_and_leave_no_vlan() {
+    let seed: u64 = SmallRng::from_os_rng().random();
+    println!("seed {seed}");
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let rig = Rig::new(SwitchOptions::default());
+    let modes = [
+        VlanMode::Transparent,
+        VlanMode::Access(10),
+        VlanMode::Access(20),
+        trunk(&[10, 20], None),
+        trunk(&[], Some(20)),
+        trunk(&[10], Some(30)),
+    ];
+    let mut ports = Vec::new();
+    for (station, mode) in (0..).zip(&modes) {
+        let port = rig.queue(&attachment(station, mode.clone()), 0);
+        if station % 2 == 0 {
+            port.guest.offloads.set(Offloads::NONE);
+        }
+        ports.push(port);
+    }
+    let mut arrived = 0;
+    for _ in 0..20_000 {
+        let from = rng.random_range(0..modes.len());
+        let tags: Vec<_> = (0..rng.random_range(0..4))
+            .map(|_| {
+                let ethertype = [0x8100, 0x8100, 0x88a8, 0x9100][rng.random_range(0..4)];
+                (ethertype, [0, 10, 20, 30, 4095][rng.random_range(0..5)])
+            })
+            .collect();
+        let mut bytes = tagged(from as u8, &tags);
+        bytes.resize(rng.random_range(12..400), 7);
+        bytes[5] = rng.random_range(0..8);
+        bytes[0] = if rng.random() { 0xff } else { 2 };
+        let header = VnetHeader {
+            flags: rng.random_range(0..2),
+            gso_type: [0, 0, 1, 4, 5, 0x81][rng.random_range(0..6)],
+            gso_size: rng.random_range(0..100),
+            csum_start: rng.random_range(0..500),
+            csum_offset: rng.random_range(0..500),
+            hdr_len: rng.random(),
+            num_buffers: rng.random(),
+        };
+        ports[from].send_with_headers(&[(header, bytes)]);
+        for (to, port) in ports.iter().enumerate() {
+            for frame in port.guest.got() {
+                arrived += 1;
+                let is_access = matches!(modes[to], VlanMode::Access(_));
+                let is_tagged = crate::packet::word(&frame, 12).is_some_and(crate::packet::is_tag);
+                assert!(!(is_access && is_tagged), "{frame:02x?} came out at {to}");
+                assert!(!(is_access && from + to == 3), "from one VLAN to another");
+            }
+        }
+    }
+    assert!(arrived > 1000, "{arrived}");
+}
