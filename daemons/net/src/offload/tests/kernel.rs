@@ -44,6 +44,10 @@ fn segments_are_those_of_the_kernel() {
             let mut packet = Packet::random(&mut rng);
             packet.udp &= host.uso4 && host.uso6;
             packet.gso_size = rng.random_range(500..3000);
+            if packet.payload.len() <= usize::from(packet.gso_size) {
+                // The kernel drops some that are one segment.
+                continue;
+            }
             let (bytes, header) = (packet.bytes(), packet.header());
             let expected = finished(&Frame::new(header, &bytes), Offloads::NONE).unwrap();
             let mut lost = |reason| panic!("{packet:?} was dropped: {reason:?}");
@@ -53,11 +57,18 @@ fn segments_are_those_of_the_kernel() {
             from.1.flush();
             assert_eq!(sent, 1);
             let count = expected.len();
+            // The kernel may say something of its own.
+            let is_ours = |(_, frame): &(VnetHeader, Vec<u8>)| frame[6..12] == bytes[6..12];
             receive_until(&*to.1, &sinks[1], |sink| {
-                sink.frames.borrow().len() >= count
+                let frames = sink.frames.borrow();
+                frames.iter().filter(|frame| is_ours(frame)).count() >= count
             })
             .await;
-            let got = sinks[1].frames.take();
+            let mut got = sinks[1].frames.take();
+            for (_, other) in got.iter().filter(|frame| !is_ours(frame)) {
+                println!("from others: {other:02x?}");
+            }
+            got.retain(is_ours);
             assert_eq!(got.len(), count);
             for ((_, got), (_, expected)) in got.iter().zip(&expected) {
                 assert!(
