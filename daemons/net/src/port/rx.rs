@@ -6,8 +6,11 @@
 )]
 
 use std::cell::{Cell, RefCell};
+use std::future::{Future, poll_fn};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use executor::sync::Notify;
@@ -173,13 +176,22 @@ impl Rx {
         if self.ready() {
             return;
         }
-        match limited {
-            Some(time) => {
-                // Either is a reason to look again.
-                let _ = executor::time::timeout(time, changed).await;
+        let limits = self.hooks.rx_limits().clone();
+        let (time, limits) = match (limited, limits) {
+            (None, _) => return changed.await,
+            // They have just been lifted.
+            (Some(_), None) => return,
+            (Some(time), Some(limits)) => (time, limits),
+        };
+        // Either is a reason to look again.
+        let (mut changed, mut allowed) = (pin!(changed), pin!(limits.until(time)));
+        poll_fn(|context| {
+            if allowed.as_mut().poll(context).is_ready() {
+                return Poll::Ready(());
             }
-            None => changed.await,
-        }
+            changed.as_mut().poll(context)
+        })
+        .await;
     }
 
     /// What the guest is told of a frame: nothing that it does not understand.

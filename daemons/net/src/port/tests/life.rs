@@ -10,6 +10,7 @@ use vhost_daemon::testing::front_end::GUEST_BASE;
 use super::guest::{BackEnd, Guest, LAYOUTS, Layout, MAC, notified, options};
 use super::probe::{Control, Events, Probe};
 use crate::frame::VnetHeader;
+use crate::limit::{Limits, RateOptions};
 use crate::link::DropReason;
 
 const MTU: u64 = 1 << 3;
@@ -124,6 +125,48 @@ fn frames_written_while_logging_mark_their_pages() {
             byte[0] & 1 << (page % 8) != 0
         };
         assert_eq!([0, 1, 2].map(is_marked), [false, true, false], "{layout:?}");
+        back_end.stop();
+    }
+}
+
+#[test]
+fn limits_make_frames_wait_in_both_directions_and_lifting_them_lets_all_go() {
+    let slow = RateOptions {
+        packets: Some(1),
+        packets_burst: Some(1),
+        ..RateOptions::default()
+    };
+    for layout in LAYOUTS {
+        let (back_end, control, events) = start();
+        let limits = [0, 1].map(|_| Arc::new(Limits::new(&slow)));
+        back_end.hooks.rx_limits.set(Some(limits[0].clone()));
+        back_end.hooks.tx_limits.set(Some(limits[1].clone()));
+        let mut guest = Guest::start(&back_end, layout, 0, 2);
+        let counters = &back_end.hooks.counters.pairs[0];
+        for id in 0..12 {
+            guest.rings[0].offer(id, 1024);
+            control.give(0, VnetHeader::default(), &frame(100 + usize::from(id)));
+        }
+        assert_eq!(guest.rings[0].receive().1.len(), 100);
+        // One by one, so that no burst takes them all.
+        for id in 0..12 {
+            guest.rings[1].send(id, VnetHeader::default(), &frame(200 + usize::from(id)));
+            back_end.with(|_| async {});
+        }
+        assert!(
+            counters.rx.frames() < 12 && counters.tx.frames() < 12,
+            "{layout:?}"
+        );
+        for limits in &limits {
+            limits.set(&RateOptions::default());
+        }
+        for id in 1..12 {
+            assert_eq!(guest.rings[0].receive().1.len(), 100 + id);
+        }
+        for id in 0..12u16 {
+            assert_eq!(events.sent().1.len(), 200 + usize::from(id));
+            assert_eq!(guest.rings[1].complete(), (id, 0));
+        }
         back_end.stop();
     }
 }
