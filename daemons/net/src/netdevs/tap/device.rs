@@ -11,7 +11,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use libc::{
-    TUNGETIFF, TUNSETIFF, TUNSETOFFLOAD, TUNSETQUEUE, TUNSETSNDBUF, TUNSETVNETHDRSZ, TUNSETVNETLE,
+    TUNGETIFF, TUNGETSNDBUF, TUNSETIFF, TUNSETOFFLOAD, TUNSETQUEUE, TUNSETSNDBUF, TUNSETVNETHDRSZ,
+    TUNSETVNETLE,
 };
 
 use crate::frame::VnetHeader;
@@ -126,6 +127,12 @@ impl Device {
     pub(super) fn set_send_buffer(&self, bytes: i32) -> io::Result<()> {
         let mut bytes = bytes;
         ioctl(&self.fd, TUNSETSNDBUF, &raw mut bytes)
+    }
+
+    /// Whether the interface takes or refuses a frame at once, however many came before. Not known of macvtap.
+    pub(super) fn never_waits(&self) -> bool {
+        let mut bytes = 0i32;
+        ioctl(&self.fd, TUNGETSNDBUF, &raw mut bytes).is_ok() && bytes == i32::MAX
     }
 
     /// Whether the kernel gives frames to this queue. The interface's last one may be left out too.

@@ -9,6 +9,7 @@
 //! may open some. One that no guest reads is taken out of the interface, so that the kernel gives it no flow; that needs
 //! an interface with several queues, which one made here is unless `queues=1` says otherwise.
 
+mod batch;
 mod device;
 mod queue;
 #[cfg(test)]

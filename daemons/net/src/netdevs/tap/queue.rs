@@ -3,7 +3,7 @@
 //! ```text
 //!   receive:   reserve ──> readv(guest's buffers, then private room) ── fits ──> commit
 //!                                                                    └─ longer ─> put together privately, deliver
-//!   transmit:  writev(header, head, tail), frame by frame
+//!   transmit:  writev(header, head, tail), frame by frame, or a burst of them in one call of a ring (`batch`)
 //! ```
 //!
 //! How much is reserved follows the frames: large buffers only while there are large frames. A frame that comes when less was
@@ -22,8 +22,9 @@ use std::rc::Rc;
 use executor::net::poll_fd;
 
 use super::Lease;
+use super::batch::{Batch, WORTHWHILE};
 use crate::frame::{Frame, MAX_FRAME, VnetHeader};
-use crate::link::{Delivery, DropReason, LocalFuture, NetQueue, Offloads, Received, Sink};
+use crate::link::{BURST, Delivery, DropReason, LocalFuture, NetQueue, Offloads, Received, Sink};
 use crate::netdevs::vectors;
 
 /// Room for a frame of the usual size with a tag, in bytes.
@@ -40,6 +41,8 @@ pub(super) struct TapQueue {
     room: RefCell<Room>,
     pieces: RefCell<Vec<libc::iovec>>,
     flat: RefCell<Vec<u8>>,
+    /// Where a burst is written at once: never where frames may have to wait.
+    batch: RefCell<Option<Batch>>,
     /// Why the queue could not be connected.
     failure: Cell<Option<i32>>,
 }
@@ -80,7 +83,15 @@ enum Read {
 
 impl TapQueue {
     pub(super) fn new(lease: Lease, supported: Offloads) -> TapQueue {
+        let device = lease.device();
+        let batch = match device.has_header() && device.never_waits() {
+            true => Batch::new().inspect_err(|error| {
+                tracing::warn!(%error, "no ring for a tap queue: each frame is a call of its own");
+            }),
+            false => Err(io::ErrorKind::Unsupported.into()),
+        };
         TapQueue {
+            batch: RefCell::new(batch.ok()),
             lease,
             supported,
             sink: RefCell::new(None),
@@ -150,6 +161,40 @@ impl TapQueue {
         Ok(deliver_kept(sink, &mut room.kept))
     }
 
+    /// Sends a burst in one call, where that is possible and worth it. How many frames are dealt with.
+    fn write_batch(&self, frames: &[Frame<'_>], dropped: &mut dyn FnMut(DropReason)) -> usize {
+        let mut batch = self.batch.borrow_mut();
+        let Some(ring) = batch.as_mut().filter(|_| frames.len() >= WORTHWHILE) else {
+            return 0;
+        };
+        let mut results = [0; BURST];
+        let burst = &frames[..frames.len().min(BURST)];
+        let count = match ring.write(self.fd(), burst, &mut results) {
+            Ok(count) => count,
+            Err(error) => {
+                tracing::warn!(%error, "a tap queue's ring has failed: each frame is a call of its own");
+                *batch = None;
+                burst.len()
+            }
+        };
+        let refused = results[..count].iter().filter(|result| **result < 0);
+        refused.for_each(|result| dropped(refusal(Some(-result))));
+        count
+    }
+
+    fn write_one(&self, frame: &Frame<'_>) -> io::Result<()> {
+        let mut pieces = self.pieces.borrow_mut();
+        let header = frame.header.to_bytes();
+        pieces.clear();
+        if self.lease.device().has_header() {
+            pieces.push(vectors::piece(&header));
+        }
+        let mut flat = self.flat.borrow_mut();
+        vectors::append_frame(frame, &mut pieces, &mut flat);
+        // SAFETY: the pieces are ours, or those of a frame, which are readable while it is there.
+        unsafe { vectors::write(self.fd(), &pieces) }.map(drop)
+    }
+
     /// What an error of reading means: the interface is gone, or one frame is.
     fn frame_lost(&self, error: io::Error) -> io::Result<Read> {
         match error.raw_os_error() {
@@ -161,6 +206,18 @@ impl TapQueue {
             }
             _ => Err(error),
         }
+    }
+}
+
+/// Why a frame that the interface refused was dropped.
+fn refusal(errno: Option<i32>) -> DropReason {
+    match errno {
+        // The interface is down or gone.
+        Some(libc::EIO | libc::EBADFD | libc::ENETDOWN) => DropReason::LinkDown,
+        // The kernel likes the header less than we do.
+        Some(libc::EINVAL) => DropReason::BadHeader,
+        Some(libc::EAGAIN) => DropReason::Busy,
+        _ => DropReason::SendFailed,
     }
 }
 
@@ -200,29 +257,22 @@ impl NetQueue for TapQueue {
     }
 
     fn transmit(&self, frames: &[Frame<'_>], dropped: &mut dyn FnMut(DropReason)) -> usize {
-        let mut pieces = self.pieces.borrow_mut();
-        let mut flat = self.flat.borrow_mut();
-        let has_header = self.lease.device().has_header();
-        for (index, frame) in frames.iter().enumerate() {
-            let header = frame.header.to_bytes();
-            pieces.clear();
-            if has_header {
-                pieces.push(vectors::piece(&header));
+        let mut done = 0;
+        while done < frames.len() {
+            let rest = &frames[done..];
+            let written = self.write_batch(rest, dropped);
+            if written > 0 {
+                done += written;
+                continue;
             }
-            vectors::append_frame(frame, &mut pieces, &mut flat);
-            // SAFETY: the pieces are ours, or those of a frame, which are readable while it is there.
-            match unsafe { vectors::write(self.fd(), &pieces) } {
-                Ok(_) => {}
-                Err(error) if vectors::would_block(&error) => return index,
-                // The interface is down or gone; EINVAL: the kernel likes the header less than we do.
-                Err(error) => dropped(match error.raw_os_error() {
-                    Some(libc::EIO | libc::EBADFD | libc::ENETDOWN) => DropReason::LinkDown,
-                    Some(libc::EINVAL) => DropReason::BadHeader,
-                    _ => DropReason::SendFailed,
-                }),
+            match self.write_one(&rest[0]) {
+                Ok(()) => {}
+                Err(error) if vectors::would_block(&error) => return done,
+                Err(error) => dropped(refusal(error.raw_os_error())),
             }
+            done += 1;
         }
-        frames.len()
+        done
     }
 
     fn writable(&self) -> LocalFuture<'_, ()> {

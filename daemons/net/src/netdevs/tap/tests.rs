@@ -1,6 +1,6 @@
 use std::rc::Rc;
 
-use crate::frame::{MAX_FRAME, VnetHeader};
+use crate::frame::{Frame, MAX_FRAME, VnetHeader};
 use crate::link::{DropReason, Offloads, Received};
 use crate::netdev::Netdev;
 use crate::netdevs::test_support::*;
@@ -111,6 +111,76 @@ fn frames_go_both_ways_through_a_new_interface() {
         drop(queue);
         drop(tap);
         assert!(open_error("macvtap,ifname=ob-tap0").contains("there is no interface 'ob-tap0'"));
+    });
+}
+
+#[test]
+fn bursts_go_out_in_order_however_they_are_written() {
+    in_namespace(|| async {
+        for (name, more, batched) in [("ob-tap9", "", true), ("ob-tap10", ",sndbuf=65536", false)] {
+            let Some(tap) = open_tap(&format!("tap,ifname={name}{more}")) else {
+                return;
+            };
+            let network = Network::on(name);
+            let queue = queue(&*tap, 0);
+            queue.connect(TestSink::new(100));
+            let frames: Vec<_> = (0..75)
+                .map(|seed| frame_bytes(seed, 60 + 19 * usize::from(seed)))
+                .collect();
+            let tails: Vec<Vec<_>> = frames
+                .iter()
+                .map(|bytes| {
+                    bytes[60..]
+                        .chunks(400)
+                        .map(crate::netdevs::vectors::piece)
+                        .collect()
+                })
+                .collect();
+            let parts = frames.iter().zip(&tails);
+            #[expect(unsafe_code, reason = "frames in pieces")]
+            // SAFETY: the pieces are parts of `frames`.
+            let mut burst: Vec<_> = parts
+                .map(|(bytes, tail)| unsafe {
+                    Frame::with_tail(VnetHeader::default(), &bytes[..60], tail)
+                })
+                .collect();
+            // One in very many pieces among them, and one that the kernel refuses.
+            let long = frame_bytes(99, 1500);
+            let crumbs: Vec<_> = long[14..]
+                .chunks(1)
+                .map(crate::netdevs::vectors::piece)
+                .collect();
+            #[expect(unsafe_code, reason = "frames in pieces")]
+            // SAFETY: the pieces are parts of `long`.
+            burst.insert(40, unsafe {
+                Frame::with_tail(VnetHeader::default(), &long[..14], &crumbs)
+            });
+            burst.insert(
+                10,
+                burst[0].with_header(VnetHeader {
+                    gso_type: 0x7f,
+                    ..VnetHeader::default()
+                }),
+            );
+            let mut reasons = Vec::new();
+            assert_eq!(
+                queue.transmit(&burst, &mut |reason| reasons.push(reason)),
+                burst.len()
+            );
+            assert_eq!(reasons, [DropReason::BadHeader], "batched: {batched}");
+            let mut expected = frames.clone();
+            expected.insert(40, long.clone());
+            for bytes in &expected {
+                assert!(network.receive().await == *bytes, "batched: {batched}");
+            }
+            run(["ip", "link", "set", name, "down"]);
+            reasons.clear();
+            assert_eq!(
+                queue.transmit(&burst[..8], &mut |reason| reasons.push(reason)),
+                8
+            );
+            assert_eq!(reasons, [DropReason::LinkDown; 8]);
+        }
     });
 }
 
