@@ -19,6 +19,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Deserialize;
@@ -33,6 +34,9 @@ use crate::netdev::{Attachment, Netdev, QueueMaker};
 
 /// Queues that one interface can have (`MAX_TAP_QUEUES`).
 const MAX_QUEUES: u16 = 256;
+/// How long an interface may be busy with a predecessor that was killed, and the time between two tries.
+const BUSY_LIMIT: Duration = Duration::from_secs(1);
+const BUSY_PAUSE: Duration = Duration::from_millis(5);
 
 /// Options of `type=tap`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -168,13 +172,11 @@ impl Tap {
         let wanted = wanted_queues(options.queues)?;
         let existed = InterfaceName::new(name).is_ok_and(|name| name.index().is_some());
         let first = match options.queues {
-            Some(1) => Device::tap(name, false),
-            Some(_) => Device::tap(name, true),
-            None => match Device::tap(name, true) {
+            Some(1) => open_tap(name, false),
+            Some(_) => open_tap(name, true),
+            None => match open_tap(name, true) {
                 // It exists and has one queue only.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                    Device::tap(name, false)
-                }
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => open_tap(name, false),
                 first => first,
             },
         };
@@ -302,6 +304,22 @@ impl Source {
             Source::Tap(name) => Device::tap(name, true),
             Source::Macvtap(index) => Device::macvtap(*index),
             Source::None => Err(io::Error::other("there are no more queues")),
+        }
+    }
+}
+
+/// Opens a tap interface. The ring of a killed process keeps its files open for a moment after the process is gone, and nothing
+/// tells when they are closed: an interface that is busy is tried again for that long.
+fn open_tap(name: &str, multi_queue: bool) -> io::Result<Device> {
+    let start = Instant::now();
+    loop {
+        match Device::tap(name, multi_queue) {
+            Err(error)
+                if error.raw_os_error() == Some(libc::EBUSY) && start.elapsed() < BUSY_LIMIT =>
+            {
+                std::thread::sleep(BUSY_PAUSE);
+            }
+            opened => return opened,
         }
     }
 }

@@ -319,6 +319,32 @@ fn an_interface_made_by_others_is_used_as_it_is() {
 }
 
 #[test]
+fn an_interface_that_a_killed_process_still_holds_is_waited_for() {
+    in_namespace(|| async {
+        let Some(probe) = open_tap("tap,ifname=ob-probe") else {
+            return;
+        };
+        drop(probe);
+        run([
+            "ip", "tuntap", "add", "dev", "ob-tap11", "mode", "tap", "vnet_hdr",
+        ]);
+        let held = super::device::Device::tap("ob-tap11", false).unwrap();
+        let (opened, receiver) = std::sync::mpsc::channel::<()>();
+        // Held until long after the first try, unless that was enough.
+        let holder = std::thread::spawn(move || {
+            let held_for = std::time::Duration::from_millis(100);
+            let early = receiver.recv_timeout(held_for).is_ok();
+            drop(held);
+            early
+        });
+        let tap = open("tap,ifname=ob-tap11");
+        let _ = opened.send(());
+        assert!(!holder.join().unwrap(), "the interface was not held");
+        assert!(tap.is_ok());
+    });
+}
+
+#[test]
 fn a_bridge_gets_the_interface_as_a_port() {
     in_namespace(|| async {
         let Some(probe) = open_tap("tap,ifname=ob-probe") else {
