@@ -201,11 +201,13 @@ impl Daemon for Netd {
     fn reach(&self) -> Reach {
         let ports = self.ports.borrow();
         let sockets = ports.iter().filter_map(|port| port.socket_path());
+        let netdevs = self.netdevs.borrow();
+        let peers = netdevs.iter().filter_map(|netdev| netdev.socket_path());
         let metrics = self.metrics.borrow();
         let endpoints = metrics.iter().filter_map(metrics::Endpoint::socket_path);
         Reach {
             file_dirs: self.allowed_dirs.clone(),
-            sockets: sockets.chain(endpoints).collect(),
+            sockets: sockets.chain(peers).chain(endpoints).collect(),
             syscalls: sandbox::SYSCALLS,
         }
     }

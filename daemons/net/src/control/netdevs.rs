@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::rc::{Rc, Weak};
 
 use executor::{Handle, IoThread, IoThreadOptions};
@@ -20,6 +21,7 @@ const REMEDY: &str = "pass an open descriptor with getfd, or name the back-end o
 pub(super) struct NetdevEntry {
     id: String,
     netdev: Rc<dyn Netdev>,
+    socket_path: Option<PathBuf>,
     /// Threads of its own.
     own: Vec<Rc<IoThread>>,
     /// Held, so that a thread in use cannot be deleted.
@@ -37,6 +39,11 @@ impl NetdevEntry {
     /// What ports attach to.
     pub(super) fn netdev(&self) -> Rc<dyn Netdev> {
         Rc::clone(&self.netdev)
+    }
+
+    /// The socket that it made in the file system.
+    pub(super) fn socket_path(&self) -> Option<PathBuf> {
+        self.socket_path.clone()
     }
 
     /// The executors of its own threads.
@@ -148,6 +155,7 @@ pub(super) async fn add(netd: &Rc<Netd>, mut arguments: Arguments) -> Result<Val
     netd.netdevs.borrow_mut().push(Rc::new(NetdevEntry {
         id,
         netdev,
+        socket_path: options.socket_path().map(Path::to_owned),
         own: threads.own.take(),
         _iothreads: threads.shared.take(),
         uses: uses.take(),

@@ -19,6 +19,7 @@ pub(crate) mod test_support;
 mod vectors;
 
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::rc::Rc;
 
 use executor::Handle;
@@ -49,6 +50,21 @@ pub enum NetdevOptions {
     Macvtap(tap::MacvtapOptions),
     /// Connects ports with each other, and with an uplink.
     Switch(switch::SwitchOptions),
+}
+
+impl NetdevOptions {
+    /// The socket that such a back-end makes in the file system, and removes at its end.
+    pub fn socket_path(&self) -> Option<&Path> {
+        let address = match self {
+            NetdevOptions::Stream(options) if options.server => Some(&options.addr),
+            NetdevOptions::Dgram(options) => options.local.as_ref(),
+            _ => None,
+        };
+        match address? {
+            address::SocketAddress::Unix { path } => Some(path),
+            address::SocketAddress::Inet { .. } | address::SocketAddress::Fd { .. } => None,
+        }
+    }
 }
 
 /// What a back-end may ask of the daemon while it is opened.

@@ -24,6 +24,11 @@ removed over QMP while the daemon runs.
                          [,reconnect=<s>|reconnect-ms=<ms>]
                          frames with a length of 4 bytes before each, as QEMU's
                          -netdev stream, passt and gvproxy speak it
+      dgram              local.type=unix,local.path=<path>
+                         ,remote.type=unix,remote.path=<path>
+                         a frame per datagram, as QEMU's -netdev dgram
+      af-packet          ifname=<name>[,queues=<n>]
+                         the frames of an interface that exists
       passt              [path=<program>][,args.0=<argument>...]
                          NAT without privileges: a passt that is started and
                          supervised here, only on the command line

@@ -2,5 +2,6 @@
 //!
 //! One binary, because linking dominates build time. A scenario's name states what holds.
 
+mod control;
 mod driver;
 mod traffic;

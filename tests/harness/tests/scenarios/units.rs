@@ -9,15 +9,24 @@ use harness::process::installed;
 const EXPOSURE: &str = "--threshold=15";
 
 #[test]
-fn the_daemons_unit_exposes_next_to_nothing() {
-    let unit = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../daemons/blk/systemd/outboard-blkd@.service");
-    let output = Command::new(installed("systemd-analyze", "systemd").unwrap())
-        .args(["security", "--offline=true", "--no-pager", EXPOSURE])
-        .arg(unit)
-        .output()
-        .unwrap();
-    let report = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{report}");
-    assert!(report.contains("Overall exposure level"), "{report}");
+fn the_daemons_units_expose_next_to_nothing() {
+    for unit in [
+        "daemons/blk/systemd/outboard-blkd@.service",
+        "daemons/net/systemd/outboard-netd@.service",
+    ] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../..")
+            .join(unit);
+        let output = Command::new(installed("systemd-analyze", "systemd").unwrap())
+            .args(["security", "--offline=true", "--no-pager", EXPOSURE])
+            .arg(path)
+            .output()
+            .unwrap();
+        let report = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{unit}: {report}");
+        assert!(
+            report.contains("Overall exposure level"),
+            "{unit}: {report}"
+        );
+    }
 }
