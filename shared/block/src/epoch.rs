@@ -5,7 +5,7 @@
 //! counter is written on the request path.
 //!
 //! ```text
-//!   thread record: pins[even], pins[odd]     written by its own thread only
+//!   each thread: pins[even], pins[odd]       written by itself only
 //!   clock g → g+1  when pins[parity of g-1] is zero on every thread
 //!   passed(e)      when the clock is at e+3 or later
 //! ```
@@ -15,7 +15,7 @@
 //! memory barrier (`membarrier`), so such a late pin is either counted, or its request began after
 //! what was freed had become unreachable. Of the steps `e → e+1 → e+2 → e+3` the last two begin
 //! after the free and look at both parities, so whatever parity a request holds, it is waited
-//! for.
+//! for. `clock.rs` has the steps.
 //!
 //! Must not know: what is freed. Needs the `membarrier` system call to stay allowed in a sandbox;
 //! where it is missing each pin pays for a full fence instead.
@@ -25,40 +25,49 @@
     reason = "membarrier has no safe wrapper; it takes no pointers"
 )]
 
+mod clock;
+#[cfg(all(test, loom))]
+mod models;
+
+/// The atomics of the clock; models have loom's.
+mod atomics {
+    pub(super) use std::sync::atomic::{AtomicU64, AtomicUsize, fence};
+}
+
+use atomics::{AtomicU64, AtomicUsize, fence};
+use clock::{Clock, Pins};
 use executor::sync::Notify;
 use std::cell::Cell;
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
 
 /// A point in time that [`passed`] can be asked about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Epoch(pub u64);
 
-static CLOCK: AtomicU64 = AtomicU64::new(1);
+static CLOCK: Clock = Clock {
+    epoch: AtomicU64::new(1),
+    waiting: AtomicUsize::new(0),
+};
 
-/// Records of all threads that ever pinned and still live.
-static THREADS: Mutex<Vec<Arc<Record>>> = Mutex::new(Vec::new());
-
-/// How many requests of one thread are pinned, by parity of their epoch.
-#[repr(align(128))]
-#[derive(Default)]
-struct Record {
-    pins: [AtomicUsize; 2],
-}
+/// Counters of all threads that ever pinned and still live.
+static THREADS: Mutex<Vec<Arc<Pins>>> = Mutex::new(Vec::new());
 
 /// The current epoch; a free that happened before this call belongs to it.
 pub fn current() -> Epoch {
-    // The unmapping that makes a free comes before this load on every thread's view.
-    fence(Ordering::SeqCst);
-    Epoch(CLOCK.load(Ordering::SeqCst))
+    Epoch(CLOCK.now())
 }
 
 /// Whether every request that began up to and including `epoch` has ended. Tries to advance the
 /// epoch, so that asking again and again makes progress.
 pub fn passed(epoch: Epoch) -> bool {
-    let clock = CLOCK.load(Ordering::SeqCst);
-    clock >= epoch.0.saturating_add(3) || advance(clock) >= epoch.0.saturating_add(3)
+    CLOCK.is_past(epoch.0) || {
+        // The lock is held: nobody else moves the clock.
+        let threads = THREADS.lock().unwrap_or_else(PoisonError::into_inner);
+        let pins = threads.iter().map(|pins| &**pins);
+        CLOCK.advance(pins, epoch.0, barrier_everywhere)
+    }
 }
 
 /// Waits until [`passed`].
@@ -73,8 +82,6 @@ pub async fn wait(epoch: Epoch) {
     }
 }
 
-/// Tasks in [`wait`]: while there are any, the last request of a parity to end on a thread says so.
-static WAITING: AtomicUsize = AtomicUsize::new(0);
 static ENDED: LazyLock<Notify> = LazyLock::new(Notify::new);
 
 struct Waiting;
@@ -83,39 +90,15 @@ impl Waiting {
     fn new() -> Self {
         // Seen by every thread after the barrier that `passed` begins with; a request that ended
         // before is seen by the look at the counters that follows it.
-        WAITING.fetch_add(1, Ordering::SeqCst);
+        CLOCK.wait();
         Self
     }
 }
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        WAITING.fetch_sub(1, Ordering::SeqCst);
+        CLOCK.waited();
     }
-}
-
-/// Moves the clock on as far as it goes now (three steps at most).
-fn advance(mut clock: u64) -> u64 {
-    let threads = THREADS.lock().unwrap_or_else(PoisonError::into_inner);
-    for _ in 0..3 {
-        if !barrier_everywhere() {
-            break;
-        }
-        let parity = parity(clock.wrapping_sub(1));
-        if threads
-            .iter()
-            .any(|record| record.pins[parity].load(Ordering::SeqCst) != 0)
-        {
-            break;
-        }
-        // The lock is held: nobody else moves the clock.
-        clock = CLOCK.fetch_add(1, Ordering::SeqCst) + 1;
-    }
-    clock
-}
-
-const fn parity(epoch: u64) -> usize {
-    (epoch & 1) as usize
 }
 
 /// Pins the current epoch on this thread until dropped (what a root does for each request).
@@ -139,7 +122,7 @@ impl Drop for Pin {
 /// This thread's counters, for whoever pins often.
 #[derive(Clone)]
 pub(crate) struct ThreadEpoch {
-    record: Arc<Record>,
+    pins: Arc<Pins>,
     fenced: bool,
     /// The counters are written by their own thread only.
     _not_send: PhantomData<*const ()>,
@@ -152,7 +135,7 @@ impl ThreadEpoch {
             static THREAD: Registration = Registration::new();
         }
         THREAD.with(|registration| ThreadEpoch {
-            record: Arc::clone(&registration.record),
+            pins: Arc::clone(&registration.pins),
             fenced: !has_membarrier(),
             _not_send: PhantomData,
         })
@@ -169,11 +152,7 @@ impl ThreadEpoch {
     /// Pins; returns what [`ThreadEpoch::unpin`] needs.
     #[inline]
     pub(crate) fn enter(&self) -> usize {
-        let parity = parity(CLOCK.load(Ordering::Relaxed));
-        let pins = &self.record.pins[parity];
-        pins.store(pins.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-        self.barrier();
-        parity
+        self.pins.enter(&CLOCK, || self.barrier())
     }
 
     /// Orders a store to the counters before later loads.
@@ -190,33 +169,27 @@ impl ThreadEpoch {
 
     #[inline]
     pub(crate) fn unpin(&self, parity: usize) {
-        let pins = &self.record.pins[parity];
-        let left = pins.load(Ordering::Relaxed) - 1;
-        pins.store(left, Ordering::Release);
-        if left == 0 {
-            self.barrier();
-            if WAITING.load(Ordering::Relaxed) != 0 {
-                ENDED.notify_all();
-            }
+        if self.pins.leave(parity, &CLOCK, || self.barrier()) {
+            ENDED.notify_all();
         }
     }
 }
 
-/// Keeps a thread's record in the list while the thread lives.
+/// Keeps a thread's counters in the list while the thread lives.
 struct Registration {
-    record: Arc<Record>,
+    pins: Arc<Pins>,
     _not_sync: PhantomData<Cell<()>>,
 }
 
 impl Registration {
     fn new() -> Self {
-        let record = Arc::new(Record::default());
+        let pins = Arc::new(Pins::default());
         THREADS
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .push(Arc::clone(&record));
+            .push(Arc::clone(&pins));
         Self {
-            record,
+            pins,
             _not_sync: PhantomData,
         }
     }
@@ -229,7 +202,7 @@ impl Drop for Registration {
         THREADS
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .retain(|record| !Arc::ptr_eq(record, &self.record));
+            .retain(|pins| !Arc::ptr_eq(pins, &self.pins));
         ENDED.notify_all();
     }
 }

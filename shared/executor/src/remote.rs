@@ -1,18 +1,22 @@
 //! What other threads see of an executor: a queue of wakes and starts, and an eventfd.
 //!
-//! The eventfd is written only when the executor said that it sleeps:
-//!
-//! ```text
-//!   executor                        other thread
-//!   sleeping = true                 push, pending = true
-//!   pending? ── yes: stay awake     sleeping? ── yes: write the eventfd
-//! ```
-//!
-//! All four accesses are sequentially consistent, so at least one side sees the other.
+//! The eventfd is written only when the executor said that it sleeps; `inbox.rs` has the handshake.
+
+mod inbox;
+#[cfg(all(test, loom))]
+mod models;
+
+/// The atomics and locks of the inbox; models have loom's.
+mod atomics {
+    pub(super) use crate::sync::short_lock as locked;
+    pub(super) use std::sync::Mutex;
+    pub(super) use std::sync::atomic::{AtomicBool, fence};
+}
 
 use crate::runtime::{Inner, current, with_current};
 use crate::sync::short_lock;
 use crate::task::TaskRef;
+use inbox::{Inbox, Reader};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::future::poll_fn;
 use std::io;
@@ -33,19 +37,9 @@ pub(crate) enum RemoteItem {
     Start(Box<dyn FnOnce() + Send>),
 }
 
-#[derive(Default)]
-struct Remote {
-    items: Vec<RemoteItem>,
-    closed: bool,
-}
-
 /// The thread-safe part of an executor.
 pub(crate) struct Shared {
-    remote: Mutex<Remote>,
-    /// There may be items.
-    pending: AtomicBool,
-    /// The executor sleeps, or is about to.
-    sleeping: AtomicBool,
+    inbox: Inbox<RemoteItem>,
     stop: AtomicBool,
     eventfd: EventFd,
     index: usize,
@@ -64,9 +58,7 @@ impl Shared {
             indices[index] = true;
         }
         Ok(Arc::new(Shared {
-            remote: Mutex::default(),
-            pending: AtomicBool::new(false),
-            sleeping: AtomicBool::new(false),
+            inbox: Inbox::new(),
             stop: AtomicBool::new(false),
             eventfd,
             index,
@@ -83,22 +75,20 @@ impl Shared {
     }
 
     fn push(&self, item: RemoteItem) -> bool {
-        let mut remote = short_lock(&self.remote);
-        if remote.closed {
-            // Not under the lock: dropping the item may run anything.
-            drop(remote);
+        let Ok(reader) = self.inbox.push(item) else {
             return false;
-        }
-        remote.items.push(item);
-        drop(remote);
-        self.pending.store(true, Ordering::SeqCst);
-        self.rouse();
+        };
+        self.wake(reader);
         true
     }
 
     /// Wakes the executor's thread when it sleeps. What it shall find is stored before.
     pub(crate) fn rouse(&self) {
-        if self.sleeping.swap(false, Ordering::SeqCst) {
+        self.wake(self.inbox.rouse());
+    }
+
+    fn wake(&self, reader: Reader) {
+        if reader == Reader::Sleeps {
             self.signal();
         }
     }
@@ -111,27 +101,22 @@ impl Shared {
 
     /// Takes what others have queued.
     pub(crate) fn take(&self) -> Option<Vec<RemoteItem>> {
-        if !self.pending.load(Ordering::Relaxed) {
-            return None;
-        }
-        self.pending.store(false, Ordering::SeqCst);
-        Some(std::mem::take(&mut short_lock(&self.remote).items))
+        self.inbox.take()
     }
 
     /// Announces sleep; false when something came in meanwhile.
     pub(crate) fn try_sleep(&self) -> bool {
-        self.sleeping.store(true, Ordering::SeqCst);
-        !self.pending.load(Ordering::SeqCst)
+        self.inbox.try_sleep()
     }
 
     /// Ends what [`Shared::try_sleep`] announced.
     pub(crate) fn awake(&self) {
-        self.sleeping.store(false, Ordering::SeqCst);
+        self.inbox.awake();
     }
 
     /// Whether others have queued something.
     pub(crate) fn has_pending(&self) -> bool {
-        self.pending.load(Ordering::Relaxed)
+        self.inbox.has_pending()
     }
 
     /// Set by [`Handle::stop`].
@@ -146,9 +131,7 @@ impl Shared {
 
     /// Refuses further items and gives those that are left.
     pub(crate) fn close(&self) -> Vec<RemoteItem> {
-        let mut remote = short_lock(&self.remote);
-        remote.closed = true;
-        std::mem::take(&mut remote.items)
+        self.inbox.close()
     }
 }
 

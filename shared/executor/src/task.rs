@@ -199,3 +199,97 @@ fn schedule(task: TaskRef) {
         owner.push_task(task);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::remote::RemoteItem;
+    use std::cell::RefCell;
+    use std::future::poll_fn;
+    use std::task::Poll;
+
+    /// Keeps the last waker that its task was polled with, and ends at the second poll.
+    fn pausing(
+        wakers: &Rc<RefCell<Vec<Waker>>>,
+        ended: &Rc<Cell<bool>>,
+    ) -> impl Future<Output = ()> + 'static {
+        let (wakers, ended) = (Rc::clone(wakers), Rc::clone(ended));
+        poll_fn(move |context| {
+            wakers.borrow_mut().push(context.waker().clone());
+            match wakers.borrow().len() {
+                1 => Poll::Pending,
+                _ => {
+                    ended.set(true);
+                    Poll::Ready(())
+                }
+            }
+        })
+    }
+
+    /// How often the task was queued with its owner since the last time.
+    fn queued(owner: &Shared) -> usize {
+        let items = owner.take().unwrap_or_default();
+        items
+            .iter()
+            .filter(|item| matches!(item, RemoteItem::Task(_)))
+            .count()
+    }
+
+    #[test]
+    fn a_wake_from_another_thread_queues_a_task_once_and_frees_no_future() {
+        let owner = Shared::new().unwrap();
+        let (wakers, ended) = (Rc::default(), Rc::default());
+        let cell = TaskCell::new(&owner);
+        cell.fill(pausing(&wakers, &ended), None);
+        assert!(!cell.poll());
+        let waker = wakers.borrow()[0].clone();
+        let other = std::thread::spawn(move || {
+            waker.wake_by_ref();
+            waker.wake_by_ref();
+            waker
+        });
+        let kept = other.join().unwrap();
+        assert_eq!(queued(&owner), 1);
+        assert!(cell.poll() && ended.get());
+        // The future is gone; what is left of the task goes with its last waker, on any thread.
+        drop(cell);
+        wakers.borrow_mut().clear();
+        std::thread::spawn(move || drop(kept)).join().unwrap();
+        assert_eq!(Arc::strong_count(&owner), 1);
+    }
+
+    #[test]
+    fn a_cell_is_used_again_with_wakers_of_its_first_task_about() {
+        let owner = Shared::new().unwrap();
+        let (wakers, ended) = (Rc::default(), Rc::default());
+        let cell = TaskCell::new(&owner);
+        cell.fill(pausing(&wakers, &ended), None);
+        assert!(!cell.poll());
+        cell.clear();
+        assert_eq!(Rc::strong_count(&ended), 1, "the future was dropped");
+        let old = wakers.borrow_mut().remove(0);
+        cell.fill(pausing(&wakers, &ended), None);
+        assert!(!cell.poll());
+        std::thread::spawn(move || old.wake()).join().unwrap();
+        // Woken for nothing, which futures expect.
+        assert_eq!(queued(&owner), 1);
+        assert!(cell.poll() && ended.get());
+    }
+
+    #[test]
+    fn a_task_that_panics_is_over() {
+        let owner = Shared::new().unwrap();
+        let cell = TaskCell::new(&owner);
+        let held = Rc::new(());
+        let inside = Rc::clone(&held);
+        let panicking = async move {
+            let _inside = inside;
+            panic!("as asked");
+        };
+        cell.fill(panicking, None);
+        let polled = catch_unwind(AssertUnwindSafe(|| cell.poll()));
+        assert!(polled.is_err());
+        drop(cell);
+        assert_eq!(Rc::strong_count(&held), 1);
+    }
+}
