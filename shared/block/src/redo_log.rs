@@ -18,8 +18,8 @@
 //! `head` and `tail` count records since the log was made. A unit of records is published by one
 //! store of `tail`, so a kill leaves all of it or nothing. The log belongs to one image (device,
 //! inode and time of birth) in one boot of the host; when the inode has been born again the image of
-//! the log is gone, and the log with it. While it holds anything it is stamped with the time about
-//! once a second: an image modified clearly later was written by another program after the
+//! the log is gone, and the log with it. With every unit, and while it holds anything about once a
+//! second, it is stamped with the time: an image modified clearly later was written by another program after the
 //! daemon's death, and replaying would corrupt it.
 
 use crate::error::{Error, ErrorKind, Result};
@@ -245,8 +245,9 @@ impl RedoLog {
         for (position, record) in (tail..end).zip(records) {
             inner.store(position, record);
         }
+        // The regular stamp comes late on a host with too much work, and the kill may come first.
+        inner.stamp();
         if head == tail {
-            inner.stamp();
             inner.filled.notify_all();
         }
         inner.memory[word::TAIL].store(end, Release);

@@ -155,3 +155,14 @@ fn an_emptied_log_removes_its_file() {
     log.remove();
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }
+
+#[test]
+fn every_unit_says_that_the_daemon_lives() {
+    let log = RedoLog::in_memory(8);
+    for _ in 0..2 {
+        let stamp = &log.inner.as_ref().unwrap().memory[word::ALIVE];
+        stamp.store(0, Relaxed);
+        assert!(log.append(&[record(4)]));
+        assert_ne!(stamp.load(Relaxed), 0);
+    }
+}
