@@ -7,7 +7,8 @@
 //! - [`rig`]: a disk image with its daemon; [`supervisor`] interrupts it under load.
 //! - [`ramdisk`]: an independent back-end that the driver itself is tested against.
 //! - [`fuzz_frontend`]: a front-end that means harm.
-//! - [`nested`]: a machine with a working KVM in software; [`scene`]: a real guest, its VMM and its daemon.
+//! - [`nested`]: a machine with a working KVM in software; [`scene`]: a real guest, its VMM and its daemons.
+//! - [`transfer`]: bytes over TCP that both ends check.
 //! - [`conformance`]: what every driver and format must pass, on the simulated world.
 //! - [`net`]: an in-process virtio-net driver, the network daemon, and its peers.
 //! - [`wire`]: vhost-user messages as bytes.
@@ -27,4 +28,5 @@ pub mod ramdisk;
 pub mod rig;
 pub mod scene;
 pub mod supervisor;
+pub mod transfer;
 pub mod wire;

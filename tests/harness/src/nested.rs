@@ -22,7 +22,7 @@ mod process;
 mod tree;
 mod vm;
 
-pub use guest::guest_initramfs;
+pub use guest::{GuestContents, guest_initramfs};
 pub use kernel::Kernel;
 pub use outcome::Outcome;
 pub(crate) use process::{Owned, die_with_parent, lines_of};

@@ -1,9 +1,9 @@
-//! A real guest, the VMM that runs it and the daemon that serves its disk, as three processes under one hand.
+//! A real guest, the VMM that runs it and the daemons that serve its disk and its network, as processes under one hand.
 //!
 //! ```text
-//!   BackEnd (outboard-blkd) ── vhost-user ── Guest: outboard-vmm or QEMU
-//!        │ QMP                                 │ QMP     │ console: commands in, answers out
-//!        └───────────── the scene: this process ─────────┘
+//!   BackEnd (outboard-blkd, outboard-netd) ── vhost-user ── Guest: outboard-vmm or QEMU
+//!        │ QMP                   │ Network (tap)              │ QMP     │ console: commands in, answers out
+//!        └───────────────── the scene: this process ──────────┴─────────┘
 //! ```
 //!
 //! What happens in which order is the program `vm-scene`'s business; tests and the demo start that program with [`Stage`], on
@@ -12,11 +12,13 @@
 mod back_end;
 mod front_end;
 mod guest;
+mod network;
 mod stage;
 
-pub use back_end::BackEnd;
+pub use back_end::{BackEnd, PORT};
 pub use front_end::{Boot, FrontEnd, Rings};
 pub use guest::Guest;
+pub use network::{IperfServer, Network};
 pub use stage::{Stage, kvm_runs_guests, trial_boot};
 
 use std::env;

@@ -99,6 +99,16 @@ impl NestedVm {
         Ok(self)
     }
 
+    /// Adds kernel modules of the machine, with those that they need.
+    ///
+    /// # Errors
+    /// The kernel has no such module.
+    pub fn modules(mut self, names: &[&str]) -> Result<Self> {
+        let names = [&OUTER_MODULES[..], names].concat();
+        self.tree.modules(&self.kernel.modules(&names)?)?;
+        Ok(self)
+    }
+
     /// The shell script that is the machine's work.
     #[must_use]
     pub fn script(mut self, text: impl Into<String>) -> Self {

@@ -1,25 +1,30 @@
-//! The storage daemon of a scene: started, killed without warning, started again.
+//! The daemons of a scene: started, killed without warning, started again.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
+use super::Network;
 use crate::process::{Daemon, Launch, Program};
 use crate::qmp_client::QmpClient;
 
-/// One `outboard-blkd` with one vhost-user-blk export, in a directory of its own.
+/// The name of the one port of a network's daemon.
+pub const PORT: &str = "port";
+
+/// A daemon that serves one device, in a directory of its own.
 #[derive(Debug)]
 pub struct BackEnd {
+    name: &'static str,
     directory: PathBuf,
     launch: Launch,
     daemon: Option<Daemon>,
 }
 
 impl BackEnd {
-    /// Describes a daemon that serves the node `disk`, which the `--blockdev` option defines, with `queues` request queues, each
-    /// with a thread of its own.
-    pub fn new(directory: &Path, blockdev: &str, queues: u32) -> Self {
+    /// Describes an `outboard-blkd` that serves the node `disk`, which the `--blockdev` option defines, with `queues` request queues,
+    /// each with a thread of its own.
+    pub fn disk(directory: &Path, blockdev: &str, queues: u32) -> Self {
         let mut arguments = vec!["--blockdev".to_owned(), blockdev.to_owned()];
         let mut export = format!(
             "type=vhost-user-blk,id=export,node-name=disk,writable=on,num-queues={queues},\
@@ -44,10 +49,49 @@ impl BackEnd {
             "chardev=qmp",
         ];
         arguments.extend(rest.map(str::to_owned));
-        let launch = Launch::new(Program::OutboardBlkd, arguments, directory);
+        Self::new(
+            "outboard-blkd",
+            Program::OutboardBlkd,
+            arguments,
+            directory.into(),
+        )
+    }
+
+    /// Describes an `outboard-netd` that connects one port to the tap device of `network`; its sockets go into a directory below
+    /// `directory`.
+    ///
+    /// # Errors
+    /// That directory cannot be made.
+    pub fn network(directory: &Path, network: &Network) -> Result<Self> {
+        let directory = directory.join("network");
+        std::fs::create_dir(&directory).context("create a directory for the daemon")?;
+        let netdev = format!("type=tap,id=tap,ifname={}", network.tap());
+        let port = format!(
+            "id={PORT},netdev=tap,queues={},mtu={},socket={}",
+            network.pairs(),
+            network.mtu(),
+            directory.join(SOCKET).display()
+        );
+        let monitor = directory.join(MONITOR).display().to_string();
+        let arguments = ["--netdev", &netdev, "--port", &port, "--qmp", &monitor];
+        Ok(Self::new(
+            "outboard-netd",
+            Program::OutboardNetd,
+            arguments.map(str::to_owned).into(),
+            directory,
+        ))
+    }
+
+    fn new(
+        name: &'static str,
+        program: Program,
+        arguments: Vec<String>,
+        directory: PathBuf,
+    ) -> Self {
         Self {
-            directory: directory.into(),
-            launch,
+            name,
+            launch: Launch::new(program, arguments, &directory),
+            directory,
             daemon: None,
         }
     }
@@ -105,10 +149,10 @@ impl Drop for BackEnd {
     fn drop(&mut self) {
         // Left over only where the scene has failed: what the daemon said may tell why.
         if let Some(daemon) = &self.daemon {
-            eprintln!("--- outboard-blkd:\n{}---", daemon.stderr());
+            eprintln!("--- {}:\n{}---", self.name, daemon.stderr());
         }
     }
 }
 
-const SOCKET: &str = "disk.sock";
-const MONITOR: &str = "blkd-qmp.sock";
+const SOCKET: &str = "device.sock";
+const MONITOR: &str = "daemon-qmp.sock";

@@ -79,6 +79,8 @@ pub struct Boot {
     pub cpus: u32,
     /// The vhost-user socket of its disk, with the number of request queues; none for a guest without a disk.
     pub disk: Option<(PathBuf, u32)>,
+    /// The vhost-user socket of its network card, with the number of queue pairs.
+    pub card: Option<(PathBuf, u32)>,
     /// How QEMU lets the guest lay its rings out; `outboard-vmm` offers whatever the daemon does.
     pub rings: Rings,
     /// What the guest runs; empty for a shell.
@@ -124,6 +126,10 @@ impl Boot {
         if let Some((socket, queues)) = &self.disk {
             let disk = format!("socket={},num-queues={queues}", socket.display());
             command.args(["--vhost-user-blk", &disk]);
+        }
+        if let Some((socket, pairs)) = &self.card {
+            let card = format!("socket={},queues={pairs}", socket.display());
+            command.args(["--vhost-user-net", &card]);
         }
         command
     }

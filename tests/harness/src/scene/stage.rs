@@ -9,16 +9,25 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use super::{Boot, FrontEnd, Guest, Rings, program};
-use crate::nested::{Kernel, NestedVm, Outcome, guest_initramfs};
+use crate::nested::{GuestContents, Kernel, NestedVm, Outcome, guest_initramfs};
 
-/// Programs that a scene starts besides the daemon and the VMM.
+/// Programs that a scene starts besides the daemons and the VMM.
 const PEERS: [&str; 2] = ["qemu-img", "mke2fs"];
+/// What a scene with a network starts besides those.
+const NETWORK_PEERS: [&str; 2] = ["ip", "iperf3"];
+/// Programs of a guest with a network card.
+const CARD_PROGRAMS: [&str; 2] = ["iperf3", "ethtool"];
+/// Modules of its kernel.
+const CARD_MODULES: [&str; 2] = ["virtio_net", "8021q"];
+/// Modules that its network needs outside.
+const NETWORK_MODULES: [&str; 2] = ["tun", "8021q"];
 
 /// A scene to be played by `vm-scene`.
 #[derive(Debug, Clone)]
 pub struct Stage {
     scene: String,
     front_end: FrontEnd,
+    network: bool,
     options: Vec<String>,
 }
 
@@ -28,8 +37,16 @@ impl Stage {
         Self {
             scene: scene.into(),
             front_end,
+            network: false,
             options: Vec::new(),
         }
+    }
+
+    /// The guest has a network card, too.
+    #[must_use]
+    pub fn with_network(mut self) -> Self {
+        self.network = true;
+        self
     }
 
     /// An option of `vm-scene`, as `--name value`.
@@ -89,12 +106,25 @@ impl Stage {
     fn command_here(&self, directory: &Path) -> Result<Command> {
         let kernel = Kernel::installed()?;
         let initramfs = directory.join("guest.cpio");
-        guest_initramfs(&kernel, &[&program("guest-load")], &initramfs)?;
+        guest_initramfs(&kernel, &self.guest_contents(), &initramfs)?;
         let mut command = Command::new(program("vm-scene"));
         command
             .args(self.arguments(kernel.image(), &initramfs))
-            .env("OUTBOARD_BLKD", program("outboard-blkd"));
+            .env("OUTBOARD_BLKD", program("outboard-blkd"))
+            .env("OUTBOARD_NETD", program("outboard-netd"));
         Ok(command)
+    }
+
+    fn guest_contents(&self) -> GuestContents {
+        let mut contents = GuestContents {
+            programs: vec![program("guest-load")],
+            ..GuestContents::default()
+        };
+        if self.network {
+            contents.programs.extend(CARD_PROGRAMS.map(program));
+            contents.modules.extend(CARD_MODULES);
+        }
+        contents
     }
 
     fn nested_vm(&self) -> Result<NestedVm> {
@@ -102,7 +132,7 @@ impl Stage {
         let initramfs = tempfile::Builder::new()
             .prefix("outboard-guest-")
             .tempfile()?;
-        guest_initramfs(&kernel, &[&program("guest-load")], initramfs.path())?;
+        guest_initramfs(&kernel, &self.guest_contents(), initramfs.path())?;
         let inside = [Path::new("/guest/vmlinuz"), Path::new("/guest/initramfs")];
         let mut vm = NestedVm::new()?
             .file(kernel.image(), inside[0])?
@@ -114,13 +144,20 @@ impl Stage {
         for peer in PEERS {
             vm = vm.program(program(peer))?;
         }
+        if self.network {
+            vm = vm.modules(&NETWORK_MODULES)?;
+            vm = vm.program(program("outboard-netd"))?;
+            for peer in NETWORK_PEERS {
+                vm = vm.program(program(peer))?;
+            }
+        }
         vm = match self.front_end {
             FrontEnd::Outboard => vm.program(program("outboard-vmm"))?,
             _ => vm.qemu()?,
         };
         let arguments = self.arguments(inside[0], inside[1]);
         Ok(vm.script(format!(
-            "export OUTBOARD_BLKD=/bin/outboard-blkd\n\
+            "export OUTBOARD_BLKD=/bin/outboard-blkd OUTBOARD_NETD=/bin/outboard-netd\n\
              vm-scene {}\n\
              status=$?\n\
              dmesg | grep -E 'type=1326|segfault|traps:|Out of memory' >&2\n\
@@ -140,6 +177,9 @@ impl Stage {
             own.into_iter()
                 .flat_map(|(name, value)| [name.to_owned(), value]),
         );
+        if self.network {
+            arguments.extend(["--network", "true"].map(str::to_owned));
+        }
         arguments.extend(self.options.iter().cloned());
         arguments
     }
@@ -173,13 +213,14 @@ pub fn trial_boot(front_end: FrontEnd) -> Result<()> {
         .tempdir()?;
     let kernel = Kernel::installed()?;
     let initramfs = directory.path().join("guest.cpio");
-    guest_initramfs(&kernel, &[], &initramfs)?;
+    guest_initramfs(&kernel, &GuestContents::default(), &initramfs)?;
     let boot = Boot {
         front_end,
         kernel: kernel.image().into(),
         initramfs,
         cpus: 1,
         disk: None,
+        card: None,
         rings: Rings::Split,
         run: "true".into(),
     };

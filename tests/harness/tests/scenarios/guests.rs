@@ -1,6 +1,6 @@
-//! Scenarios with real guests: a Debian kernel, its VMM, and the daemon that serves its disk.
+//! Scenarios with real guests: a Debian kernel, its VMM, and the daemons that serve its disk and its network.
 //!
-//! Where KVM runs guests they run on it; elsewhere the VMM and the daemon are put into a nested machine.
+//! Where KVM runs guests they run on it; elsewhere the VMM and the daemons are put into a nested machine.
 
 use std::time::Duration;
 
@@ -94,6 +94,28 @@ fn a_guest_on_four_queues_sees_its_disk_grow() {
     let outcome = play(&stage);
     assert_eq!(field(&outcome, "guest_ready", "queues"), 4);
     assert_eq!(field(&outcome, "guest_size", "bytes"), 96 << 20);
+}
+
+#[test]
+fn a_guest_of_outboard_has_a_network_that_survives_its_daemon() {
+    let stage = Stage::new("network", FrontEnd::Outboard).with_network();
+    assert_network(&play(&stage.option("kills", 2).option("blocks", 4)), 2);
+}
+
+/// What the scene does not insist on itself.
+fn assert_network(outcome: &Outcome, kills: usize) {
+    assert_eq!(outcome.events_named("network_resumed").count(), kills);
+    assert_eq!(outcome.events_named("queue_works").count(), 4);
+    assert_eq!(outcome.events_named("guest_iperf").count(), 2);
+    for report in outcome.events_named("guest_iperf") {
+        assert!(report["bytes"].as_u64() > Some(0), "{report}");
+    }
+    let links = outcome.events_named("guest_carrier");
+    let links: Vec<_> = links.map(|event| event["up"] == true).collect();
+    assert_eq!(links, [false, true]);
+    assert!(field(outcome, "transfer_verified", "bytes").as_u64() > Some(0));
+    assert_eq!(field(outcome, "guest_log", "complaints"), &json!([]));
+    assert!(outcome.event("powered_off").is_some());
 }
 
 #[test]

@@ -6,8 +6,9 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 
 use anyhow::{Context as _, Result, ensure};
+use harness::transfer::fill;
 
-use crate::load::{Worker, fill};
+use crate::load::Worker;
 use crate::system::{DISK, disk_bytes};
 
 const BLOCK_BYTES: u64 = 4096;

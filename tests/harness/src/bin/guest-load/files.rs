@@ -5,8 +5,9 @@ use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
+use harness::transfer::fill;
 
-use crate::load::{Worker, fill};
+use crate::load::Worker;
 use crate::system::{DISK, run};
 
 const MOUNT_POINT: &str = "/mnt";

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::{Value, json};
 
-/// One writer and what it remembers of its own writes.
+/// One writer and what it remembers of its own writes. A connection's counterpart at the other end counts as a disk does.
 pub(crate) trait Worker: Send {
     /// Writes something and syncs it; the bytes that are now promised.
     fn step(&mut self) -> Result<u64>;
@@ -20,19 +20,8 @@ pub(crate) trait Worker: Send {
     /// Makes the next reads come from the disk; called once per load, on the first worker.
     fn forget_caches(&mut self) -> Result<()>;
 
-    /// Reads back everything that was promised; its length in bytes.
+    /// Reads back everything that was promised, or has it confirmed; its length in bytes.
     fn verify(&mut self) -> Result<u64>;
-}
-
-/// Bytes of a writer's content, different for every seed; the same seed gives the same bytes.
-pub(crate) fn fill(seed: u64, buffer: &mut [u8]) {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    for chunk in buffer.chunks_mut(8) {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        chunk.copy_from_slice(&state.to_le_bytes()[..chunk.len()]);
-    }
 }
 
 #[derive(Default)]

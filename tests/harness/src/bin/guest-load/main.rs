@@ -8,13 +8,17 @@
 //! | (start) | `ready` | says how many CPUs, queues and bytes the guest sees |
 //! | `files N` | `started` | mounts the disk; N writers create files and fsync each of them |
 //! | `device N` | `started` | N writers overwrite random blocks of the bare disk, each with `fdatasync`, and read others back |
+//! | `transfer N ADDRESS` | `started` | N connections send blocks to the host and receive others ([`harness::transfer`]) |
 //! | `mark` | `mark` | counts so far; the longest time between two completed syncs of one writer since the last mark |
 //! | `progress N` | `mark` | waits for N more syncs first |
 //! | `stop` | `stopped` | ends the writers, waits for them |
-//! | `verify` | `verified` | drops every cache and reads back all that was synced, byte by byte |
+//! | `verify` | `verified` | drops every cache and reads back all that was synced, byte by byte; of a transfer: the host confirms all that was sent |
 //! | `size BYTES` | `size` | waits until the kernel says that the disk has this size |
 //! | `power-button` | `waiting`, `pressed` | waits for the power button |
-//! | `log` | `log` | the kernel's complaints about I/O, time-outs and file systems |
+//! | `run WORDS` | `ran` | runs a program; its status and what it said |
+//! | `iperf ADDRESS SECONDS up/down` | `iperf` | measures with iperf3 |
+//! | `carrier 0/1` | `carrier` | waits until the kernel says that the network card has its link, or has not |
+//! | `log` | `log` | the kernel's complaints about I/O, time-outs, file systems and network cards |
 //! | `exit` | | ends the program |
 //!
 //! Any failure is an `error` line; the host decides what it means.
@@ -22,6 +26,7 @@
 mod device;
 mod files;
 mod load;
+mod network;
 mod system;
 
 use std::io::{self, Write as _};
@@ -60,6 +65,10 @@ fn execute(load: &mut Option<Load>, words: &[&str]) -> Result<Value> {
     match words {
         ["files", writers] => start(load, files::workers(writers.parse()?)?),
         ["device", writers] => start(load, device::workers(writers.parse()?)?),
+        ["transfer", connections, address] => start(
+            load,
+            network::workers(connections.parse()?, address.parse()?)?,
+        ),
         ["mark"] => Ok(load.as_ref().with_context(running)?.mark("mark")),
         ["progress", syncs] => load
             .as_mut()
@@ -74,6 +83,9 @@ fn execute(load: &mut Option<Load>, words: &[&str]) -> Result<Value> {
             answer(&json!({"event": "waiting"}));
             button.wait()
         }
+        ["run", program, arguments @ ..] => network::run(program, arguments),
+        ["iperf", address, seconds, direction] => network::iperf(address, seconds, direction),
+        ["carrier", wanted] => network::wait_for_carrier(*wanted == "1"),
         ["log"] => system::kernel_complaints(),
         other => bail!("unknown command {other:?}"),
     }

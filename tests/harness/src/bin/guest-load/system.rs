@@ -20,8 +20,8 @@ pub(crate) const DISK: &str = "/dev/vda";
 const EV_KEY: u16 = 1;
 const KEY_POWER: u16 = 116;
 
-/// Words in the kernel's log that no healthy disk causes.
-const COMPLAINTS: [&str; 7] = [
+/// Words in the kernel's log that no healthy device causes.
+const COMPLAINTS: [&str; 9] = [
     "I/O error",
     "EXT4-fs error",
     "EXT4-fs warning",
@@ -29,6 +29,8 @@ const COMPLAINTS: [&str; 7] = [
     "Remounting filesystem read-only",
     "blocked for more than",
     "rcu_sched self-detected",
+    "NETDEV WATCHDOG",
+    "virtio_net virtio",
 ];
 
 /// The first answer: what the guest has.
@@ -118,7 +120,7 @@ impl PowerButton {
     }
 }
 
-/// The lines of the kernel's log that tell of trouble with disks.
+/// The lines of the kernel's log that tell of trouble.
 pub(crate) fn kernel_complaints() -> Result<Value> {
     let mut log = OpenOptions::new()
         .read(true)

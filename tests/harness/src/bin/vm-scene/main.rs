@@ -3,11 +3,12 @@
 //!
 //! ```text
 //! vm-scene SCENE --front-end outboard|qemu-kvm|qemu-tcg --kernel BZIMAGE --initramfs CPIO
-//!                [--cpus N] [--queues N] [--kills N] [--syncs N]
+//!                [--cpus N] [--queues N] [--network true|false] [--rings split|packed] [--kills N] [--syncs N] [--blocks N]
 //! ```
 //!
 //! Ends with status 0 if everything was as the scene demands.
 
+mod network;
 mod scenes;
 mod story;
 
@@ -28,12 +29,16 @@ struct Options {
     initramfs: PathBuf,
     cpus: u32,
     queues: u32,
+    /// Whether the guest has a network card beside its disk.
+    network: bool,
     /// How the rings may lie in memory.
     rings: Rings,
     /// How often the daemon dies.
     kills: u32,
     /// Syncs that the guest finishes before the daemon dies, and again after it is back.
     syncs: u64,
+    /// The same for blocks of a transfer.
+    blocks: u64,
 }
 
 impl Options {
@@ -45,9 +50,11 @@ impl Options {
             initramfs: PathBuf::new(),
             cpus: 2,
             queues: 2,
+            network: false,
             rings: Rings::Split,
             kills: 3,
             syncs: 20,
+            blocks: 20,
         };
         while let Some(name) = words.next() {
             let value = words
@@ -59,8 +66,10 @@ impl Options {
                 "--initramfs" => options.initramfs = value.into(),
                 "--cpus" => options.cpus = value.parse().context("--cpus")?,
                 "--queues" => options.queues = value.parse().context("--queues")?,
+                "--network" => options.network = value.parse().context("--network")?,
                 "--rings" => options.rings = value.parse()?,
                 "--kills" => options.kills = value.parse().context("--kills")?,
+                "--blocks" => options.blocks = value.parse().context("--blocks")?,
                 "--syncs" => options.syncs = value.parse().context("--syncs")?,
                 _ => bail!("unknown option {name}"),
             }
@@ -69,13 +78,14 @@ impl Options {
     }
 
     /// A boot of the scene's guest with its disk on `socket`.
-    fn boot(&self, socket: PathBuf) -> Boot {
+    fn boot(&self, socket: Option<PathBuf>) -> Boot {
         Boot {
             front_end: self.front_end,
             kernel: self.kernel.clone(),
             initramfs: self.initramfs.clone(),
             cpus: self.cpus,
-            disk: Some((socket, self.queues)),
+            disk: socket.map(|socket| (socket, self.queues)),
+            card: None,
             rings: self.rings,
             run: "guest-load".into(),
         }

@@ -4,10 +4,11 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use harness::scene::{BackEnd, Guest, program};
+use harness::scene::{BackEnd, Boot, Guest, program};
 use serde_json::{Value, json};
 
 use crate::Options;
+use crate::network::{self, HostEnd};
 use crate::story::{Story, milliseconds};
 
 const BASE_BYTES: u64 = 512 << 20;
@@ -23,19 +24,29 @@ pub(crate) fn play(options: &Options, story: &mut Story) -> Result<()> {
         "survive-kills" => survive_kills(options, directory, story),
         "resize" => resize(options, directory, story),
         "late-back-end" => late_back_end(options, directory, story),
-        "shell" => shell(options, directory),
-        other => bail!("unknown scene '{other}': survive-kills, resize, late-back-end or shell"),
+        "network" => network::network(options, directory, story),
+        "shell" => shell(options, directory, story),
+        other => {
+            bail!("unknown scene '{other}': survive-kills, resize, late-back-end, network or shell")
+        }
     }
 }
 
-/// A guest writes and fsyncs files on ext4 on a qcow2 overlay while the daemon dies again and again.
+/// A guest writes and fsyncs files on ext4 on a qcow2 overlay while the daemon dies again and again; then, with a network card, the
+/// same with a transfer and the network's daemon.
 fn survive_kills(options: &Options, directory: &Path, story: &mut Story) -> Result<()> {
     let blockdev = make_overlay(directory)?;
     story.tell("prepared", &[("base_bytes", BASE_BYTES.into())]);
-    let mut back_end = BackEnd::new(directory, &blockdev, options.queues);
+    let mut host = match options.network {
+        true => Some(HostEnd::start(options, directory, story)?),
+        false => None,
+    };
+    let mut back_end = BackEnd::disk(directory, &blockdev, options.queues);
     let took = back_end.start()?;
     story.tell("daemon_ready", &[("took_ms", milliseconds(took).into())]);
-    let mut guest = boot(options, &back_end, directory, story)?;
+    let mut boot = options.boot(Some(back_end.socket()));
+    boot.card = host.as_ref().map(|host| host.card(options));
+    let mut guest = start(&boot, directory, story)?;
     story.pass_on(&guest.ask("files 2", "started")?);
     for number in 1..=options.kills {
         let calm = wait_for_syncs(&mut guest, options)?;
@@ -59,8 +70,17 @@ fn survive_kills(options: &Options, directory: &Path, story: &mut Story) -> Resu
     }
     wait_for_syncs(&mut guest, options)?;
     finish_load(&mut guest, story)?;
+    if let Some(host) = &mut host {
+        network::connect(&mut guest, story)?;
+        host.survive_kills(&mut guest, options, story)?;
+        host.finish_transfer(&mut guest, story)?;
+    }
+    expect_no_complaints(&mut guest, story)?;
     power_off(guest, story)?;
     back_end.terminate()?;
+    if let Some(host) = host {
+        host.end()?;
+    }
     check_image(&directory.join("overlay.qcow2"), story)
 }
 
@@ -68,7 +88,7 @@ fn survive_kills(options: &Options, directory: &Path, story: &mut Story) -> Resu
 fn resize(options: &Options, directory: &Path, story: &mut Story) -> Result<()> {
     let disk = directory.join("disk.raw");
     make_raw(&disk, 64 << 20)?;
-    let mut back_end = BackEnd::new(directory, RAW_DISK, options.queues);
+    let mut back_end = BackEnd::disk(directory, RAW_DISK, options.queues);
     back_end.start()?;
     let mut guest = boot(options, &back_end, directory, story)?;
     guest.ask(&format!("device {}", options.cpus), "started")?;
@@ -90,6 +110,7 @@ fn resize(options: &Options, directory: &Path, story: &mut Story) -> Result<()> 
     let seen = guest.expect("size")?;
     story.pass_on(&seen);
     finish_load(&mut guest, story)?;
+    expect_no_complaints(&mut guest, story)?;
     power_off(guest, story)?;
     back_end.terminate()
 }
@@ -97,8 +118,8 @@ fn resize(options: &Options, directory: &Path, story: &mut Story) -> Result<()> 
 /// The VMM is there before the daemon; the guest is reset, then its power button is pressed.
 fn late_back_end(options: &Options, directory: &Path, story: &mut Story) -> Result<()> {
     make_raw(&directory.join("disk.raw"), 16 << 20)?;
-    let mut back_end = BackEnd::new(directory, RAW_DISK, options.queues);
-    let mut guest = Guest::start(&options.boot(back_end.socket()), directory)?;
+    let mut back_end = BackEnd::disk(directory, RAW_DISK, options.queues);
+    let mut guest = Guest::start(&options.boot(Some(back_end.socket())), directory)?;
     story.tell("vmm_started", &[]);
     back_end.start()?;
     story.tell("daemon_ready", &[]);
@@ -117,14 +138,20 @@ fn late_back_end(options: &Options, directory: &Path, story: &mut Story) -> Resu
 }
 
 /// A shell in a guest with the overlay as its disk, until the user powers it off.
-fn shell(options: &Options, directory: &Path) -> Result<()> {
+fn shell(options: &Options, directory: &Path, story: &mut Story) -> Result<()> {
     let blockdev = make_overlay(directory)?;
-    let mut back_end = BackEnd::new(directory, &blockdev, options.queues);
+    let host = match options.network {
+        true => Some(HostEnd::start(options, directory, story)?),
+        false => None,
+    };
+    let mut back_end = BackEnd::disk(directory, &blockdev, options.queues);
     back_end.start()?;
-    let mut boot = options.boot(back_end.socket());
+    let mut boot = options.boot(Some(back_end.socket()));
+    boot.card = host.as_ref().map(|host| host.card(options));
     boot.run = String::new();
     Guest::on_this_terminal(&boot, directory)?;
-    back_end.terminate()
+    back_end.terminate()?;
+    host.map_or(Ok(()), HostEnd::end)
 }
 
 fn boot(
@@ -133,10 +160,16 @@ fn boot(
     directory: &Path,
     story: &mut Story,
 ) -> Result<Guest> {
-    let mut guest = Guest::start(&options.boot(back_end.socket()), directory)?;
+    start(&options.boot(Some(back_end.socket())), directory, story)
+}
+
+/// Starts a guest with a disk, and looks at what it sees of it.
+fn start(boot: &Boot, directory: &Path, story: &mut Story) -> Result<Guest> {
+    let mut guest = Guest::start(boot, directory)?;
     let ready = guest.expect("ready")?;
     story.pass_on(&ready);
-    let expected = options.queues.min(options.cpus);
+    let queues = boot.disk.as_ref().map_or(0, |(_, queues)| *queues);
+    let expected = queues.min(boot.cpus);
     ensure!(
         ready["queues"] == expected,
         "the guest has {} queues, not {expected}",
@@ -156,13 +189,17 @@ fn wait_for_syncs(guest: &mut Guest, options: &Options) -> Result<Value> {
     guest.ask(&format!("progress {}", options.syncs), "mark")
 }
 
-fn pause_of(mark: &Value) -> Value {
+pub(crate) fn pause_of(mark: &Value) -> Value {
     mark["longest_pause_ms"].clone()
 }
 
 fn finish_load(guest: &mut Guest, story: &mut Story) -> Result<()> {
     story.pass_on(&guest.ask("stop", "stopped")?);
     story.pass_on(&guest.ask("verify", "verified")?);
+    Ok(())
+}
+
+pub(crate) fn expect_no_complaints(guest: &mut Guest, story: &mut Story) -> Result<()> {
     let log = guest.ask("log", "log")?;
     story.pass_on(&log);
     ensure!(
@@ -172,7 +209,7 @@ fn finish_load(guest: &mut Guest, story: &mut Story) -> Result<()> {
     Ok(())
 }
 
-fn power_off(mut guest: Guest, story: &mut Story) -> Result<()> {
+pub(crate) fn power_off(mut guest: Guest, story: &mut Story) -> Result<()> {
     guest.tell("exit")?;
     guest.wait()?;
     story.tell("powered_off", &[]);
