@@ -1,7 +1,7 @@
 //! The demo: plays a scene and tells it to people.
 //!
 //! ```text
-//! demo            a guest writes while its disk's daemon is killed three times
+//! demo            a guest writes while its disk's daemon is killed three times, then transfers while its network's is
 //! demo --shell    a shell in a guest
 //! ```
 
@@ -37,8 +37,12 @@ fn main() -> ExitCode {
 }
 
 fn tell() -> Result<()> {
-    let stage = Stage::new("survive-kills", FrontEnd::Outboard).option("syncs", 100);
-    println!("A guest writes to its disk, and the daemon that serves the disk is killed.\n");
+    let stage = Stage::new("survive-kills", FrontEnd::Outboard).with_network();
+    let stage = stage.option("syncs", 100).option("blocks", 10);
+    println!(
+        "A guest writes to its disk, and the daemon that serves the disk is killed; then it transfers over its"
+    );
+    println!("network, and the daemon that serves the network is killed.\n");
     say_where(&stage);
     let mut narrator = Narrator::default();
     let outcome = stage.play(TIME_LIMIT, |line| narrator.hear(line))?;
@@ -49,9 +53,12 @@ fn tell() -> Result<()> {
 }
 
 fn shell() -> Result<()> {
-    let stage = Stage::new("shell", FrontEnd::Outboard);
+    let stage = Stage::new("shell", FrontEnd::Outboard).with_network();
     say_where(&stage);
     println!("The guest's disk is /dev/vda: ext4 on a qcow2 overlay, served by outboard-blkd.");
+    println!(
+        "Its network card is eth0, served by outboard-netd; 10.77.0.1 is the host's end of the tap device."
+    );
     println!("\"exit\" ends the guest and throws the disk away. Starting ...\n");
     stage.play_interactively()
 }
@@ -70,9 +77,27 @@ fn say_where(stage: &Stage) {
 /// Turns events into sentences, and keeps what the last one needs.
 #[derive(Debug, Default)]
 struct Narrator {
-    longest_pause_ms: f64,
-    /// The longest pause that is not explained by the daemon's start.
+    disk: Pauses,
+    network: Pauses,
+}
+
+/// What the guest noticed of a daemon's deaths.
+#[derive(Debug, Default)]
+struct Pauses {
+    longest_ms: f64,
+    /// The longest one that is not explained by the daemon's start.
     longest_rest_ms: f64,
+}
+
+impl Pauses {
+    fn resumed(&mut self, event: &Value) -> String {
+        let (pause, restart) = (number(event, "pause_ms"), number(event, "restart_ms"));
+        self.longest_ms = self.longest_ms.max(pause);
+        self.longest_rest_ms = self.longest_rest_ms.max(pause - restart);
+        format!(
+            "... started again in {restart:.0} ms; the guest goes on after a pause of {pause:.0} ms"
+        )
+    }
 }
 
 impl Narrator {
@@ -113,7 +138,7 @@ impl Narrator {
                 event["number"],
                 milliseconds(event, "pause_before_ms")
             ),
-            "resumed" => self.resumed(event),
+            "resumed" => self.disk.resumed(event),
             "guest_stopped" => format!(
                 "the writers end: {} files, {} written and synced",
                 event["syncs"],
@@ -122,6 +147,31 @@ impl Narrator {
             "guest_verified" => format!(
                 "the guest drops its caches and reads {} of files back: every byte as written",
                 mebibytes(event, "bytes")
+            ),
+            "network_ready" => format!(
+                "outboard-netd serves a port on a tap device (ready after {})",
+                milliseconds(event, "took_ms")
+            ),
+            "guest_pinged" => format!(
+                "the guest pings {}: {}",
+                text(event, "host"),
+                text(event, "round_trip")
+            ),
+            "transfer_started" => format!(
+                "{} TCP connections send blocks to the host and get others back; both ends check each byte",
+                event["connections"]
+            ),
+            "transfer_progress" => format!("    {} went to and fro", mebibytes(event, "bytes")),
+            "network_killed" => format!(
+                "kill -9 outboard-netd, number {} (before, the longest wait for a block: {})",
+                event["number"],
+                milliseconds(event, "pause_before_ms")
+            ),
+            "network_resumed" => self.network.resumed(event),
+            "transfer_verified" => format!(
+                "the transfer ends: {}, and the host has what the guest sent, checksums {}",
+                mebibytes(event, "bytes"),
+                event["checksums"]
             ),
             "guest_log" => "the guest's kernel log: no I/O error, no other complaint".to_owned(),
             "powered_off" => "the guest has powered off".to_owned(),
@@ -136,25 +186,26 @@ impl Narrator {
         Some(sentence)
     }
 
-    fn resumed(&mut self, event: &Value) -> String {
-        let (pause, restart) = (number(event, "pause_ms"), number(event, "restart_ms"));
-        self.longest_pause_ms = self.longest_pause_ms.max(pause);
-        self.longest_rest_ms = self.longest_rest_ms.max(pause - restart);
-        format!(
-            "... started again in {restart:.0} ms; the guest goes on after a pause of {pause:.0} ms"
-        )
-    }
-
     fn conclude(&self, outcome: &Outcome) -> Result<()> {
-        let kills = outcome.events_named("resumed").count();
-        ensure!(kills > 0, "the daemon was never killed");
-        println!(
-            "\nThe daemon was killed {kills} times; the guest lost nothing and saw no error. Its longest pause was \
-             {:.0} ms,\nat most {:.0} ms of it beyond the daemon's own start.",
-            self.longest_pause_ms, self.longest_rest_ms
-        );
+        println!();
+        for (daemon, event, pauses) in [
+            ("outboard-blkd", "resumed", &self.disk),
+            ("outboard-netd", "network_resumed", &self.network),
+        ] {
+            let kills = outcome.events_named(event).count();
+            ensure!(kills > 0, "{daemon} was never killed");
+            println!(
+                "{daemon} was killed {kills} times; the guest lost nothing and saw no error. Its longest pause was {:.0} ms,\n\
+                 at most {:.0} ms of it beyond the daemon's own start.",
+                pauses.longest_ms, pauses.longest_rest_ms
+            );
+        }
         Ok(())
     }
+}
+
+fn text<'a>(event: &'a Value, name: &str) -> &'a str {
+    event[name].as_str().unwrap_or_default()
 }
 
 fn number(event: &Value, name: &str) -> f64 {
