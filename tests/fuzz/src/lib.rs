@@ -1,10 +1,16 @@
 //! What the fuzz targets run, as plain functions: a byte string is an image and a script of
-//! requests, and no byte string may make a driver panic, hang or use memory beyond its limits.
+//! requests, or a frame and what is to be done with it, and no byte string may make a driver or a
+//! port panic, hang or use memory beyond its limits.
 //!
 //! ```text
+//! qcow2:
 //!   input = script (header, steps) ++ image file
 //!     │ open in memory ─► steps: read, write, zero, discard ... ─► close ─► check ─► open again
 //!     └─ an image that was sound stays sound, and reads back what was written
+//! net_frame:
+//!   input = offloads, rules, virtio-net header ++ frame
+//!     │ guard ─► header check ─► finish for the receiver
+//!     └─ what goes out needs no more than the receiver does
 //! ```
 //!
 //! `fuzz_targets/` holds the entry points in cargo-fuzz's layout, `seeds` makes the corpus to start
@@ -13,6 +19,8 @@
 mod disk;
 pub mod memory_file;
 pub mod model;
+pub mod net_frame;
+pub mod net_seeds;
 pub mod qcow2;
 pub mod script;
 pub mod seeds;

@@ -28,3 +28,13 @@ fn what_fuzzing_found_stays_fixed() {
         }
     }
 }
+
+#[test]
+fn every_frame_seed_runs() {
+    let seeds = fuzz::net_seeds::net_frame();
+    assert!(!seeds.is_empty());
+    for seed in seeds {
+        println!("{}", seed.name);
+        fuzz::net_frame::run(&seed.input);
+    }
+}

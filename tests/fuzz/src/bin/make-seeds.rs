@@ -10,11 +10,15 @@ fn main() -> ExitCode {
         eprintln!("usage: make-seeds TARGET DIRECTORY");
         return ExitCode::from(2);
     };
-    let Some(target) = Target::named(target) else {
-        eprintln!("make-seeds: no target '{target}'");
-        return ExitCode::from(2);
+    let seeds = match (Target::named(target), target.as_str()) {
+        (Some(target), _) => fuzz::seeds::of(target),
+        (None, "net_frame") => fuzz::net_seeds::net_frame(),
+        (None, _) => {
+            eprintln!("make-seeds: no target '{target}'");
+            return ExitCode::from(2);
+        }
     };
-    for seed in fuzz::seeds::of(target) {
+    for seed in seeds {
         let path = Path::new(directory).join(&seed.name);
         if let Err(error) = std::fs::write(&path, &seed.input) {
             eprintln!("make-seeds: {}: {error}", path.display());
