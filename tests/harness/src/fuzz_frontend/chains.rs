@@ -8,8 +8,9 @@ use anyhow::{Context, Result, ensure};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use crate::driver::memory::Area;
-use crate::driver::{FrontEnd, RingParts};
+use crate::driver::memory::{Area, Region};
+use crate::driver::{FrontEnd, RingParts, device_used_idx};
+use crate::net;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -107,23 +108,85 @@ impl RingAttack {
     ];
 }
 
-/// Attacks ring 0 and waits until the daemon has dealt with it.
+/// A front-end whose rings can be attacked.
+pub trait Attacked {
+    /// Memory and size of ring `index`.
+    fn ring(&self, index: usize) -> (RingParts, u16);
+
+    /// A region of buffers, at least 128 KiB, whose content nobody minds.
+    fn buffers(&self) -> Option<Arc<Region>>;
+
+    /// Kicks ring `index`.
+    ///
+    /// # Errors
+    /// When the eventfd cannot be written.
+    fn kick(&self, index: usize) -> Result<()>;
+
+    /// Stops ring `index`.
+    ///
+    /// # Errors
+    /// When the daemon does not answer.
+    fn stop_ring(&mut self, index: usize) -> Result<()>;
+}
+
+impl Attacked for FrontEnd {
+    fn ring(&self, index: usize) -> (RingParts, u16) {
+        self.ring(index)
+    }
+
+    fn buffers(&self) -> Option<Arc<Region>> {
+        self.pool().regions().first().cloned()
+    }
+
+    fn kick(&self, index: usize) -> Result<()> {
+        self.kick(index)
+    }
+
+    fn stop_ring(&mut self, index: usize) -> Result<()> {
+        self.stop_ring(index).map(drop)
+    }
+}
+
+impl Attacked for net::FrontEnd {
+    fn ring(&self, index: usize) -> (RingParts, u16) {
+        self.ring(index)
+    }
+
+    fn buffers(&self) -> Option<Arc<Region>> {
+        self.regions().last().cloned()
+    }
+
+    fn kick(&self, index: usize) -> Result<()> {
+        self.kick(index)
+    }
+
+    fn stop_ring(&mut self, index: usize) -> Result<()> {
+        self.stop_ring(index).map(drop)
+    }
+}
+
+/// Attacks split ring `ring` and waits until the daemon has dealt with it.
 ///
 /// # Errors
 /// When the daemon neither answers nor hangs up in time.
-pub fn attack_ring(front_end: &mut FrontEnd, attack: RingAttack, seed: u64) -> Result<()> {
-    let mut forge = Forge::new(front_end, seed)?;
+pub fn attack_ring(
+    front_end: &mut impl Attacked,
+    ring: usize,
+    attack: RingAttack,
+    seed: u64,
+) -> Result<()> {
+    let mut forge = Forge::new(front_end, ring, seed)?;
     match attack {
         RingAttack::ChangingDescriptors | RingAttack::ChangingHeader => {
             forge.race(front_end, attack)?;
         }
         _ => {
             forge.build(attack);
-            front_end.kick(0)?;
+            front_end.kick(ring)?;
         }
     }
     // Stopping the ring is the barrier: it is answered after the chain was looked at.
-    match front_end.stop_ring(0) {
+    match front_end.stop_ring(ring) {
         Ok(_) => Ok(()),
         Err(error) => {
             let closed = error.downcast_ref::<io::Error>().is_some_and(|error| {
@@ -148,8 +211,9 @@ struct Forged {
     next: u16,
 }
 
-/// Writes forged descriptors into ring 0.
+/// Writes forged descriptors into a ring.
 struct Forge {
+    ring: usize,
     parts: RingParts,
     entries: u16,
     header: Area,
@@ -161,23 +225,20 @@ struct Forge {
 }
 
 impl Forge {
-    fn new(front_end: &FrontEnd, seed: u64) -> Result<Self> {
-        let (parts, entries) = front_end.ring(0);
-        let region = front_end
-            .pool()
-            .regions()
-            .first()
-            .cloned()
-            .context("a data region")?;
+    fn new(front_end: &impl Attacked, ring: usize, seed: u64) -> Result<Self> {
+        let (parts, entries) = front_end.ring(ring);
+        let region = front_end.buffers().context("a region of buffers")?;
+        let available = device_used_idx(&parts);
         let mut scratch = Area::from(region);
         Ok(Self {
+            ring,
             parts,
             entries,
             header: scratch.carve(16, 16),
             data: scratch.carve(8192, 4096),
             status: scratch.carve(1, 16),
             table: scratch.carve(65536, 16),
-            available: front_end.used_idx(0),
+            available,
             rng: SmallRng::seed_from_u64(seed),
         })
     }
@@ -364,7 +425,7 @@ impl Forge {
     }
 
     /// Offers good requests while another thread alters what they consist of.
-    fn race(&mut self, front_end: &FrontEnd, attack: RingAttack) -> Result<()> {
+    fn race(&mut self, front_end: &impl Attacked, attack: RingAttack) -> Result<()> {
         let stop = Arc::new(AtomicBool::new(false));
         let flip = match attack {
             RingAttack::ChangingHeader => (self.header.clone(), 0, 16),
@@ -401,7 +462,7 @@ impl Forge {
                 }]);
             }
             self.offer(&[0]);
-            front_end.kick(0)?;
+            front_end.kick(self.ring)?;
         }
         stop.store(true, Ordering::Relaxed);
         mutator.join().expect("the mutator does not panic");

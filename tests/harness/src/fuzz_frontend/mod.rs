@@ -7,5 +7,5 @@
 mod chains;
 mod messages;
 
-pub use chains::{RingAttack, attack_ring};
+pub use chains::{Attacked, RingAttack, attack_ring};
 pub use messages::{attack_messages, truncated_messages};

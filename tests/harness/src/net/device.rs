@@ -5,7 +5,7 @@
 //! back-end died or closed: reconnect = negotiate with the features acked before, rings from what was returned
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -346,6 +346,15 @@ impl FrontEnd {
         self.send_rings()
     }
 
+    /// As [`FrontEnd::start`], with features that may not have been offered.
+    ///
+    /// # Errors
+    /// When the back-end refuses.
+    pub fn start_with(&mut self, features: u64) -> Result<()> {
+        self.features = features;
+        self.start()
+    }
+
     /// As [`FrontEnd::start`] on a connection that has the memory already.
     fn start_rings(&self) -> Result<()> {
         self.session.accept_features(self.features)?;
@@ -576,6 +585,7 @@ impl<'a> Builder<'a> {
                 buffer_bytes: bytes,
                 cuts: self.options.rx_cuts.clone(),
                 mergeable: self.features & bits::MRG_RXBUF != 0,
+                written: BTreeSet::new(),
             },
             tx: TransmitQueue { inner: tx, timeout },
         })

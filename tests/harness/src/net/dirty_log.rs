@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// Bytes of guest memory per bit.
-const PAGE_BYTES: u64 = 4096;
+pub(super) const PAGE_BYTES: u64 = 4096;
 
 /// One bit per page of guest memory, from guest-physical address 0 on.
 #[derive(Debug)]

@@ -14,6 +14,8 @@ mod device;
 mod dirty_log;
 pub mod features;
 pub mod frames;
+pub mod guest;
+pub mod iperf;
 pub mod namespace;
 mod queue;
 pub mod rig;

@@ -1,10 +1,12 @@
 //! Network namespaces: a network of its own for each test, gone when the test is.
 
 use std::fmt::Write as _;
+use std::fs::File;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::sched::{CloneFlags, setns};
 
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
@@ -40,7 +42,7 @@ impl Namespace {
         if !nix::unistd::geteuid().is_root() {
             return Ok(Err("network namespaces need root".to_owned()));
         }
-        if let Err(error) = std::fs::File::open("/dev/net/tun") {
+        if let Err(error) = File::open("/dev/net/tun") {
             return Ok(Err(format!("no /dev/net/tun: {error}")));
         }
         Self::new().map(Ok)
@@ -73,6 +75,25 @@ impl Namespace {
         let mut words = line.split_whitespace();
         let program = words.next().context("an empty command")?;
         run(self.command(program).args(words))
+    }
+
+    /// Runs `work` on a thread that is inside; what it opens stays there.
+    ///
+    /// # Errors
+    /// When it cannot enter, or as `work`.
+    pub fn enter<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let path = format!("/run/netns/{}", self.name);
+        std::thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                let file = File::open(&path).with_context(|| path.clone())?;
+                setns(file, CloneFlags::CLONE_NEWNET).with_context(|| path.clone())?;
+                work()
+            });
+            match inside.join() {
+                Ok(result) => result,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        })
     }
 
     /// `ip` with these arguments, inside.

@@ -3,7 +3,7 @@
 //! Each queue has one slot of buffer memory per ring entry. Receive buffers are filled with a pattern first, so that a device
 //! which writes beyond what it says is found out. Every wait is bounded.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 
+use super::dirty_log::PAGE_BYTES;
 use super::features::{HEADER_BYTES, Header};
 use crate::driver::memory::Area;
 use crate::driver::{Buffer, Ring};
@@ -256,6 +257,8 @@ pub struct ReceiveQueue {
     pub(super) cuts: Vec<usize>,
     /// One frame may take several buffers.
     pub(super) mergeable: bool,
+    /// Pages of guest memory that the device said it wrote frames to.
+    pub(super) written: BTreeSet<u64>,
 }
 
 impl ReceiveQueue {
@@ -283,6 +286,11 @@ impl ReceiveQueue {
             self.inner.post(&pieces, true)?;
         }
         self.inner.publish()
+    }
+
+    /// Numbers of the pages that the device wrote frames to since the last call.
+    pub fn take_written_pages(&mut self) -> BTreeSet<u64> {
+        std::mem::take(&mut self.written)
     }
 
     /// Buffers that the device has.
@@ -324,6 +332,17 @@ impl ReceiveQueue {
         Ok(Some(Received { header, frame }))
     }
 
+    /// Gives every finished buffer back to the device without a look at it.
+    ///
+    /// # Errors
+    /// When the device names a buffer that it does not have.
+    pub fn discard(&mut self) -> Result<()> {
+        while let Some((slot, _)) = self.inner.pop().context("receive queue")? {
+            self.inner.free.push_back(slot);
+        }
+        self.fill()
+    }
+
     fn take(&mut self, slot: usize, written: usize) -> Result<Vec<u8>> {
         ensure!(
             written <= self.buffer_bytes,
@@ -340,6 +359,9 @@ impl ReceiveQueue {
             "bytes after the {written} that were announced are written"
         );
         bytes.truncate(written);
+        let first = self.inner.slots[slot].buffer.gpa(0);
+        let last = first + written as u64 - 1;
+        self.written.extend(first / PAGE_BYTES..=last / PAGE_BYTES);
         self.inner.free.push_back(slot);
         Ok(bytes)
     }

@@ -91,6 +91,8 @@ impl NetRig {
         let mut arguments = vec![
             "--qmp".to_owned(),
             path.join("qmp.sock").display().to_string(),
+            "--allow-dir".to_owned(),
+            path.display().to_string(),
         ];
         for (number, words) in plan.netdevs.iter().enumerate() {
             arguments.push("--netdev".to_owned());

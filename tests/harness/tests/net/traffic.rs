@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use harness::net::frames::{Mac, number_of, numbered, station};
-use harness::net::{Header, ReceiveQueue, TransmitQueue, wait};
+use harness::net::{Header, Pair, ReceiveQueue, TransmitQueue, wait};
 
 /// Ends of the frames that are sent.
 pub(crate) const ENDS: (Mac, Mac) = (station(2), station(1));
@@ -42,6 +42,11 @@ impl Traffic {
         let cuts = &self.cuts[number as usize % self.cuts.len()];
         let total: usize = cuts.iter().sum();
         if total < bytes { cuts } else { &[] }
+    }
+
+    /// Sends every frame into a device that echoes, and checks that each comes back: once, whole and in order.
+    pub(crate) fn echoed(&self, pair: &mut Pair, limit: Duration) -> Result<()> {
+        self.carried(&mut pair.tx, &mut pair.rx, limit)
     }
 
     /// Sends every frame and checks that each arrives at the other queue: once, whole and in order.

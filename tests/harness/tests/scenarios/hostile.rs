@@ -120,7 +120,7 @@ fn malformed_rings_harm_nobody(program: Program, seeds: u64) -> Result<()> {
             let what = || format!("{attack:?} with seed {seed}");
             let (mut front_end, _queues) =
                 victim.rig.connect(Options::default()).with_context(what)?;
-            attack_ring(&mut front_end, attack, seed).with_context(what)?;
+            attack_ring(&mut front_end, 0, attack, seed).with_context(what)?;
             drop(front_end);
             victim.is_unharmed().with_context(what)?;
         }
