@@ -168,12 +168,12 @@ fn jumbo(guest: &mut Guest, story: &mut Story) -> Result<()> {
         "the guest's MTU is {mtu}, not {JUMBO_MTU}"
     );
     ping(guest, Network::HOST, JUMBO_PING, story)?;
-    // A packet that was taken apart would count as several, and none of them would be this long.
+    // Taken apart for an MTU of 1500 they would be 21. Address resolution and multicast reports send a few beside them.
     let sent = counters(guest)?;
     ping(guest, Network::HOST, JUMBO_PING, story)?;
     let frames = total(&counters(guest)?, "tx") - total(&sent, "tx");
     ensure!(
-        (3..=5).contains(&frames),
+        (3..=11).contains(&frames),
         "three packets of {JUMBO_MTU} bytes went as {frames} frames"
     );
     Ok(())
