@@ -48,6 +48,8 @@ pub struct Reach {
     pub file_dirs: Vec<PathBuf>,
     /// Sockets; in the directories of these, sockets may be made and removed.
     pub sockets: Vec<PathBuf>,
+    /// TCP ports of peers that it connects to.
+    pub tcp_peers: Vec<u16>,
     /// Syscalls.
     pub syscalls: Syscalls,
 }
@@ -294,6 +296,7 @@ impl<D: Daemon> Life<D> {
         let Reach {
             file_dirs,
             sockets,
+            tcp_peers,
             syscalls,
         } = self.daemon.reach();
         let monitors = self.monitors.iter().filter_map(Monitor::socket_file);
@@ -310,6 +313,7 @@ impl<D: Daemon> Life<D> {
         sandbox::Policy {
             file_dirs,
             socket_dirs,
+            tcp_peers,
             syscalls,
         }
     }

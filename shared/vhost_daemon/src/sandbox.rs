@@ -14,7 +14,8 @@
 //! | refused | by |
 //! |---|---|
 //! | opening, creating, removing outside of the policy's directories | Landlock |
-//! | TCP, abstract unix sockets | Landlock; no socket family but unix: seccomp |
+//! | TCP, but connecting to the policy's ports, and abstract unix sockets | Landlock |
+//! | socket families other than unix, and TCP's where there are such ports | seccomp |
 //! | executable memory, new processes, every syscall not in [`syscalls`] | seccomp |
 //! | anything that needs a capability | empty capability sets |
 //!
@@ -27,8 +28,8 @@ use std::sync::Arc;
 
 use caps::CapSet;
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
-    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, NetPort, PathBeneath, PathFd,
+    Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
 };
 use seccompiler::BpfProgram;
 
@@ -55,6 +56,8 @@ pub struct Policy {
     pub file_dirs: Vec<PathBuf>,
     /// Directories in which sockets may be made, and sockets and plain files removed.
     pub socket_dirs: Vec<PathBuf>,
+    /// TCP ports of peers that may be connected to, at whatever address.
+    pub tcp_peers: Vec<u16>,
     /// Syscalls of this daemon.
     pub syscalls: Syscalls,
 }
@@ -127,7 +130,7 @@ impl Sandbox {
         if mode == Mode::Off {
             return Ok(None);
         }
-        let filters = syscalls::filters(mode, policy.syscalls)?;
+        let filters = syscalls::filters(mode, policy)?;
         Ok(Some(Self {
             mode,
             ruleset: Arc::new(ruleset(policy)?),
@@ -196,6 +199,9 @@ fn ruleset(policy: &Policy) -> Result<RulesetCreated, Error> {
             source: Box::new(source),
         })?;
         ruleset = ruleset.add_rule(PathBeneath::new(directory, access))?;
+    }
+    for port in &policy.tcp_peers {
+        ruleset = ruleset.add_rule(NetPort::new(*port, AccessNet::ConnectTcp))?;
     }
     Ok(ruleset)
 }

@@ -208,6 +208,10 @@ impl Daemon for Netd {
         Reach {
             file_dirs: self.allowed_dirs.clone(),
             sockets: sockets.chain(peers).chain(endpoints).collect(),
+            tcp_peers: netdevs
+                .iter()
+                .filter_map(|netdev| netdev.tcp_peer())
+                .collect(),
             syscalls: sandbox::SYSCALLS,
         }
     }

@@ -22,6 +22,7 @@ pub(super) struct NetdevEntry {
     id: String,
     netdev: Rc<dyn Netdev>,
     socket_path: Option<PathBuf>,
+    tcp_peer: Option<u16>,
     /// Threads of its own.
     own: Vec<Rc<IoThread>>,
     /// Held, so that a thread in use cannot be deleted.
@@ -44,6 +45,11 @@ impl NetdevEntry {
     /// The socket that it made in the file system.
     pub(super) fn socket_path(&self) -> Option<PathBuf> {
         self.socket_path.clone()
+    }
+
+    /// The TCP port that it connects to.
+    pub(super) fn tcp_peer(&self) -> Option<u16> {
+        self.tcp_peer
     }
 
     /// The executors of its own threads.
@@ -156,6 +162,7 @@ pub(super) async fn add(netd: &Rc<Netd>, mut arguments: Arguments) -> Result<Val
         id,
         netdev,
         socket_path: options.socket_path().map(Path::to_owned),
+        tcp_peer: options.tcp_peer(),
         own: threads.own.take(),
         _iothreads: threads.shared.take(),
         uses: uses.take(),

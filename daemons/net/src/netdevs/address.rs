@@ -29,6 +29,16 @@ pub enum SocketAddress {
     },
 }
 
+impl SocketAddress {
+    /// The port of an internet socket.
+    pub(super) fn port(&self) -> Option<u16> {
+        match self {
+            SocketAddress::Inet { port, .. } => port.parse().ok(),
+            SocketAddress::Unix { .. } | SocketAddress::Fd { .. } => None,
+        }
+    }
+}
+
 /// Looks a host up: once, because a sandboxed daemon cannot.
 ///
 /// # Errors

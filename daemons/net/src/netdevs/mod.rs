@@ -65,6 +65,14 @@ impl NetdevOptions {
             address::SocketAddress::Inet { .. } | address::SocketAddress::Fd { .. } => None,
         }
     }
+
+    /// The TCP port that such a back-end connects to, now or again.
+    pub fn tcp_peer(&self) -> Option<u16> {
+        match self {
+            NetdevOptions::Stream(options) if !options.server => options.addr.port(),
+            _ => None,
+        }
+    }
 }
 
 /// What a back-end may ask of the daemon while it is opened.

@@ -11,7 +11,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
-use super::{Error, Mode, Syscalls};
+use super::{Error, Mode, Policy};
 
 /// Allowed whatever the arguments.
 const PLAIN: &[libc::c_long] = &[
@@ -89,7 +89,7 @@ const IOCTLS: &[u64] = &[
 ];
 
 /// The programs to load, in order.
-pub(super) fn filters(mode: Mode, own: Syscalls) -> Result<Vec<BpfProgram>, Error> {
+pub(super) fn filters(mode: Mode, policy: &Policy) -> Result<Vec<BpfProgram>, Error> {
     let refusal = match mode {
         Mode::Strict => SeccompAction::KillProcess,
         Mode::On | Mode::Off => SeccompAction::Errno(libc::EPERM as u32),
@@ -99,7 +99,7 @@ pub(super) fn filters(mode: Mode, own: Syscalls) -> Result<Vec<BpfProgram>, Erro
         SeccompAction::Allow,
         SeccompAction::Errno(libc::ENOSYS as u32),
     )?;
-    let allow_list = program(rules(own)?, refusal, SeccompAction::Allow)?;
+    let allow_list = program(rules(policy)?, refusal, SeccompAction::Allow)?;
     Ok(vec![hide_clone3, allow_list])
 }
 
@@ -114,10 +114,10 @@ fn program(
 }
 
 /// Every allowed syscall with its conditions; an empty list allows all arguments.
-fn rules(own: Syscalls) -> Result<BTreeMap<libc::c_long, Vec<SeccompRule>>, Error> {
+fn rules(policy: &Policy) -> Result<BTreeMap<libc::c_long, Vec<SeccompRule>>, Error> {
     let mut rules: BTreeMap<_, _> = PLAIN
         .iter()
-        .chain(own.plain)
+        .chain(policy.syscalls.plain)
         .map(|number| (*number, Vec::new()))
         .collect();
     rules.insert(libc::SYS_clone3, Vec::new());
@@ -130,7 +130,7 @@ fn rules(own: Syscalls) -> Result<BTreeMap<libc::c_long, Vec<SeccompRule>>, Erro
     let exec = libc::PROT_EXEC as u64;
     rules.insert(libc::SYS_mmap, vec![masked(2, exec, 0)?]);
     rules.insert(libc::SYS_mprotect, vec![masked(2, exec, 0)?]);
-    rules.insert(libc::SYS_socket, vec![equal(0, libc::AF_UNIX as u64)?]);
+    rules.insert(libc::SYS_socket, sockets(!policy.tcp_peers.is_empty())?);
     rules.insert(libc::SYS_prctl, vec![equal(0, libc::PR_SET_NAME as u64)?]);
     // The handler for truncated guest memory, and the default action of a fault that is none:
     // without it a crash would repeat for ever.
@@ -139,10 +139,26 @@ fn rules(own: Syscalls) -> Result<BTreeMap<libc::c_long, Vec<SeccompRule>>, Erro
     rules.insert(libc::SYS_rt_sigaction, faults?);
     let ioctls: Result<_, Error> = IOCTLS
         .iter()
-        .chain(own.ioctls)
+        .chain(policy.syscalls.ioctls)
         .map(|request| equal(1, *request))
         .collect();
     rules.insert(libc::SYS_ioctl, ioctls?);
+    Ok(rules)
+}
+
+/// Sockets of the unix family, and `tcp`'s if wanted.
+fn sockets(tcp: bool) -> Result<Vec<SeccompRule>, Error> {
+    let mut rules = vec![equal(0, libc::AF_UNIX as u64)?];
+    if tcp {
+        // The type's other bits are flags.
+        let kind = SeccompCmpOp::MaskedEq(0xf);
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            rules.push(SeccompRule::new(vec![
+                condition(0, SeccompCmpOp::Eq, family as u64)?,
+                condition(1, kind.clone(), libc::SOCK_STREAM as u64)?,
+            ])?);
+        }
+    }
     Ok(rules)
 }
 
@@ -156,15 +172,20 @@ fn masked(argument: u8, mask: u64, value: u64) -> Result<SeccompRule, Error> {
 }
 
 fn rule(argument: u8, operator: SeccompCmpOp, value: u64) -> Result<SeccompRule, Error> {
+    Ok(SeccompRule::new(vec![condition(
+        argument, operator, value,
+    )?])?)
+}
+
+fn condition(argument: u8, operator: SeccompCmpOp, value: u64) -> Result<SeccompCondition, Error> {
     let width = SeccompCmpArgLen::Dword;
-    let condition = SeccompCondition::new(argument, width, operator, value)?;
-    Ok(SeccompRule::new(vec![condition])?)
+    Ok(SeccompCondition::new(argument, width, operator, value)?)
 }
 
 /// Number of syscalls that get through, with whatever arguments.
 #[cfg(test)]
 pub(super) fn count() -> usize {
-    let rules = rules(Syscalls::default()).expect("the rules are constant");
+    let rules = rules(&Policy::default()).expect("the rules are constant");
     rules
         .keys()
         .filter(|number| **number != libc::SYS_clone3)

@@ -1,6 +1,6 @@
 use super::*;
 use std::io;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
@@ -12,7 +12,7 @@ fn inside<T: Send + 'static>(
     let policy = Policy {
         file_dirs: vec![directory.join("files")],
         socket_dirs: vec![directory.join("sockets")],
-        syscalls: Syscalls::default(),
+        ..Policy::default()
     };
     for path in policy.file_dirs.iter().chain(&policy.socket_dirs) {
         std::fs::create_dir_all(path).unwrap();
@@ -72,6 +72,31 @@ fn processes_tcp_and_executable_memory_are_refused_and_threads_are_not() {
     thread.unwrap().join().unwrap();
     // Reading capabilities is itself no longer allowed.
     assert!(capabilities.is_err());
+}
+
+#[test]
+fn only_ports_of_the_policy_are_connected_to() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let other = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (known, unknown) = (listener.local_addr().unwrap(), other.local_addr().unwrap());
+    let policy = Policy {
+        tcp_peers: vec![known.port()],
+        ..Policy::default()
+    };
+    let sandbox = Sandbox::prepare(Mode::On, &policy).unwrap().unwrap();
+    let probe = move || {
+        let paths = sandbox.enter().unwrap();
+        let datagrams = std::net::UdpSocket::bind("127.0.0.1:0").map(drop);
+        let connect = |address| TcpStream::connect(address).map(drop);
+        (paths, connect(known), connect(unknown), datagrams)
+    };
+    let (paths, known, unknown, datagrams) = std::thread::spawn(probe).join().unwrap();
+    known.unwrap();
+    assert!(datagrams.is_err());
+    // Landlock before its fourth version knows no ports.
+    if paths == Paths::Restricted {
+        assert!(unknown.is_err());
+    }
 }
 
 #[test]

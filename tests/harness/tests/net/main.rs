@@ -12,6 +12,7 @@ mod guests;
 mod hostile;
 mod kill;
 mod passt;
+mod stream;
 mod tap;
 mod traffic;
 
