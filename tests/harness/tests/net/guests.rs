@@ -106,3 +106,43 @@ echo report across; cat /report; echo done
     server.finish(STEP)?;
     Ok(())
 }
+
+/// Waits for an interval of iperf3 in which something came through.
+fn moving_interval(guest: &mut Guest) -> Result<()> {
+    loop {
+        let interval = guest.line("[  5]", STEP)?;
+        ensure!(
+            !interval.ends_with("sender"),
+            "the transfer ended too early"
+        );
+        if interval.contains("sec") && !interval.contains(" 0.00 bits/sec") {
+            return Ok(());
+        }
+    }
+}
+
+#[test]
+fn a_guest_of_qemu_goes_on_when_the_daemon_is_killed_in_mid_transfer() -> Result<()> {
+    let network = or_skip!(Namespace::or_reason()?);
+    network.tap("tap0", "10.77.0.1/24", "")?;
+    let _server = IperfServer::start(&network)?;
+    let tap = Plan::one("type=tap,ifname=tap0").inside(&network);
+    let mut rig = NetRig::start(&tap)?;
+    let script = "set -e
+ping -c 2 -i 0.2 -W 5 10.77.0.1
+iperf3 -c 10.77.0.1 -t 14 -i 0.5 --forceflush
+ping -c 3 -W 5 10.77.0.1
+echo reached
+";
+    let mut guest = Guest::start(&plan(card(&rig, 0), 2, script), &network)?;
+    guest.line("[  5] local", BOOT)?;
+    for _ in 0..3 {
+        moving_interval(&mut guest)?;
+        rig.kill_and_restart()?;
+    }
+    moving_interval(&mut guest)?;
+    let lines = guest.finish(BOOT + STEP)?;
+    ensure!(lines.iter().any(|line| line == "reached"), "no last ping");
+    ensure!(rig.daemon.stop()?.success(), "SIGTERM");
+    Ok(())
+}
