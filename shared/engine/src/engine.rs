@@ -1,6 +1,5 @@
 //! The engine: what exists, and who hears about it.
 
-use std::cell::RefCell;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -11,6 +10,7 @@ use block::graph::NamePolicy;
 use executor::Handle;
 use executor::sync::{Latch, Mutex};
 use qmp::{Arguments, CommandTable, Error, Event, EventSink, EventSinks, Result, Value, Version};
+use service::objects::IoThreads;
 use vhost_daemon::notify::NamedFds;
 
 use crate::catalogue;
@@ -18,7 +18,6 @@ use crate::commands::{self, Handler};
 use crate::error::from_block;
 use crate::exports::Exports;
 use crate::node_events::{Reported, emit_reported};
-use executor::IoThread;
 
 /// How an engine is set up.
 #[derive(Debug)]
@@ -38,7 +37,7 @@ pub struct EngineOptions {
 pub struct Engine {
     pub(crate) graph: Graph,
     pub(crate) exports: Exports,
-    pub(crate) iothreads: RefCell<Vec<Rc<IoThread>>>,
+    pub(crate) iothreads: IoThreads,
     pub(crate) version: Version,
     fds: NamedFds,
     table: CommandTable<Handler>,
@@ -60,7 +59,7 @@ impl Engine {
         let engine = Rc::new(Self {
             graph,
             exports: Exports::default(),
-            iothreads: RefCell::default(),
+            iothreads: IoThreads::default(),
             version: options.version,
             fds: options.fds,
             table: commands::table(),
@@ -99,20 +98,7 @@ impl Engine {
 
     /// The executors of all iothreads that exist now.
     pub fn thread_handles(&self) -> Vec<Handle> {
-        let iothreads = self.iothreads.borrow();
-        iothreads
-            .iter()
-            .map(|iothread| iothread.handle().clone())
-            .collect()
-    }
-
-    /// The iothread object `id`.
-    pub(crate) fn iothread(&self, id: &str) -> Result<Rc<IoThread>> {
-        let iothreads = self.iothreads.borrow();
-        let found = iothreads.iter().find(|iothread| iothread.id() == id);
-        found
-            .cloned()
-            .ok_or_else(|| Error::generic(format!("iothread \"{id}\" not found")))
+        self.iothreads.handles()
     }
 
     /// The descriptors that were handed over.
@@ -144,7 +130,7 @@ impl Engine {
     pub async fn shut_down(self: &Rc<Self>) -> Result<()> {
         self.stop_all_exports().await;
         let closed = self.graph.close_all().await.map_err(from_block);
-        self.iothreads.borrow_mut().clear();
+        self.iothreads.clear();
         closed
     }
 }

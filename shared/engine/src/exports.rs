@@ -110,7 +110,10 @@ pub(crate) async fn block_export_add(
     }
     drop(taken);
     let node = nodes::find(engine, None, Some(&common.node_name))?;
-    let iothreads: Result<Vec<_>> = iothreads.iter().map(|id| engine.iothread(id)).collect();
+    let iothreads: Result<Vec<_>> = iothreads
+        .iter()
+        .map(|id| engine.iothreads.find(id))
+        .collect();
     let iothreads = iothreads?;
     let mut options = vhost_user_blk_options(engine, &common, kind)?;
     let socket_path = match &options.address {
@@ -251,7 +254,10 @@ pub(crate) async fn set_iothread(engine: &Rc<Engine>, mut arguments: Arguments) 
         _ => take_iothreads(&mut arguments)?,
     };
     let SetIothread { id } = arguments.parse()?;
-    let wanted: Result<Vec<_>> = names.iter().map(|name| engine.iothread(name)).collect();
+    let wanted: Result<Vec<_>> = names
+        .iter()
+        .map(|name| engine.iothreads.find(name))
+        .collect();
     let wanted = wanted?;
     let threads = wanted
         .iter()

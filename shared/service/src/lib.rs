@@ -19,6 +19,7 @@ mod chardev;
 mod command_line;
 mod life;
 mod monitor;
+pub mod objects;
 mod pidfile;
 mod race;
 mod signals;

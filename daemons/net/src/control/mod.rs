@@ -34,9 +34,10 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use anyhow::{Context, Result};
+use executor::Handle;
 use executor::sync::{Latch, Mutex};
-use executor::{Handle, IoThread};
-use qmp::{Arguments, CommandTable, Error, Event, EventSink, EventSinks, Request, Value, Version};
+use qmp::{Arguments, CommandTable, Event, EventSink, EventSinks, Request, Value, Version};
+use service::objects::IoThreads;
 use service::{Daemon, Options, Reach, Server, StepOption};
 use vhost_daemon::notify::NamedFds;
 
@@ -93,7 +94,7 @@ pub const STEPS: &[StepOption<StepKind>] = &[
 
 /// The network daemon. Lives on the control thread.
 pub struct Netd {
-    iothreads: RefCell<Vec<Rc<IoThread>>>,
+    iothreads: IoThreads,
     groups: RefCell<Vec<GroupEntry>>,
     netdevs: RefCell<Vec<Rc<NetdevEntry>>>,
     ports: RefCell<Vec<Rc<PortEntry>>>,
@@ -127,15 +128,6 @@ impl Netd {
         let _one_at_a_time = self.command.lock().await;
         handler(self, arguments, fds).await
     }
-
-    /// The thread object `id`.
-    fn iothread(&self, id: &str) -> qmp::Result<Rc<IoThread>> {
-        let iothreads = self.iothreads.borrow();
-        let found = iothreads.iter().find(|iothread| iothread.id() == id);
-        found
-            .cloned()
-            .ok_or_else(|| Error::generic(format!("iothread \"{id}\" not found")))
-    }
 }
 
 impl Server for Netd {
@@ -161,7 +153,7 @@ impl Daemon for Netd {
         let absolute = options.allowed_dirs.iter().map(std::path::absolute);
         let allowed_dirs: std::io::Result<Vec<_>> = absolute.collect();
         Ok(Rc::new(Self {
-            iothreads: RefCell::default(),
+            iothreads: IoThreads::default(),
             groups: RefCell::default(),
             netdevs: RefCell::default(),
             ports: RefCell::default(),
@@ -217,8 +209,7 @@ impl Daemon for Netd {
     }
 
     fn threads(&self) -> Vec<Handle> {
-        let iothreads = self.iothreads.borrow();
-        let mut threads: Vec<_> = iothreads.iter().map(|one| one.handle().clone()).collect();
+        let mut threads = self.iothreads.handles();
         for port in self.ports.borrow().iter() {
             threads.extend(port.own_threads());
         }
@@ -254,7 +245,7 @@ impl Daemon for Netd {
         self.stop().await;
         self.netdevs.borrow_mut().clear();
         self.groups.borrow_mut().clear();
-        self.iothreads.borrow_mut().clear();
+        self.iothreads.clear();
         Ok(())
     }
 }

@@ -9,8 +9,9 @@ use std::rc::{Rc, Weak};
 use executor::{Handle, IoThread, IoThreadOptions};
 use qmp::{Arguments, Error, ErrorClass, Event, Map, Result, Value, json};
 use serde::Deserialize;
+use service::objects;
 
-use super::{Netd, iothreads};
+use super::Netd;
 use crate::netdev::{Netdev, Notice};
 use crate::netdevs::{self, Context, NetdevOptions};
 
@@ -73,10 +74,10 @@ struct Threads {
 impl Threads {
     fn give(&self, netd: &Netd, id: &str, wanted: Option<&str>) -> anyhow::Result<Handle> {
         let (thread, list) = match wanted {
-            Some(name) => (netd.iothread(name)?, &self.shared),
+            Some(name) => (netd.iothreads.find(name)?, &self.shared),
             None => {
                 let options = IoThreadOptions::default();
-                (iothreads::start(id, options)?, &self.own)
+                (objects::start_iothread(id, options)?, &self.own)
             }
         };
         let handle = thread.handle().clone();

@@ -13,10 +13,11 @@ use std::sync::Arc;
 use executor::{Handle, IoThread, IoThreadOptions, JoinHandle};
 use qmp::{Arguments, Error, ErrorClass, Event, Result, Value, json};
 use serde::Deserialize;
+use service::objects;
 use vhost_daemon::Address;
 
+use super::Netd;
 use super::netdevs::NetdevEntry;
-use super::{Netd, iothreads};
 use crate::frame::MacAddress;
 use crate::guard::{Guard, GuardOptions};
 use crate::limit::Limits;
@@ -250,7 +251,7 @@ pub(super) async fn add(netd: &Rc<Netd>, arguments: Arguments) -> Result<Value> 
     let shared: Result<Vec<_>> = arguments
         .iothreads
         .iter()
-        .map(|id| netd.iothread(id))
+        .map(|id| netd.iothreads.find(id))
         .collect();
     let shared = shared?;
     let queues = arguments.options.queues;
@@ -258,7 +259,7 @@ pub(super) async fn add(netd: &Rc<Netd>, arguments: Arguments) -> Result<Value> 
     if shared.is_empty() && netdev.netdev().thread().is_none() {
         for index in 0..queues {
             let name = format!("{id}.{index}");
-            own.push(iothreads::start(&name, IoThreadOptions::default())?);
+            own.push(objects::start_iothread(&name, IoThreadOptions::default())?);
         }
     }
     let threads = shared.iter().chain(&own);
