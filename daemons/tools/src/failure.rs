@@ -7,11 +7,11 @@ use std::sync::OnceLock;
 static PROGRAM: OnceLock<String> = OnceLock::new();
 
 /// The exit code of a command.
-pub(crate) type Outcome = Result<u8, Failure>;
+pub type Outcome = Result<u8, Failure>;
 
 /// Why a command ends early.
 #[derive(Debug)]
-pub(crate) enum Failure {
+pub enum Failure {
     /// The command line is wrong: says so, and where to find help.
     Usage(String),
     /// Lines for stderr, the first with the program's name before it, and the exit code.
@@ -22,26 +22,26 @@ pub(crate) enum Failure {
 
 impl Failure {
     /// A mistake on the command line.
-    pub(crate) fn usage(message: impl Into<String>) -> Self {
+    pub fn usage(message: impl Into<String>) -> Self {
         Self::Usage(message.into())
     }
     /// A failure with exit code 1.
-    pub(crate) fn message(message: impl Into<String>) -> Self {
+    pub fn message(message: impl Into<String>) -> Self {
         Self::Message(message.into(), 1)
     }
     /// An error of the block layer, with what it is about before it.
-    pub(crate) fn block(context: &str, error: &block::Error) -> Self {
+    pub fn block(context: &str, error: &block::Error) -> Self {
         Self::message(described(context, error))
     }
     /// The same failure with another exit code.
-    pub(crate) fn with_code(self, code: u8) -> Self {
+    pub fn with_code(self, code: u8) -> Self {
         match self {
             Self::Message(message, _) => Self::Message(message, code),
             other => other,
         }
     }
     /// Says it, and gives the exit code.
-    pub(crate) fn report(self) -> u8 {
+    pub fn report(self) -> u8 {
         match self {
             Self::Usage(message) => {
                 report(&message);
@@ -58,7 +58,7 @@ impl Failure {
 }
 
 /// `context: error`, with the error's advice on lines of its own.
-pub(crate) fn described(context: &str, error: &block::Error) -> String {
+pub fn described(context: &str, error: &block::Error) -> String {
     let separator = if context.is_empty() { "" } else { ": " };
     let hint = error.hint.as_deref().map(|hint| format!("\n{hint}"));
     format!(
@@ -68,28 +68,26 @@ pub(crate) fn described(context: &str, error: &block::Error) -> String {
     )
 }
 
-/// Remembers what the program was called.
-pub(crate) fn set_program(argument: Option<OsString>) {
+/// Remembers what the program was called; `default` when its first argument does not say.
+pub fn set_program(argument: Option<OsString>, default: &str) {
     let name = argument
         .as_deref()
         .and_then(|path| Path::new(path).file_name());
-    let name = name.map_or("outboard-img".to_owned(), |name| {
-        name.to_string_lossy().into()
-    });
+    let name = name.map_or(default.to_owned(), |name| name.to_string_lossy().into());
     PROGRAM.get_or_init(|| name);
 }
 
 /// What the program was called.
-pub(crate) fn program() -> &'static str {
-    PROGRAM.get().map_or("outboard-img", String::as_str)
+pub fn program() -> &'static str {
+    PROGRAM.get().map_or("outboard", String::as_str)
 }
 
 /// An error line.
-pub(crate) fn report(message: &str) {
+pub fn report(message: &str) {
     eprintln!("{}: {message}", program());
 }
 
 /// A warning line.
-pub(crate) fn warn(message: &str) {
+pub fn warn(message: &str) {
     report(&format!("warning: {message}"));
 }

@@ -7,10 +7,10 @@ use serde_json::{Map, Value, json};
 
 /// Options as they were given, the last of equal names.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Given(Vec<(String, Value, String)>);
+pub struct Given(Vec<(String, Value, String)>);
 
 /// Whether `-o` asks what there is.
-pub(crate) fn asks_for_help(text: &str) -> bool {
+pub fn asks_for_help(text: &str) -> bool {
     split(text).any(|part| part == "help" || part == "?")
 }
 
@@ -43,7 +43,7 @@ fn split(text: &str) -> impl Iterator<Item = String> {
 
 impl Given {
     /// Adds the options in `text`.
-    pub(crate) fn parse(&mut self, text: &str, known: &[&OptionSpec]) -> Result<(), String> {
+    pub fn parse(&mut self, text: &str, known: &[&OptionSpec]) -> Result<(), String> {
         for part in split(text) {
             let (name, value) = match part.split_once('=') {
                 Some((name, value)) => (name.to_owned(), Some(value.to_owned())),
@@ -62,12 +62,7 @@ impl Given {
     }
 
     /// Sets one option.
-    pub(crate) fn set(
-        &mut self,
-        known: &[&OptionSpec],
-        name: &str,
-        value: &str,
-    ) -> Result<(), String> {
+    pub fn set(&mut self, known: &[&OptionSpec], name: &str, value: &str) -> Result<(), String> {
         let spec = known
             .iter()
             .find(|spec| spec.name == name)
@@ -79,19 +74,19 @@ impl Given {
     }
 
     /// The text of a given option.
-    pub(crate) fn text(&self, name: &str) -> Option<&str> {
+    pub fn text(&self, name: &str) -> Option<&str> {
         let found = self.0.iter().find(|(known, ..)| known == name);
         found.map(|(_, _, text)| text.as_str())
     }
 
     /// The value of a given number or size.
-    pub(crate) fn number(&self, name: &str) -> Option<u64> {
+    pub fn number(&self, name: &str) -> Option<u64> {
         let found = self.0.iter().find(|(known, ..)| known == name);
         found.and_then(|(_, value, _)| value.as_u64())
     }
 
     /// ` name=value` for each option that is given or has a default.
-    pub(crate) fn shown(&self, known: &[&OptionSpec]) -> String {
+    pub fn shown(&self, known: &[&OptionSpec]) -> String {
         let mut line = String::new();
         for spec in known {
             let given = self.0.iter().find(|(name, ..)| name == spec.name);
@@ -110,7 +105,7 @@ impl Given {
     }
 
     /// The options that were given as QMP's object.
-    pub(crate) fn members(&self, known: &[&OptionSpec]) -> Map<String, Value> {
+    pub fn members(&self, known: &[&OptionSpec]) -> Map<String, Value> {
         let mut root = Map::new();
         for spec in known {
             let Some((_, value, _)) = self.0.iter().find(|(name, ..)| name == spec.name) else {
@@ -171,7 +166,7 @@ fn typed(spec: &OptionSpec, value: &str) -> Result<Value, String> {
 }
 
 /// The list that `-o help` prints, one line each.
-pub(crate) fn help(known: &[&OptionSpec]) -> String {
+pub fn help(known: &[&OptionSpec]) -> String {
     let mut sorted = known.to_vec();
     sorted.sort_by_key(|spec| spec.name);
     let lines = sorted.into_iter().map(|spec| {
@@ -188,7 +183,7 @@ pub(crate) fn help(known: &[&OptionSpec]) -> String {
 }
 
 /// A failure whose message begins with the image's name.
-pub(crate) fn of_image(name: &str, message: &str) -> Failure {
+pub fn of_image(name: &str, message: &str) -> Failure {
     Failure::message(format!("{name}: {message}"))
 }
 

@@ -1,11 +1,11 @@
 //! `resize`: a larger or smaller virtual disk.
 
-use crate::failure::{Failure, Outcome, described, report, warn};
-use crate::getopt::{self, Opt};
-use crate::image::{Access, Common, Opening, Tool};
-use crate::size::{self, SizeError};
 use crate::{Command, Running};
 use block::{Preallocation, Resize};
+use tools::failure::{Failure, Outcome, described, report, warn};
+use tools::getopt::{self, Opt};
+use tools::image::{Access, Common, Opening, Tool};
+use tools::size::{self, SizeError};
 
 /// Sizes are multiples of this many bytes.
 const SECTOR: u64 = 512;

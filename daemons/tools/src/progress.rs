@@ -10,7 +10,7 @@ const STEP: f64 = 1.0;
 
 /// Who is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Show {
+pub enum Show {
     /// The terminal, all the time: `-p`.
     Always,
     /// stderr, whenever SIGUSR1 comes.
@@ -18,7 +18,7 @@ pub(crate) enum Show {
 }
 
 /// The progress of one operation.
-pub(crate) struct Progress {
+pub struct Progress {
     show: Show,
     percent: Cell<f64>,
     shown: Cell<f64>,
@@ -27,7 +27,7 @@ pub(crate) struct Progress {
 
 impl Progress {
     /// At 0 %. SIGUSR1 is blocked from here on, and looked for at each step.
-    pub(crate) fn begin(show: Show) -> Self {
+    pub fn begin(show: Show) -> Self {
         let signal = match show {
             Show::Always => None,
             Show::OnSignal => signal_fd(),
@@ -45,7 +45,7 @@ impl Progress {
     }
 
     /// `done` of `total` units of work are done; the total may have grown.
-    pub(crate) fn at(&self, done: u64, total: u64) {
+    pub fn at(&self, done: u64, total: u64) {
         let percent = match total {
             0 => 100.0,
             total => done as f64 * 100.0 / total as f64,

@@ -1,14 +1,15 @@
 //! `info`: what an image says about itself.
 
 use crate::create::beside;
-use crate::failure::{Failure, Outcome};
-use crate::getopt::{self, Opt};
-use crate::image::{Access, Common, Opening, Tool};
-use crate::{Command, Running, json, text};
+use crate::{Command, Running, text};
 use block::Node;
 use block::open::MAX_CHAIN;
 use serde_json::{Map, Value, json as value};
 use std::sync::Arc;
+use tools::failure::{Failure, Outcome};
+use tools::getopt::{self, Opt};
+use tools::image::{Access, Common, Opening, Tool};
+use tools::json;
 
 /// The subcommand.
 pub(crate) const COMMAND: Command = Command {

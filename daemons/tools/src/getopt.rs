@@ -7,21 +7,21 @@
 use crate::failure::Failure;
 
 /// An option: its spellings without dashes; those of one character are short.
-pub(crate) struct Opt {
+pub struct Opt {
     names: &'static [&'static str],
     takes_value: bool,
 }
 
 impl Opt {
     /// An option without a value.
-    pub(crate) const fn flag(names: &'static [&'static str]) -> Self {
+    pub const fn flag(names: &'static [&'static str]) -> Self {
         Self {
             names,
             takes_value: false,
         }
     }
     /// An option with a value.
-    pub(crate) const fn value(names: &'static [&'static str]) -> Self {
+    pub const fn value(names: &'static [&'static str]) -> Self {
         Self {
             names,
             takes_value: true,
@@ -31,15 +31,15 @@ impl Opt {
 
 /// A parsed command line.
 #[derive(Debug, Default)]
-pub(crate) struct Parsed {
+pub struct Parsed {
     /// Options in order: the first spelling of each, and its value ("" for flags).
-    pub(crate) options: Vec<(&'static str, String)>,
+    pub options: Vec<(&'static str, String)>,
     /// What is not an option.
-    pub(crate) operands: Vec<String>,
+    pub operands: Vec<String>,
 }
 
 /// Parses `arguments`.
-pub(crate) fn parse(arguments: Vec<String>, known: &[Opt]) -> Result<Parsed, Failure> {
+pub fn parse(arguments: Vec<String>, known: &[Opt]) -> Result<Parsed, Failure> {
     let mut parsed = Parsed::default();
     let mut rest = arguments.into_iter();
     while let Some(argument) = rest.next() {

@@ -1,7 +1,7 @@
 //! `info` for people.
 
-use crate::size::human;
 use serde_json::{Map, Value};
+use tools::size::human;
 
 /// The description of one image, from the members of QMP's `ImageInfo` in their order of display.
 pub(crate) fn image(info: &Map<String, Value>) -> String {

@@ -20,25 +20,25 @@ struct SecretId {
 }
 
 /// What all images of one run share.
-pub(crate) struct Tool {
+pub struct Tool {
     graph: Graph,
     opened: Cell<u32>,
 }
 
 /// An image as the command line names it.
 #[derive(Clone, Debug)]
-pub(crate) struct ImageSpec {
+pub struct ImageSpec {
     /// A file name, or options when `notation` says so.
-    pub(crate) name: String,
+    pub name: String,
     /// `-f`
-    pub(crate) format: Option<String>,
+    pub format: Option<String>,
     /// How `name` is to be read.
-    pub(crate) notation: Notation,
+    pub notation: Notation,
 }
 
 /// `--image-opts` or not.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Notation {
+pub enum Notation {
     /// A file name, or `json:{...}`.
     #[default]
     Filename,
@@ -48,7 +48,7 @@ pub(crate) enum Notation {
 
 /// What an image is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Access {
+pub enum Access {
     /// Its metadata is shown; no name in it is followed.
     Describe,
     /// Its content is read.
@@ -70,7 +70,7 @@ impl Access {
 
 /// Whether other processes may write to the image meanwhile.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Sharing {
+pub enum Sharing {
     /// They are kept out by locks.
     #[default]
     Locked,
@@ -80,16 +80,16 @@ pub(crate) enum Sharing {
 
 /// `-t` and `-T`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Cache {
+pub struct Cache {
     direct: bool,
     no_flush: bool,
     /// Each write is durable before the command goes on.
-    pub(crate) write_through: bool,
+    pub write_through: bool,
 }
 
 impl Cache {
     /// The mode called `name`.
-    pub(crate) fn parse(name: &str) -> Result<Self, Failure> {
+    pub fn parse(name: &str) -> Result<Self, Failure> {
         let (direct, no_flush, write_through) = match name {
             "none" | "off" => (true, false, false),
             "writeback" => (false, false, false),
@@ -108,18 +108,18 @@ impl Cache {
 
 /// How an image is opened.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Opening {
+pub struct Opening {
     /// What for.
-    pub(crate) access: Access,
+    pub access: Access,
     /// Whether others may write.
-    pub(crate) sharing: Sharing,
+    pub sharing: Sharing,
     /// How the host's page cache is used.
-    pub(crate) cache: Cache,
+    pub cache: Cache,
 }
 
 impl Opening {
     /// With locks and the page cache.
-    pub(crate) fn new(access: Access) -> Self {
+    pub fn new(access: Access) -> Self {
         Self {
             access,
             sharing: Sharing::Locked,
@@ -129,17 +129,23 @@ impl Opening {
 }
 
 /// An open image.
-pub(crate) struct Image {
+pub struct Image {
     /// Its node.
-    pub(crate) node: Arc<Node>,
+    pub node: Arc<Node>,
     /// The tool's own use of the node.
-    pub(crate) root: Root,
+    pub root: Root,
+}
+
+impl Default for Tool {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Tool {
     /// Without any image. The daemon's redo logs are used when there are some: an image whose
     /// daemon was killed is brought up to date before it is changed.
-    pub(crate) fn new() -> Self {
+    pub fn new() -> Self {
         let graph = Graph::new(&engine::catalogue::drivers(), NamePolicy::default()).with_probing();
         let redo_dir = PathBuf::from(format!("/dev/shm/outboard-{}", nix::unistd::geteuid()));
         let graph = match std::fs::symlink_metadata(&redo_dir) {
@@ -158,19 +164,19 @@ impl Tool {
     }
 
     /// The graph that the images are nodes of.
-    pub(crate) fn graph(&self) -> &Graph {
+    pub fn graph(&self) -> &Graph {
         &self.graph
     }
 
     /// Lets names inside images open files below `directory`.
-    pub(crate) fn allow_dir(&self, directory: &Path) {
+    pub fn allow_dir(&self, directory: &Path) {
         if let Ok(absolute) = std::path::absolute(directory) {
             self.graph.allow_dir(absolute);
         }
     }
 
     /// Takes the definition of an object, `--object`.
-    pub(crate) fn add_object(&self, definition: &str) -> Result<(), Failure> {
+    pub fn add_object(&self, definition: &str) -> Result<(), Failure> {
         let failed = |error: qmp::Error| Failure::message(error.desc);
         let arguments = keyval::parse(definition, Some("qom-type")).map_err(failed)?;
         let kind = arguments.get("qom-type").and_then(Value::as_str);
@@ -192,7 +198,7 @@ impl Tool {
     }
 
     /// The options of the node for an image, its format and a name included.
-    pub(crate) async fn prepare(
+    pub async fn prepare(
         &self,
         spec: &ImageSpec,
         how: Opening,
@@ -224,7 +230,7 @@ impl Tool {
     }
 
     /// Opens an image.
-    pub(crate) async fn open(&self, spec: &ImageSpec, how: Opening) -> Result<Image, Failure> {
+    pub async fn open(&self, spec: &ImageSpec, how: Opening) -> Result<Image, Failure> {
         let failed = |error: block::Error| could_not_open(spec, &error);
         let options = self.prepare(spec, how).await?;
         let purpose = match how.access {
@@ -314,7 +320,7 @@ impl Tool {
     }
 
     /// Closes an image before the end of the run.
-    pub(crate) async fn close_image(&self, image: Image) -> Result<(), Failure> {
+    pub async fn close_image(&self, image: Image) -> Result<(), Failure> {
         let Image { node, root } = image;
         drop(root);
         let name = node.name().to_owned();
@@ -324,7 +330,7 @@ impl Tool {
     }
 
     /// Flushes and closes everything.
-    pub(crate) async fn close(&self) -> Result<(), Failure> {
+    pub async fn close(&self) -> Result<(), Failure> {
         let closed = self.graph.close_all().await;
         closed.map_err(|error| Failure::block("", &error))
     }
@@ -361,24 +367,20 @@ fn warn_of_guessed_raw(name: &str) {
 
 /// The options of every command that opens one image.
 #[derive(Debug, Default)]
-pub(crate) struct Common {
+pub struct Common {
     /// `-f`
-    pub(crate) format: Option<String>,
+    pub format: Option<String>,
     /// `--image-opts`
-    pub(crate) notation: Notation,
+    pub notation: Notation,
     /// `-U`
-    pub(crate) sharing: Sharing,
+    pub sharing: Sharing,
     /// `-q`
-    pub(crate) quiet: bool,
+    pub quiet: bool,
 }
 
 impl Common {
     /// Takes an option that is one of these, and says whether it was.
-    pub(crate) fn take(
-        &mut self,
-        tool: &Tool,
-        (name, value): (&str, &str),
-    ) -> Result<bool, Failure> {
+    pub fn take(&mut self, tool: &Tool, (name, value): (&str, &str)) -> Result<bool, Failure> {
         match name {
             "f" => self.format = Some(value.to_owned()),
             "image-opts" => self.notation = Notation::Options,
@@ -392,7 +394,7 @@ impl Common {
     }
 
     /// The image called `name`.
-    pub(crate) fn image(&self, name: String) -> Result<ImageSpec, Failure> {
+    pub fn image(&self, name: String) -> Result<ImageSpec, Failure> {
         if self.notation == Notation::Options && self.format.is_some() {
             let message = "--image-opts and --format are mutually exclusive";
             report(message);
@@ -406,7 +408,7 @@ impl Common {
     }
 
     /// Prints a line unless `-q` was given.
-    pub(crate) fn say(&self, line: &str) {
+    pub fn say(&self, line: &str) {
         if !self.quiet {
             println!("{line}");
         }

@@ -1,11 +1,12 @@
 //! `bitmap`: adds, removes and changes persistent dirty bitmaps.
 
-use crate::failure::{Failure, Outcome};
-use crate::getopt::{self, Opt};
-use crate::image::{Access, Common, Image, ImageSpec, Notation, Opening, Tool};
-use crate::{Command, Running, size};
+use crate::{Command, Running};
 use block::bitmap::{NewBitmap, ops};
 use block::{Error, Node};
+use tools::failure::{Failure, Outcome};
+use tools::getopt::{self, Opt};
+use tools::image::{Access, Common, Image, ImageSpec, Notation, Opening, Tool};
+use tools::size;
 
 /// The subcommand.
 pub(crate) const COMMAND: Command = Command {

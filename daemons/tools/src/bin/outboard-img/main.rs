@@ -15,26 +15,19 @@ mod amend;
 mod bitmap;
 mod check;
 mod create;
-mod failure;
-mod getopt;
 mod help;
-mod image;
 mod info;
-mod json;
 mod map;
-mod options;
-mod progress;
 mod resize;
-mod size;
 mod snapshot;
 mod text;
 
-use executor::{Config, Executor};
-use failure::{Failure, Outcome};
-use image::Tool;
 use std::future::Future;
 use std::pin::Pin;
 use std::process::ExitCode;
+use tools::failure::{Failure, Outcome};
+use tools::image::Tool;
+use tools::start;
 
 /// A subcommand.
 pub(crate) struct Command {
@@ -62,35 +55,10 @@ pub(crate) const COMMANDS: &[Command] = &[
 ];
 
 fn main() -> ExitCode {
-    failure::set_program(std::env::args_os().next());
-    log_warnings();
-    match run() {
-        Ok(code) => ExitCode::from(code),
-        Err(failure) => ExitCode::from(failure.report()),
-    }
+    start::main("outboard-img", run)
 }
 
-/// What the libraries warn of goes to stderr; `RUST_LOG` changes how much that is.
-fn log_warnings() {
-    use tracing_subscriber::EnvFilter;
-    let directives = std::env::var("RUST_LOG").unwrap_or_else(|_| "error".to_owned());
-    let filter = EnvFilter::try_new(directives).unwrap_or_else(|_| EnvFilter::new("error"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .without_time()
-        .with_target(false)
-        .init();
-}
-
-fn run() -> Outcome {
-    let mut arguments = Vec::new();
-    for argument in std::env::args_os().skip(1) {
-        let text = argument.into_string();
-        arguments.push(
-            text.map_err(|raw| Failure::message(format!("{}: not valid UTF-8", raw.display())))?,
-        );
-    }
+fn run(arguments: Vec<String>) -> Outcome {
     let mut rest = arguments.into_iter();
     let name = loop {
         match rest.next() {
@@ -113,13 +81,5 @@ fn run() -> Outcome {
     let Some(command) = COMMANDS.iter().find(|command| command.name == name) else {
         return Err(Failure::usage(format!("Command not found: {name}")));
     };
-    let failed = |error| Failure::message(format!("Could not start: {error}"));
-    let executor = Executor::new(&Config::default()).map_err(failed)?;
-    executor.block_on(async {
-        let tool = Tool::new();
-        let outcome = (command.run)(&tool, rest.collect()).await;
-        let closed = tool.close().await;
-        let code = outcome?;
-        closed.map(|()| code)
-    })
+    start::with_tool(async |tool| (command.run)(tool, rest.collect()).await)
 }

@@ -1,8 +1,8 @@
 //! `--help` and `--version`.
 
 use crate::COMMANDS;
-use crate::failure::program;
 use std::io::Write;
+use tools::failure::program;
 
 const PARAMETERS: &str = "\
 Common parameters:

@@ -1,11 +1,12 @@
 //! `map`: where each part of an image's content comes from.
 
-use crate::failure::{Failure, Outcome};
-use crate::getopt::{self, Opt};
-use crate::image::{Access, Common, Opening, Tool};
 use crate::info::Output;
-use crate::{Command, Running, size};
+use crate::{Command, Running};
 use block::{BlockStatus, ByteRange, Node};
+use tools::failure::{Failure, Outcome};
+use tools::getopt::{self, Opt};
+use tools::image::{Access, Common, Opening, Tool};
+use tools::size;
 
 /// The subcommand.
 pub(crate) const COMMAND: Command = Command {

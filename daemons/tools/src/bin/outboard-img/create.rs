@@ -1,14 +1,15 @@
 //! `create`: a new image.
 
-use crate::failure::{Failure, Outcome};
-use crate::getopt::{self, Opt};
-use crate::image::{Access, Common, ImageSpec, Notation, Opening, Tool};
-use crate::options::{Given, asks_for_help, help, of_image};
-use crate::{Command, Running, size};
+use crate::{Command, Running};
 use block::create::{OptionSpec, Target};
 use block::{DriverEntry, Error, ErrorKind};
 use serde_json::{Value, json};
 use std::path::Path;
+use tools::failure::{Failure, Outcome};
+use tools::getopt::{self, Opt};
+use tools::image::{Access, Common, ImageSpec, Notation, Opening, Tool};
+use tools::options::{Given, asks_for_help, help, of_image};
+use tools::size;
 
 /// What makes the files that images are in.
 const PROTOCOL: &str = "file";

@@ -1,14 +1,14 @@
 //! `amend`: changes what an image was created with.
 
-use crate::failure::{Failure, Outcome};
-use crate::getopt::{self, Opt};
-use crate::image::{Access, Cache, Common, Opening, Tool};
-use crate::options::{Given, asks_for_help, help};
-use crate::progress::{Progress, Show};
 use crate::{Command, Running};
 use block::AmendRequest;
 use block::amend::{Force, unsupported};
 use block::create::OptionSpec;
+use tools::failure::{Failure, Outcome};
+use tools::getopt::{self, Opt};
+use tools::image::{Access, Cache, Common, Opening, Tool};
+use tools::options::{Given, asks_for_help, help};
+use tools::progress::{Progress, Show};
 
 /// The subcommand.
 pub(crate) const COMMAND: Command = Command {

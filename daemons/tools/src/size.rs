@@ -4,7 +4,7 @@ use crate::failure::{Failure, report};
 
 /// Why a text is not a size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum SizeError {
+pub enum SizeError {
     /// It is not a number of bytes.
     Malformed,
     /// It does not fit.
@@ -12,7 +12,7 @@ pub(crate) enum SizeError {
 }
 
 /// Bytes: decimal, perhaps with a fraction and a suffix, or hexadecimal without one.
-pub(crate) fn parse(text: &str) -> Result<u64, SizeError> {
+pub fn parse(text: &str) -> Result<u64, SizeError> {
     let text = text.trim_start_matches(|c: char| c.is_ascii_whitespace());
     let text = text.strip_prefix('+').unwrap_or(text);
     if let Some(digits) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
@@ -57,7 +57,7 @@ pub(crate) fn parse(text: &str) -> Result<u64, SizeError> {
 }
 
 /// A size on the command line, called `what` in messages, at most `i64::MAX`.
-pub(crate) fn argument(what: &str, text: &str) -> Result<u64, Failure> {
+pub fn argument(what: &str, text: &str) -> Result<u64, Failure> {
     match parse(text) {
         Ok(bytes) if bytes <= i64::MAX as u64 => Ok(bytes),
         Ok(_) | Err(SizeError::OutOfRange) => Err(Failure::message(format!(
@@ -76,7 +76,7 @@ pub(crate) fn argument(what: &str, text: &str) -> Result<u64, Failure> {
 }
 
 /// The message for an option whose value is not a size.
-pub(crate) fn option_error(name: &str, value: &str, error: SizeError) -> String {
+pub fn option_error(name: &str, value: &str, error: SizeError) -> String {
     match error {
         SizeError::OutOfRange => format!("Value '{value}' is out of range for parameter '{name}'"),
         SizeError::Malformed => format!(
@@ -88,7 +88,7 @@ pub(crate) fn option_error(name: &str, value: &str, error: SizeError) -> String 
 }
 
 /// Bytes for people: three significant digits and a binary unit.
-pub(crate) fn human(bytes: u64) -> String {
+pub fn human(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
     // A unit is used from 1000 of the smaller one on.
     let mut unit = 0;

@@ -1,14 +1,14 @@
 //! `snapshot`: lists, takes, applies and deletes internal snapshots.
 
-use crate::failure::{Failure, Outcome};
-use crate::getopt::{self, Opt};
-use crate::image::{Access, Common, Opening, Tool};
-use crate::size::human;
 use crate::{Command, Running};
 use block::{Error, NewSnapshot, Node, Snapshots};
 use chrono::{Local, TimeZone};
 use serde_json::Value;
 use std::fmt::Write;
+use tools::failure::{Failure, Outcome};
+use tools::getopt::{self, Opt};
+use tools::image::{Access, Common, Opening, Tool};
+use tools::size::human;
 
 /// The subcommand.
 pub(crate) const COMMAND: Command = Command {

@@ -17,7 +17,7 @@ fn bucket(key: &str) -> u32 {
 }
 
 /// `value` with the members of all objects in QEMU's order.
-pub(crate) fn ordered(value: &Value) -> Value {
+pub fn ordered(value: &Value) -> Value {
     match value {
         Value::Object(members) => {
             // Of two in one bucket the later comes first.
@@ -34,7 +34,7 @@ pub(crate) fn ordered(value: &Value) -> Value {
 }
 
 /// The text of `value`, with a line end.
-pub(crate) fn text(value: &Value) -> String {
+pub fn text(value: &Value) -> String {
     let line = qmp::json::to_line(&ordered(value), qmp::json::Layout::Indented);
     let text = String::from_utf8_lossy(&line);
     format!("{}\n", text.trim_end())

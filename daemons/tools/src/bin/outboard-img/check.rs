@@ -4,14 +4,15 @@
 //! 63 the format has no check. After a repair that did something the image is checked once more,
 //! and that is what is told and decides the exit code.
 
-use crate::failure::{Failure, Outcome};
-use crate::getopt::{self, Opt};
-use crate::image::{Access, Cache, Common, Image, ImageSpec, Opening, Tool};
 use crate::info::Output;
-use crate::{Command, Running, json};
+use crate::{Command, Running};
 use block::error::reason;
 use block::{CheckOptions, CheckResult, CheckSink, ErrorKind, Repair};
 use serde_json::{Map, Value, json as value};
+use tools::failure::{Failure, Outcome};
+use tools::getopt::{self, Opt};
+use tools::image::{Access, Cache, Common, Image, ImageSpec, Opening, Tool};
+use tools::json;
 
 /// The subcommand.
 pub(crate) const COMMAND: Command = Command {

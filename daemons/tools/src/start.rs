@@ -1,0 +1,59 @@
+//! A tool's start and end.
+
+use crate::failure::{self, Failure, Outcome};
+use crate::image::Tool;
+use executor::{Config, Executor};
+use std::process::ExitCode;
+
+/// A whole run: names the program for its messages (`name` unless its first argument says another),
+/// runs `run` on the arguments, reports its failure.
+pub fn main(name: &str, run: impl FnOnce(Vec<String>) -> Outcome) -> ExitCode {
+    failure::set_program(std::env::args_os().next(), name);
+    log_warnings();
+    match arguments().and_then(run) {
+        Ok(code) => ExitCode::from(code),
+        Err(failure) => ExitCode::from(failure.report()),
+    }
+}
+
+/// Runs `work` on an executor of its own with no image open, and closes what it leaves open.
+///
+/// # Errors
+///
+/// Those of `work`, then those of closing.
+pub fn with_tool(work: impl AsyncFnOnce(&Tool) -> Outcome) -> Outcome {
+    let failed = |error| Failure::message(format!("Could not start: {error}"));
+    let executor = Executor::new(&Config::default()).map_err(failed)?;
+    executor.block_on(async {
+        let tool = Tool::new();
+        let outcome = work(&tool).await;
+        let closed = tool.close().await;
+        let code = outcome?;
+        closed.map(|()| code)
+    })
+}
+
+/// The arguments after the program's name.
+fn arguments() -> Result<Vec<String>, Failure> {
+    let mut arguments = Vec::new();
+    for argument in std::env::args_os().skip(1) {
+        let text = argument.into_string();
+        arguments.push(
+            text.map_err(|raw| Failure::message(format!("{}: not valid UTF-8", raw.display())))?,
+        );
+    }
+    Ok(arguments)
+}
+
+/// What the libraries warn of goes to stderr; `RUST_LOG` changes how much that is.
+fn log_warnings() {
+    use tracing_subscriber::EnvFilter;
+    let directives = std::env::var("RUST_LOG").unwrap_or_else(|_| "error".to_owned());
+    let filter = EnvFilter::try_new(directives).unwrap_or_else(|_| EnvFilter::new("error"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .init();
+}
