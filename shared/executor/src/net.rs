@@ -6,17 +6,24 @@
     reason = "message headers and socket addresses are raw C structures"
 )]
 
-use crate::Errno;
+mod gather;
+
+pub(crate) use gather::Gather;
+pub use gather::Part;
+
 use crate::op::{InFlight, Op};
+use crate::{Buffer, Errno};
 use io_uring::types;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, bind, connect, getsockopt,
-    listen, shutdown, socket, sockopt::PeerCredentials,
+    AddressFamily, Backlog, Shutdown, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr,
+    bind, connect, getpeername, getsockname, getsockopt, listen, setsockopt, shutdown, socket,
+    sockopt::{Ipv6V6Only, PeerCredentials, ReuseAddr, TcpNoDelay},
 };
 use std::io;
 use std::mem::{self, MaybeUninit};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
@@ -25,6 +32,9 @@ use std::sync::Arc;
 
 /// Descriptors that one message can carry (SCM_MAX_FD of the kernel).
 const MAX_FDS: usize = 253;
+
+/// Most bytes of one transfer (MAX_RW_COUNT of the kernel).
+const MAX_TRANSFER: usize = 0x7fff_f000;
 
 /// A socket that operations in flight keep open.
 #[derive(Clone)]
@@ -55,18 +65,25 @@ impl Socket {
     }
 }
 
-/// The address of a unix socket, for the kernel to read.
-pub(crate) struct SocketAddress {
-    address: UnixAddr,
+/// The address of a socket, for the kernel to read.
+pub(crate) enum SocketAddress {
+    Unix(UnixAddr),
+    Inet(SockaddrStorage),
 }
 
 impl SocketAddress {
     pub(crate) fn as_ptr(&self) -> *const libc::sockaddr {
-        self.address.as_ptr().cast()
+        match self {
+            SocketAddress::Unix(address) => address.as_ptr().cast(),
+            SocketAddress::Inet(address) => address.as_ptr(),
+        }
     }
 
     pub(crate) fn len(&self) -> libc::socklen_t {
-        nix::sys::socket::SockaddrLike::len(&self.address)
+        match self {
+            SocketAddress::Unix(address) => SockaddrLike::len(address),
+            SocketAddress::Inet(address) => SockaddrLike::len(address),
+        }
     }
 }
 
@@ -203,11 +220,55 @@ impl Stream {
         let socket = Socket {
             fd: Arc::new(unix_socket()?),
         };
-        let address = Box::new(SocketAddress { address });
-        InFlight::begin(Op::Connect(socket.clone(), address))
+        Self::connect(socket, SocketAddress::Unix(address)).await
+    }
+
+    /// Connects to a TCP port. Small messages are sent at once.
+    pub async fn connect_tcp(address: SocketAddr) -> Result<Stream, Errno> {
+        let fd = tcp_socket(address)?;
+        setsockopt(&fd, TcpNoDelay, &true)?;
+        let socket = Socket { fd: Arc::new(fd) };
+        Self::connect(socket, SocketAddress::Inet(address.into())).await
+    }
+
+    async fn connect(socket: Socket, address: SocketAddress) -> Result<Stream, Errno> {
+        InFlight::begin(Op::Connect(socket.clone(), Box::new(address)))
             .finish()
             .await?;
         Ok(Stream { socket })
+    }
+
+    /// Fills `buffer`; resolves to the number of bytes received, which is smaller only at the end of the stream. At
+    /// most 2 GiB. Dropping the future loses what was received.
+    pub async fn recv_exact(&self, buffer: Buffer) -> Result<usize, Errno> {
+        if buffer.is_empty() {
+            return Ok(0);
+        }
+        if buffer.len() > MAX_TRANSFER {
+            return Err(Errno::EMSGSIZE);
+        }
+        let gather = Gather::new(self.socket.clone(), vec![Part::Buffer(buffer)]);
+        let (count, _op) = InFlight::begin(Op::Fill(gather)).finish().await?;
+        Ok(count as usize)
+    }
+
+    /// Sends all of `parts`, in order and without copying them. At most 2 GiB.
+    pub async fn send_parts(&self, parts: Vec<Part>) -> Result<(), Errno> {
+        let gather = Gather::new(self.socket.clone(), parts);
+        match gather.length() {
+            0 => Ok(()),
+            1..=MAX_TRANSFER => {
+                let sent = InFlight::begin(Op::SendGather(gather));
+                sent.finish().await.map(drop)
+            }
+            _ => Err(Errno::EMSGSIZE),
+        }
+    }
+
+    /// The peer's address, when it has one of TCP.
+    pub fn peer_address(&self) -> Option<SocketAddr> {
+        let address: SockaddrStorage = getpeername(self.socket.fd.as_raw_fd()).ok()?;
+        inet_address(&address)
     }
 
     /// Receives at most `len` bytes; empty at end of stream.
@@ -318,6 +379,27 @@ impl Listener {
         Self::from_fd(fd)
     }
 
+    /// Binds a TCP port; 0 takes a free one. An IPv6 address takes no IPv4 clients. Small messages of accepted connections are sent at
+    /// once.
+    pub fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
+        let fd = tcp_socket(address)?;
+        setsockopt(&fd, ReuseAddr, &true)?;
+        // Accepted sockets inherit it.
+        setsockopt(&fd, TcpNoDelay, &true)?;
+        if address.is_ipv6() {
+            setsockopt(&fd, Ipv6V6Only, &true)?;
+        }
+        bind(fd.as_raw_fd(), &SockaddrStorage::from(address))?;
+        listen(&fd, Backlog::MAXCONN)?;
+        Self::from_fd(fd)
+    }
+
+    /// The address that it is bound to, when it is one of TCP.
+    pub fn local_address(&self) -> Option<SocketAddr> {
+        let address: SockaddrStorage = getsockname(self.socket.fd.as_raw_fd()).ok()?;
+        inet_address(&address)
+    }
+
     /// The next connection.
     pub async fn accept(&self) -> Result<Stream, Errno> {
         let op = Op::Accept(self.socket.clone());
@@ -336,6 +418,25 @@ impl AsFd for Listener {
 fn unix_socket() -> Result<OwnedFd, Errno> {
     let flags = SockFlag::SOCK_CLOEXEC;
     socket(AddressFamily::Unix, SockType::Stream, flags, None)
+}
+
+fn tcp_socket(address: SocketAddr) -> Result<OwnedFd, Errno> {
+    let family = match address {
+        SocketAddr::V4(_) => AddressFamily::Inet,
+        SocketAddr::V6(_) => AddressFamily::Inet6,
+    };
+    socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
+}
+
+fn inet_address(address: &SockaddrStorage) -> Option<SocketAddr> {
+    let v4 = address
+        .as_sockaddr_in()
+        .map(|v4| SocketAddr::V4((*v4).into()));
+    v4.or_else(|| {
+        address
+            .as_sockaddr_in6()
+            .map(|v6| SocketAddr::V6((*v6).into()))
+    })
 }
 
 /// Whether `path` is a socket that nobody listens on any more.

@@ -16,7 +16,7 @@
 )]
 
 use crate::file::{Allocation, Transfer};
-use crate::net::{Message, Socket, SocketAddress};
+use crate::net::{Gather, Message, Socket, SocketAddress};
 use crate::ring::Reason;
 use crate::runtime::{Backend, Inner, current, with_current};
 use crate::{Errno, File};
@@ -46,6 +46,10 @@ pub(crate) enum Op {
     Send(Socket, Vec<u8>, usize),
     RecvMessage(Box<Message>),
     SendMessage(Box<Message>),
+    /// Receives until it is full.
+    Fill(Box<Gather>),
+    /// Sends all of it.
+    SendGather(Box<Gather>),
 }
 
 impl Op {
@@ -86,6 +90,12 @@ impl Op {
             Op::SendMessage(message) => opcode::SendMsg::new(message.socket.fd(), message.header())
                 .flags(libc::MSG_NOSIGNAL as u32)
                 .build(),
+            Op::Fill(gather) => opcode::RecvMsg::new(gather.socket.fd(), gather.header())
+                .flags(libc::MSG_WAITALL as u32)
+                .build(),
+            Op::SendGather(gather) => opcode::SendMsg::new(gather.socket.fd(), gather.header())
+                .flags((libc::MSG_NOSIGNAL | libc::MSG_WAITALL) as u32)
+                .build(),
         }
     }
 
@@ -97,6 +107,7 @@ impl Op {
                 *done += result as usize;
                 (*done == data.len()).then_some(0)
             }
+            Op::Fill(gather) | Op::SendGather(gather) => gather.advance(result),
             // A kernel before 6.9 does not know the operation.
             Op::SetLen(file, len) if result == -libc::EINVAL => Some(
                 file.set_len_now(*len)
@@ -110,13 +121,19 @@ impl Op {
     fn waits_for_peer(&self) -> bool {
         matches!(
             self,
-            Op::Poll(..) | Op::Accept(_) | Op::Connect(..) | Op::Recv(..) | Op::RecvMessage(_)
+            Op::Poll(..)
+                | Op::Accept(_)
+                | Op::Connect(..)
+                | Op::Recv(..)
+                | Op::RecvMessage(_)
+                | Op::Fill(_)
         )
     }
 
     /// Whether the operation may wait without end.
     fn is_endless(&self) -> bool {
-        self.waits_for_peer() || matches!(self, Op::Send(..) | Op::SendMessage(_))
+        self.waits_for_peer()
+            || matches!(self, Op::Send(..) | Op::SendMessage(_) | Op::SendGather(_))
     }
 
     /// Closes descriptors that came with a result which nobody takes.

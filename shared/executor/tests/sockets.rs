@@ -1,8 +1,8 @@
 //! Sockets on the real ring.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-use executor::net::{Listener, Stream, poll_fd};
-use executor::{Config, Errno, Executor, spawn, time};
+use executor::net::{Listener, Part, Stream, poll_fd};
+use executor::{Buffer, Config, Errno, Executor, spawn, time};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -160,5 +160,56 @@ fn readiness_is_seen_and_a_dropped_wait_is_gone() {
         assert_eq!(seen & libc::POLLIN, libc::POLLIN);
         let fd = OwnedFd::from(reader);
         drop(fd);
+    });
+}
+
+#[test]
+fn parts_are_sent_in_order_and_fill_a_buffer_over_tcp() {
+    const HALF: usize = 1_500_000;
+    real().block_on(async {
+        let listener = Listener::bind_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_address().unwrap();
+        let server = spawn(async move {
+            let stream = listener.accept().await.unwrap();
+            assert!(stream.peer_address().is_some());
+            let buffer = Buffer::zeroed(5 + 2 * HALF);
+            let count = stream.recv_exact(buffer.clone()).await.unwrap();
+            assert_eq!(count, buffer.len());
+            let rest = Buffer::zeroed(10);
+            // The end of the stream comes first.
+            assert_eq!(stream.recv_exact(rest.clone()).await, Ok(3));
+            buffer.to_heap()
+        });
+        let client = Stream::connect_tcp(address).await.unwrap();
+        let (first, second) = (Buffer::zeroed(HALF), Buffer::zeroed(HALF));
+        first.fill(1);
+        second.fill(2);
+        let parts = vec![
+            Part::Bytes(b"hello".to_vec()),
+            Part::Buffer(first),
+            Part::Bytes(Vec::new()),
+            Part::Buffer(second),
+        ];
+        client.send_parts(parts).await.unwrap();
+        client.send_parts(Vec::new()).await.unwrap();
+        client
+            .send_parts(vec![Part::Bytes(b"end".to_vec())])
+            .await
+            .unwrap();
+        client.shutdown();
+        let received = server.await;
+        assert_eq!(&received[..5], b"hello");
+        assert!(received[5..5 + HALF].iter().all(|byte| *byte == 1));
+        assert!(received[5 + HALF..].iter().all(|byte| *byte == 2));
+    });
+}
+
+#[test]
+fn a_dropped_fill_leaves_the_executor_free_to_end() {
+    real().block_on(async {
+        let (_left, right) = pair();
+        let fill = right.recv_exact(Buffer::zeroed(10));
+        let ended = time::timeout(Duration::from_millis(1), fill).await;
+        assert!(ended.is_none());
     });
 }
