@@ -20,13 +20,15 @@ removed over QMP while the daemon runs.
              [,driver specific parameters...]
                          add a block node (QMP: blockdev-add)
       file               filename=<path>[,locking=auto|on|off][,drop-cache=on|off]
-      null-co            size=<bytes>[,read-zeroes=on|off][,latency-ns=<n>]
+      null-co, null-aio  size=<bytes>[,read-zeroes=on|off][,latency-ns=<n>]
       raw                file=<node or definition>[,offset=<n>][,size=<n>]
       qcow2              file=<node or definition>[,backing=<node or definition>]
                          [,encrypt.format=luks|aes,encrypt.key-secret=<secret>]
                          [,l2-cache-size=<n>][,refcount-cache-size=<n>]
                          Names inside images open only plain files beneath the
                          directory of the image or beneath an --allow-dir.
+      copy-on-read       file=<node or definition>[,bottom=<node>]
+                         what is read from backing files is kept in the image
 
   --object iothread,id=<id>[,poll-max-ns=<n>]
                          add a thread for queues of exports (QMP: object-add);

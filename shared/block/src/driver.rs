@@ -257,6 +257,10 @@ pub trait Driver: Send + Sync {
     }
     /// The edges to the children, with their roles ("file", "backing", "data-file").
     fn edges(&self) -> Vec<(&'static str, &crate::Edge)>;
+    /// The child whose content is the node's own, for filters: questions about images pass on to it.
+    fn filtered(&self) -> Option<&crate::Edge> {
+        None
+    }
     /// Checks the consistency of the image and repairs what `options` say. The caller has drained
     /// the node; on one that was not opened with [`crate::Purpose::Check`], nothing is repaired.
     ///

@@ -164,6 +164,45 @@ impl EdgeSpec {
         };
         let mut claim = match self.role {
             ChildRole::Filtered => own,
+            // Whoever wrote elsewhere could be undone by a copy that read before.
+            ChildRole::Populated => Claim {
+                permissions: Permissions {
+                    write_unchanged: true,
+                    ..own.permissions
+                },
+                shared: Permissions {
+                    write: false,
+                    write_unchanged: true,
+                    ..own.shared
+                },
+            },
+            ChildRole::Preallocated => {
+                let changes = own.permissions.write || own.permissions.resize;
+                Claim {
+                    permissions: Permissions {
+                        write: changes,
+                        resize: changes,
+                        ..own.permissions
+                    },
+                    shared: Permissions {
+                        write: own.shared.write && !changes,
+                        resize: own.shared.resize && !changes,
+                        ..own.shared
+                    },
+                }
+            }
+            ChildRole::Copy | ChildRole::RepairedCopy => Claim {
+                permissions: Permissions {
+                    write: own.permissions.write || self.role == ChildRole::RepairedCopy,
+                    ..own.permissions
+                },
+                // The copies must not come to differ.
+                shared: Permissions {
+                    consistent_read: own.shared.consistent_read,
+                    write_unchanged: true,
+                    ..Permissions::NONE
+                },
+            },
             ChildRole::Image => Claim {
                 permissions: own
                     .permissions
@@ -192,7 +231,7 @@ impl EdgeSpec {
                 },
             },
         };
-        if self.read_only {
+        if self.read_only && self.role != ChildRole::RepairedCopy {
             claim.permissions.write = false;
             claim.permissions.resize = false;
         }

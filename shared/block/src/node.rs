@@ -20,7 +20,7 @@ mod general;
 mod tracker;
 mod users;
 
-pub use tracker::WriteGuard;
+pub use tracker::{Serialised, TrackedWrite, WriteGuard, WriteTracker};
 pub(crate) use users::{ResizeListener, User, Users};
 
 use crate::bitmap::BitmapSet;
@@ -34,7 +34,6 @@ use executor::{Buffer, Errno};
 use flush::FlushState;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use tracker::WriteTracker;
 
 /// `discard=`
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -213,14 +212,7 @@ impl Node {
             && self.fits(offset, &buffer)
             && let Some(guard) = tracker.try_begin()
         {
-            return match self.driver.write(offset, buffer, WriteFlags::default()) {
-                IoFuture::Op(op) => IoFuture::Tracked(op, Some(guard)),
-                IoFuture::Ready(result) => IoFuture::Ready(result),
-                other => IoFuture::boxed(async move {
-                    let _guard = guard;
-                    other.await
-                }),
-            };
+            return guard.hold(self.driver.write(offset, buffer, WriteFlags::default()));
         }
         IoFuture::boxed(self.write_general(offset, buffer, flags))
     }

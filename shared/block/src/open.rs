@@ -169,6 +169,10 @@ impl OpenRequest<'_> {
     pub fn missing(&self, name: &str) -> Error {
         self.options.missing(name)
     }
+    /// The node called `name`, when there is one.
+    pub fn find_node(&self, name: &str) -> Option<Arc<Node>> {
+        self.graph.node(name)
+    }
     /// A descriptor that was opened for this node already, by whoever checked its name: to be
     /// used instead of opening `filename`.
     pub fn take_descriptor(&mut self) -> Option<OwnedFd> {
@@ -474,4 +478,12 @@ pub enum ChildRole {
     Backing,
     /// What a filter passes through to.
     Filtered,
+    /// What a filter passes through to, and fills with what it reads from the backing.
+    Populated,
+    /// What a filter passes through to, and makes longer ahead of writes.
+    Preallocated,
+    /// One of several copies of the same content.
+    Copy,
+    /// One of several copies, which the parent rewrites when it differs from the others.
+    RepairedCopy,
 }

@@ -9,4 +9,4 @@ pub mod null;
 use block::DriverEntry;
 
 /// The drivers of this crate.
-pub static DRIVERS: &[DriverEntry] = &[file::ENTRY, null::ENTRY];
+pub static DRIVERS: &[DriverEntry] = &[file::ENTRY, null::ENTRY, null::AIO_ENTRY];

@@ -1,4 +1,5 @@
-//! `null-co`: a disk of zero cost, for measuring everything above it.
+//! `null-co` and `null-aio`: disks of zero cost, for measuring everything above them. The two names mean
+//! the same here: QEMU's differ in how they wait.
 //!
 //! Options: `size` (bytes, 1 GiB when absent), `latency-ns` (each request takes this long),
 //! `read-zeroes` (reads fill the buffer with zeroes; otherwise they leave it as it is). Writes
@@ -15,12 +16,24 @@ use std::time::Duration;
 const DEFAULT_SIZE: u64 = 1 << 30;
 
 /// The table line of `null-co`.
-pub const ENTRY: DriverEntry =
-    DriverEntry::new("null-co", |request| Box::pin(async move { open(request) }));
+pub const ENTRY: DriverEntry = DriverEntry::new(COROUTINE, |request| {
+    Box::pin(async move { open(request, COROUTINE) })
+});
+
+/// The table line of `null-aio`.
+pub const AIO_ENTRY: DriverEntry = DriverEntry::new(CALLBACK, |request| {
+    Box::pin(async move { open(request, CALLBACK) })
+});
+
+const COROUTINE: &str = "null-co";
+
+const CALLBACK: &str = "null-aio";
 
 /// A disk that holds nothing.
 #[derive(Clone, Copy, Debug)]
 pub struct Null {
+    /// What the driver is called.
+    pub driver: &'static str,
     /// Length in bytes.
     pub size: u64,
     /// What each request takes.
@@ -32,6 +45,7 @@ pub struct Null {
 impl Default for Null {
     fn default() -> Self {
         Self {
+            driver: COROUTINE,
             size: DEFAULT_SIZE,
             latency: Duration::ZERO,
             read_zeroes: false,
@@ -39,7 +53,10 @@ impl Default for Null {
     }
 }
 
-fn open(request: &mut OpenRequest<'_>) -> block::error::Result<Box<dyn Driver>> {
+fn open(
+    request: &mut OpenRequest<'_>,
+    driver: &'static str,
+) -> block::error::Result<Box<dyn Driver>> {
     let size = request.take_size("size")?.unwrap_or(DEFAULT_SIZE);
     let latency_ns = request.take_size("latency-ns")?.unwrap_or(0);
     if i64::try_from(latency_ns).is_err() {
@@ -49,6 +66,7 @@ fn open(request: &mut OpenRequest<'_>) -> block::error::Result<Box<dyn Driver>> 
         return Err(Error::new(ErrorKind::Invalid, "size is too large"));
     }
     Ok(Box::new(Null {
+        driver,
         size,
         latency: Duration::from_nanos(latency_ns),
         read_zeroes: request.take_bool("read-zeroes")?.unwrap_or(false),
@@ -71,7 +89,7 @@ impl Null {
 
 impl Driver for Null {
     fn driver_name(&self) -> &'static str {
-        "null-co"
+        self.driver
     }
     fn length(&self) -> u64 {
         self.size
@@ -129,7 +147,7 @@ impl Driver for Null {
         Map::from_iter([("actual-size".to_owned(), Value::from(0))])
     }
     fn filename(&self) -> String {
-        "null-co://".to_owned()
+        format!("{}://", self.driver)
     }
 
     fn identity(&self) -> Option<ImageIdentity> {

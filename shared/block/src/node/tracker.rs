@@ -11,8 +11,10 @@
 //! ```
 //!
 //! Owns: the counters and the range lock. Promises: a plain write costs two uncontended atomic
-//! additions on a cache line of its thread. Used only by nodes whose driver needs an alignment.
+//! additions on a cache line of its thread. Used by nodes whose driver needs an alignment, and by
+//! drivers that write by themselves what they have read before.
 
+use crate::driver::IoFuture;
 use executor::sync::{Notify, RangeGuard, RangeLock};
 use std::cell::Cell;
 use std::ops::Range;
@@ -28,7 +30,7 @@ struct Slot(AtomicU32);
 
 /// The writes in flight of one node.
 #[derive(Default)]
-pub(crate) struct WriteTracker {
+pub struct WriteTracker {
     slots: [Slot; SLOTS],
     serialising: AtomicU32,
     idle: Notify,
@@ -37,7 +39,7 @@ pub(crate) struct WriteTracker {
 
 impl WriteTracker {
     /// Registers a plain write, unless a serialising request is about.
-    pub(crate) fn try_begin(&self) -> Option<WriteGuard<'_>> {
+    pub fn try_begin(&self) -> Option<WriteGuard<'_>> {
         let slot = &self.slots[thread_slot()].0;
         // Sequentially consistent on both sides: either the serialising request sees this count,
         // or this load sees the serialising request.
@@ -50,7 +52,7 @@ impl WriteTracker {
     }
 
     /// Registers a plain write of `range` that waits for serialising requests.
-    pub(crate) async fn begin(&self, range: Range<u64>) -> TrackedWrite<'_> {
+    pub async fn begin(&self, range: Range<u64>) -> TrackedWrite<'_> {
         match self.try_begin() {
             Some(guard) => TrackedWrite::Counted { _guard: guard },
             None => TrackedWrite::Locked {
@@ -60,7 +62,7 @@ impl WriteTracker {
     }
 
     /// Waits until no other write touches `range`, and keeps them away.
-    pub(crate) async fn serialise(&self, range: Range<u64>) -> Serialised<'_> {
+    pub async fn serialise(&self, range: Range<u64>) -> Serialised<'_> {
         self.serialising.fetch_add(1, Ordering::SeqCst);
         let serialising = Serialising(&self.serialising);
         loop {
@@ -83,6 +85,20 @@ pub struct WriteGuard<'a> {
     slot: &'a AtomicU32,
 }
 
+impl<'a> WriteGuard<'a> {
+    /// The write in `future`, registered until it ends.
+    pub fn hold(self, future: IoFuture<'a>) -> IoFuture<'a> {
+        match future {
+            IoFuture::Op(op) => IoFuture::Tracked(op, Some(self)),
+            IoFuture::Ready(result) => IoFuture::Ready(result),
+            other => IoFuture::boxed(async move {
+                let _guard = self;
+                other.await
+            }),
+        }
+    }
+}
+
 impl Drop for WriteGuard<'_> {
     fn drop(&mut self) {
         self.slot.fetch_sub(1, Ordering::SeqCst);
@@ -93,9 +109,17 @@ impl Drop for WriteGuard<'_> {
 }
 
 /// A plain write in flight, registered one way or the other.
-pub(crate) enum TrackedWrite<'a> {
-    Counted { _guard: WriteGuard<'a> },
-    Locked { _guard: RangeGuard<'a> },
+pub enum TrackedWrite<'a> {
+    /// Nobody serialises: counted.
+    Counted {
+        /// Ends the count.
+        _guard: WriteGuard<'a>,
+    },
+    /// Waited for who serialises.
+    Locked {
+        /// Gives the range back.
+        _guard: RangeGuard<'a>,
+    },
 }
 
 struct Serialising<'a>(&'a AtomicU32);
@@ -108,7 +132,7 @@ impl Drop for Serialising<'_> {
 
 /// A serialising request. The range is released before the count, so that a write that finds the
 /// count at zero also finds the range free.
-pub(crate) struct Serialised<'a> {
+pub struct Serialised<'a> {
     _range: RangeGuard<'a>,
     _serialising: Serialising<'a>,
 }

@@ -157,7 +157,8 @@ impl Users {
     }
 
     fn check(&self, node: &Node, user: &User, claim: Claim) -> Result<()> {
-        if node.options().read_only && (claim.permissions.write || claim.permissions.resize) {
+        let changes = claim.permissions.minus(Permissions::READ);
+        if node.options().read_only && !changes.is_empty() {
             return Err(Error::new(ErrorKind::Invalid, "Block node is read-only"));
         }
         for other in self.list().iter().filter(|other| other.user.id != user.id) {

@@ -103,6 +103,19 @@ fn compress(options: &str) -> Subject {
     subject
 }
 
+/// What is read from the backing is kept.
+fn copy_on_read() -> Subject {
+    let mut subject = qcow2("copy-on-read", "cluster_size=4k", true);
+    let mut image = std::mem::take(&mut subject.definition);
+    image.remove("node-name");
+    let filter = json!({"driver": "copy-on-read", "node-name": "subject", "discard": "unmap",
+        "file": image});
+    if let Value::Object(filter) = filter {
+        subject.definition = filter;
+    }
+    subject
+}
+
 /// Leaked clusters are no error.
 fn qemu_img_check(files: &Image) -> Result<(), String> {
     let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
@@ -156,6 +169,7 @@ conformance! {
     qcow2_subclusters_overlay: qcow2("qcow2 overlay, subclusters", "cluster_size=16k,extended_l2=on", true);
     compressed: compress("cluster_size=4k");
     compressed_zstd: compress("cluster_size=16k,compression_type=zstd");
+    copying_on_read: copy_on_read();
     qcow2_version_2_overlay: qcow2("qcow2 v2 overlay", "compat=0.10,cluster_size=4k", true);
 }
 

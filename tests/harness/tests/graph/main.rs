@@ -5,6 +5,7 @@
 mod allocation;
 mod catalogue;
 mod compress;
+mod copy_on_read;
 mod drain;
 mod files;
 mod locks;
