@@ -19,6 +19,7 @@ pub mod amend;
 pub mod bitmap;
 pub mod check;
 pub mod cipher;
+pub mod copy;
 pub mod create;
 pub mod driver;
 pub mod edge;

@@ -18,7 +18,7 @@ mod drain;
 mod request;
 
 pub use drain::Drained;
-pub use request::{RootFuture, RootHandle};
+pub use request::{RootFuture, RootHandle, Visit};
 
 use crate::edge::{Claim, Edge, EdgeSpec, Permissions};
 use crate::error::Result;

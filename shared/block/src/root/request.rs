@@ -2,12 +2,12 @@
 
 use super::Shared;
 use super::drain::Thread;
-use crate::driver::{ByteRange, IoFuture, WriteFlags, ZeroFlags};
+use crate::driver::{ByteRange, IoFuture, Limits, WriteFlags, ZeroFlags};
 use crate::epoch::ThreadEpoch;
 use crate::node::Node;
 use crate::upkeep;
 use executor::{Buffer, Errno};
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -58,6 +58,26 @@ impl RootHandle {
     /// Length of the node in bytes.
     pub fn length(&self) -> u64 {
         self.node().length()
+    }
+    /// What one request can take.
+    pub fn limits(&self) -> Limits {
+        self.node().driver().limits()
+    }
+    /// Comes in, as a request does, to ask the nodes below what no request tells.
+    pub async fn visit(&self) -> Visit<'_> {
+        poll_fn(|cx| match self.thread.is_paused() {
+            true => {
+                self.thread.wait_for_resume(cx.waker());
+                Poll::Pending
+            }
+            false => Poll::Ready(()),
+        })
+        .await;
+        self.thread.begin();
+        Visit {
+            parity: self.epoch.enter(),
+            handle: self,
+        }
     }
     /// Whether to call [`RootHandle::prefetch`].
     #[inline]
@@ -208,6 +228,27 @@ impl RootHandle {
             return Err(Errno::EPERM);
         }
         self.check(range)
+    }
+}
+
+/// A stay in the graph, counted as a request: no edge below the root changes, and no drain ends.
+pub struct Visit<'a> {
+    handle: &'a RootHandle,
+    parity: usize,
+}
+
+impl Visit<'_> {
+    /// The root's node.
+    pub fn node(&self) -> &Node {
+        self.handle.node()
+    }
+}
+
+impl Drop for Visit<'_> {
+    fn drop(&mut self) {
+        let (thread, epoch) = (Rc::clone(&self.handle.thread), self.handle.epoch.clone());
+        let parity = self.parity;
+        executor::after_abandoned(move || finish(&thread, &epoch, parity));
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::info::Output;
 use crate::{Command, Running};
+use block::copy::status::above;
 use block::{BlockStatus, ByteRange, Node};
 use tools::failure::{Failure, Outcome};
 use tools::getopt::{self, Opt};
@@ -111,58 +112,14 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
 
 /// The status of the start of `range`, from the first image of the chain that decides it.
 async fn status_above(node: &Node, range: ByteRange) -> Result<Entry, block::Errno> {
-    let mut entry = Entry {
+    let above = above(node, None, range).await?;
+    Ok(Entry {
         start: range.offset,
-        length: range.length,
-        depth: 0,
-        status: BlockStatus::default(),
-        file: String::new(),
-    };
-    let mut current = node;
-    loop {
-        let asked = ByteRange::new(range.offset, entry.length);
-        let extent = status_with_storage(current, asked).await?;
-        entry.length = extent.0.length;
-        entry.status = extent.0.status;
-        if entry.status.offset.is_some() {
-            entry.file = extent.1;
-        }
-        if entry.status.zero || entry.status.data {
-            return Ok(entry);
-        }
-        let edges = current.driver().edges();
-        let Some((_, backing)) = edges.into_iter().find(|(role, _)| *role == "backing") else {
-            return Ok(entry);
-        };
-        current = backing.node();
-        entry.depth += 1;
-    }
-}
-
-/// The status in a node, and the file that its offset is in. Storage that is a hole in the file
-/// below reads as zeroes.
-async fn status_with_storage(
-    node: &Node,
-    range: ByteRange,
-) -> Result<(block::StatusExtent, String), block::Errno> {
-    let mut extent = node.block_status(range).await?;
-    let edges = node.driver().edges();
-    let find = |name: &str| edges.iter().find(|(role, _)| *role == name);
-    let Some((_, storage)) = find("data-file").or_else(|| find("file")) else {
-        return Ok((extent, node.filename()));
-    };
-    let storage = storage.node();
-    let Some(offset) = extent.status.offset else {
-        return Ok((extent, storage.filename()));
-    };
-    if extent.status.data && extent.status.sparse {
-        let below = storage
-            .block_status(ByteRange::new(offset, extent.length))
-            .await?;
-        extent.length = extent.length.min(below.length);
-        extent.status.zero |= below.status.zero;
-    }
-    Ok((extent, storage.filename()))
+        length: above.length,
+        depth: above.depth,
+        status: above.status,
+        file: above.storage.map(Node::filename).unwrap_or_default(),
+    })
 }
 
 /// Whether another entry follows.
