@@ -36,6 +36,16 @@ pub struct ImageSpec {
     pub notation: Notation,
 }
 
+impl ImageSpec {
+    /// Whether `--image-opts` can be read at all; its mistakes are not those of an image.
+    pub fn check_notation(&self) -> Result<(), Failure> {
+        if self.notation == Notation::Options {
+            keyval::parse(&self.name, None).map_err(|error| Failure::message(error.desc))?;
+        }
+        Ok(())
+    }
+}
+
 /// `--image-opts` or not.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Notation {
@@ -203,6 +213,17 @@ impl Tool {
         spec: &ImageSpec,
         how: Opening,
     ) -> Result<Map<String, Value>, Failure> {
+        spec.check_notation()?;
+        let options = self.node_options(spec, how).await;
+        options.map_err(|error| could_not_open(spec, &error))
+    }
+
+    /// [`Tool::prepare`] for callers that say themselves what could not be opened.
+    pub async fn node_options(
+        &self,
+        spec: &ImageSpec,
+        how: Opening,
+    ) -> Result<Map<String, Value>, block::Error> {
         let mut options = self.definition(spec)?;
         if spec.notation == Notation::Filename || !options.contains_key("read-only") {
             options.insert("read-only".into(), json!(!how.access.writes()));
@@ -216,8 +237,7 @@ impl Tool {
         }
         self.allow_own_directory(&options);
         if !options.contains_key("driver") {
-            let probed = self.probe(&options).await;
-            let format = probed.map_err(|error| could_not_open(spec, &error))?;
+            let format = self.probe(&options).await?;
             options.insert("driver".into(), json!(format));
             if format == "raw" && how.access.writes() {
                 warn_of_guessed_raw(&spec.name);
@@ -253,26 +273,14 @@ impl Tool {
 
     /// The options of the node that a specification stands for; without `driver` when the format
     /// has to be found out.
-    fn definition(&self, spec: &ImageSpec) -> Result<Map<String, Value>, Failure> {
-        let failed = |message: String| {
-            Failure::message(format!("Could not open '{}': {message}", spec.name))
-        };
+    fn definition(&self, spec: &ImageSpec) -> Result<Map<String, Value>, block::Error> {
         let mut options = match spec.notation {
             Notation::Options => keyval::parse(&spec.name, None)
-                .map_err(|error| Failure::message(error.desc))?
+                .map_err(|error| invalid(error.desc))?
                 .into_members(),
             Notation::Filename => match spec.name.strip_prefix("json:") {
-                Some(text) => match qmp::json::parse(text) {
-                    Ok(Value::Object(members)) => members,
-                    Ok(_) => return Err(failed("Invalid JSON object given".to_owned())),
-                    Err(error) => {
-                        return Err(failed(format!(
-                            "Could not parse the JSON options: {}",
-                            error.desc
-                        )));
-                    }
-                },
-                None => file_of(&spec.name).map_err(failed)?,
+                Some(text) => json_options(text)?,
+                None => file_of(&spec.name).map_err(invalid)?,
             },
         };
         if let Some(Value::Object(file)) = options.get_mut("file")
@@ -283,7 +291,7 @@ impl Tool {
         }
         if let Some(format) = &spec.format {
             if self.graph.entry(format).is_none() {
-                return Err(failed(format!("Unknown driver '{format}'")));
+                return Err(invalid(format!("Unknown driver '{format}'")));
             }
             options.insert("driver".into(), json!(format));
         }
@@ -338,6 +346,22 @@ impl Tool {
 
 fn could_not_open(spec: &ImageSpec, error: &block::Error) -> Failure {
     Failure::message(described(&format!("Could not open '{}'", spec.name), error))
+}
+
+fn invalid(message: impl Into<String>) -> block::Error {
+    block::Error::new(block::ErrorKind::Invalid, message)
+}
+
+/// The options in a `json:{...}` name.
+fn json_options(text: &str) -> Result<Map<String, Value>, block::Error> {
+    match qmp::json::parse(text) {
+        Ok(Value::Object(members)) => Ok(members),
+        Ok(_) => Err(invalid("Invalid JSON object given")),
+        Err(error) => {
+            let message = format!("Could not parse the JSON options: {}", error.desc);
+            Err(invalid(message))
+        }
+    }
 }
 
 fn is_own(metadata: &std::fs::Metadata) -> bool {
