@@ -16,7 +16,7 @@ const PROGRAM: Program<StepKind> = Program {
     name: "outboard-blkd",
     version: env!("CARGO_PKG_VERSION"),
     help: help::HELP,
-    object_help: help::OBJECTS,
+    object_help: engine::objects::help,
     steps: &[
         StepOption {
             name: "blockdev",

@@ -13,7 +13,7 @@ const PROGRAM: Program<StepKind> = Program {
     name: "outboard-netd",
     version: env!("CARGO_PKG_VERSION"),
     help: help::HELP,
-    object_help: help::OBJECTS,
+    object_help: help::of_objects,
     steps: STEPS,
     settings: &[],
 };

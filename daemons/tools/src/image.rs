@@ -4,6 +4,7 @@ use crate::failure::{Failure, described, report};
 use block::edge::Permissions;
 use block::graph::NamePolicy;
 use block::{Graph, Node, Purpose, Root};
+use engine::objects::Objects;
 use qmp::keyval;
 use serde_json::{Map, Value, json};
 use std::cell::Cell;
@@ -13,15 +14,10 @@ use std::sync::Arc;
 /// Directories, separated by `:`, that names inside images may open files in.
 const ALLOWED_DIRS: &str = "OUTBOARD_ALLOW_DIRS";
 
-/// The name of a secret.
-#[derive(serde::Deserialize)]
-struct SecretId {
-    id: String,
-}
-
 /// What all images of one run share.
 pub struct Tool {
     graph: Graph,
+    objects: Objects,
     opened: Cell<u32>,
 }
 
@@ -163,6 +159,7 @@ impl Tool {
             _ => graph,
         };
         let tool = Self {
+            objects: Objects::default(),
             graph,
             opened: Cell::new(0),
         };
@@ -189,22 +186,8 @@ impl Tool {
     pub fn add_object(&self, definition: &str) -> Result<(), Failure> {
         let failed = |error: qmp::Error| Failure::message(error.desc);
         let arguments = keyval::parse(definition, Some("qom-type")).map_err(failed)?;
-        let kind = arguments.get("qom-type").and_then(Value::as_str);
-        if kind == Some("secret") {
-            return self.add_secret(arguments).map_err(failed);
-        }
-        let message = match kind {
-            None => "Parameter 'qom-type' is missing".to_owned(),
-            Some(kind) => format!("Parameter 'qom-type' does not accept value '{kind}'"),
-        };
-        Err(Failure::message(message))
-    }
-
-    fn add_secret(&self, mut arguments: qmp::Arguments) -> Result<(), qmp::Error> {
-        arguments.take_value("qom-type");
-        let SecretId { id } = arguments.take()?;
-        let properties = arguments.parse()?;
-        engine::secret::add(&self.graph, &id, &properties)
+        let added = self.objects.add(&self.graph, arguments);
+        added.map_err(failed)
     }
 
     /// The options of the node for an image, its format and a name included.

@@ -10,7 +10,6 @@ use block::graph::NamePolicy;
 use executor::Handle;
 use executor::sync::{Latch, Mutex};
 use qmp::{Arguments, CommandTable, Error, Event, EventSink, EventSinks, Result, Value, Version};
-use service::objects::IoThreads;
 use vhost_daemon::notify::NamedFds;
 
 use crate::catalogue;
@@ -18,6 +17,7 @@ use crate::commands::{self, Handler};
 use crate::error::from_block;
 use crate::exports::Exports;
 use crate::node_events::{Reported, emit_reported};
+use crate::objects::Objects;
 
 /// How an engine is set up.
 #[derive(Debug)]
@@ -33,11 +33,11 @@ pub struct EngineOptions {
     pub version: Version,
 }
 
-/// Nodes, exports and iothreads of a process. Lives on the control thread.
+/// Nodes, exports and objects of a process. Lives on the control thread.
 pub struct Engine {
     pub(crate) graph: Graph,
     pub(crate) exports: Exports,
-    pub(crate) iothreads: IoThreads,
+    pub(crate) objects: Objects,
     pub(crate) version: Version,
     fds: NamedFds,
     table: CommandTable<Handler>,
@@ -59,7 +59,7 @@ impl Engine {
         let engine = Rc::new(Self {
             graph,
             exports: Exports::default(),
-            iothreads: IoThreads::default(),
+            objects: Objects::default(),
             version: options.version,
             fds: options.fds,
             table: commands::table(),
@@ -98,7 +98,7 @@ impl Engine {
 
     /// The executors of all iothreads that exist now.
     pub fn thread_handles(&self) -> Vec<Handle> {
-        self.iothreads.handles()
+        self.objects.iothreads().handles()
     }
 
     /// The descriptors that were handed over.
@@ -122,15 +122,15 @@ impl Engine {
         self.quit.wait().await;
     }
 
-    /// Ends all exports (each request in flight completes), flushes and closes all nodes, ends
-    /// all iothreads.
+    /// Ends all exports (each request in flight completes), flushes and closes all nodes, forgets
+    /// all objects, and with them ends the iothreads.
     ///
     /// # Errors
     /// The first node that could not be flushed or closed; everything is ended nevertheless.
     pub async fn shut_down(self: &Rc<Self>) -> Result<()> {
         self.stop_all_exports().await;
         let closed = self.graph.close_all().await.map_err(from_block);
-        self.iothreads.clear();
+        self.objects.clear();
         closed
     }
 }

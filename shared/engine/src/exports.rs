@@ -112,7 +112,7 @@ pub(crate) async fn block_export_add(
     let node = nodes::find(engine, None, Some(&common.node_name))?;
     let iothreads: Result<Vec<_>> = iothreads
         .iter()
-        .map(|id| engine.iothreads.find(id))
+        .map(|id| engine.objects.iothreads().find(id))
         .collect();
     let iothreads = iothreads?;
     let mut options = vhost_user_blk_options(engine, &common, kind)?;
@@ -256,7 +256,7 @@ pub(crate) async fn set_iothread(engine: &Rc<Engine>, mut arguments: Arguments) 
     let SetIothread { id } = arguments.parse()?;
     let wanted: Result<Vec<_>> = names
         .iter()
-        .map(|name| engine.iothreads.find(name))
+        .map(|name| engine.objects.iothreads().find(name))
         .collect();
     let wanted = wanted?;
     let threads = wanted

@@ -23,8 +23,7 @@ mod error;
 mod exports;
 mod node_events;
 mod nodes;
-mod objects;
-pub mod secret;
+pub mod objects;
 mod snapshots;
 
 pub use block::graph::NamePolicy;

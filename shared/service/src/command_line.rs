@@ -28,6 +28,8 @@ pub(crate) struct Syntax<K: 'static> {
     pub(crate) steps: &'static [StepOption<K>],
     /// Options with a value that hold for the whole process.
     pub(crate) settings: &'static [&'static str],
+    /// What `--object` prints when its value asks for help.
+    pub(crate) object_help: fn(&str) -> Option<String>,
 }
 
 /// What the process is asked to be.
@@ -35,8 +37,8 @@ pub(crate) struct Syntax<K: 'static> {
 pub(crate) enum Invocation<K> {
     /// Print the manual.
     Help,
-    /// Print the object types.
-    ObjectHelp,
+    /// Print this, and end.
+    Shown(String),
     /// Print the version.
     Version,
     /// Serve.
@@ -167,8 +169,8 @@ pub(crate) fn parse<K: Copy>(
                         .next()
                         .unwrap_or_else(|| bail!("option '--{name}' requires an argument")),
                 };
-                if command_line.take(syntax, name, &mut value)? == Taken::ObjectHelp {
-                    return Ok(Invocation::ObjectHelp);
+                if let Some(text) = command_line.take(syntax, name, &mut value)? {
+                    return Ok(Invocation::Shown(text));
                 }
             }
         }
@@ -176,27 +178,23 @@ pub(crate) fn parse<K: Copy>(
     Ok(Invocation::Run(Box::new(command_line)))
 }
 
-/// What an option was.
-#[derive(PartialEq, Eq)]
-enum Taken {
-    Setting,
-    ObjectHelp,
-}
-
 impl<K: Copy> CommandLine<K> {
+    /// Takes an option with a value; gives the help that the value asks for.
     fn take(
         &mut self,
         syntax: &Syntax<K>,
         name: &str,
         value: &mut dyn FnMut() -> Result<String>,
-    ) -> Result<Taken> {
+    ) -> Result<Option<String>> {
         let own = syntax.steps.iter();
         let own = own.map(|step| (step.name, step.implied_key, StepKind::Own(step.kind)));
         let step = common().into_iter().chain(own).find(|step| step.0 == name);
         if let Some((name, implied_key, kind)) = step {
             let text = value()?;
-            if name == "object" && (text == "help" || text.ends_with(",help")) {
-                return Ok(Taken::ObjectHelp);
+            if name == "object"
+                && let Some(help) = (syntax.object_help)(&text)
+            {
+                return Ok(Some(help));
             }
             self.steps.push(Step {
                 kind,
@@ -204,11 +202,11 @@ impl<K: Copy> CommandLine<K> {
                 implied_key,
                 text,
             });
-            return Ok(Taken::Setting);
+            return Ok(None);
         }
         if let Some(name) = syntax.settings.iter().find(|known| **known == name) {
             self.options.settings.push((name, value()?));
-            return Ok(Taken::Setting);
+            return Ok(None);
         }
         match name {
             "pidfile" => self.pidfile = Some(value()?.into()),
@@ -224,7 +222,7 @@ impl<K: Copy> CommandLine<K> {
             }
             _ => bail!("unrecognized option '--{name}'"),
         }
-        Ok(Taken::Setting)
+        Ok(None)
     }
 }
 
@@ -246,6 +244,7 @@ mod tests {
             },
         ],
         settings: &["redo-dir"],
+        object_help: |_| None,
     };
 
     fn run(arguments: &[&str]) -> Result<CommandLine<()>> {

@@ -33,8 +33,8 @@ pub struct Program<K: 'static> {
     pub version: &'static str,
     /// The manual.
     pub help: &'static str,
-    /// What `--object help` prints.
-    pub object_help: &'static str,
+    /// What `--object` prints when its value asks for help, such as `help` or `iothread,help`.
+    pub object_help: fn(&str) -> Option<String>,
     /// Its ordered options, beside `--chardev`, `--monitor` and `--qmp`.
     pub steps: &'static [StepOption<K>],
     /// Its options that hold for the whole process, each with a value, beside those of every daemon.
@@ -105,6 +105,7 @@ pub fn run<D: Daemon>(program: &Program<D::Kind>) -> ExitCode {
     let syntax = Syntax {
         steps: program.steps,
         settings: program.settings,
+        object_help: program.object_help,
     };
     let fail = |error: &anyhow::Error| {
         eprintln!("{}: {error:#}", program.name);
@@ -116,7 +117,7 @@ pub fn run<D: Daemon>(program: &Program<D::Kind>) -> ExitCode {
     };
     let command_line = match invocation {
         Invocation::Help => return show(program.help),
-        Invocation::ObjectHelp => return show(program.object_help),
+        Invocation::Shown(text) => return show(&text),
         Invocation::Version => {
             return show(&format!("{} version {}", program.name, program.version));
         }

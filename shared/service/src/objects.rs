@@ -17,13 +17,49 @@ struct Identity {
     id: String,
 }
 
+/// What `object-add` is to make.
+pub struct NewObject {
+    /// The type's name.
+    pub type_name: String,
+    /// The object's name.
+    pub id: String,
+    /// The rest.
+    pub properties: Arguments,
+}
+
+/// Takes apart the arguments of `object-add`.
+///
+/// # Errors
+/// No type or id.
+pub fn take_identity(mut arguments: Arguments) -> Result<NewObject> {
+    // The type goes first, as the most telling mistake.
+    let type_name = match arguments.take_value("qom-type") {
+        None => return Err(Error::missing_parameter("qom-type")),
+        Some(Value::String(name)) => name,
+        Some(_) => return Err(Error::parameter_type("qom-type", "string")),
+    };
+    let Identity { id } = arguments.take()?;
+    Ok(NewObject {
+        type_name,
+        id,
+        properties: arguments,
+    })
+}
+
+/// The error for an id that is used already.
+pub fn taken(id: &str) -> Error {
+    Error::generic(format!(
+        "attempt to add duplicate property '{id}' to object (type 'container')"
+    ))
+}
+
 /// The arguments of `object-add`: the properties of its type, and its id, which must not be `taken`.
 ///
 /// # Errors
 /// No type or id, wrong properties, an id that is none or is taken.
 pub fn parse_new<T: DeserializeOwned>(
     mut arguments: Arguments,
-    taken: impl FnOnce(&str) -> bool,
+    is_taken: impl FnOnce(&str) -> bool,
 ) -> Result<(T, String)> {
     // The type goes first, as the most telling mistake.
     if arguments.get("qom-type").is_none() {
@@ -34,10 +70,8 @@ pub fn parse_new<T: DeserializeOwned>(
     if !qmp::is_identifier(&id) {
         return Err(Error::parameter_expects("id", "an identifier"));
     }
-    if taken(&id) {
-        return Err(Error::generic(format!(
-            "attempt to add duplicate property '{id}' to object (type 'container')"
-        )));
+    if is_taken(&id) {
+        return Err(taken(&id));
     }
     Ok((object, id))
 }

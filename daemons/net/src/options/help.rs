@@ -134,8 +134,14 @@ Examples
     --port b,socket=/run/b.sock,netdev=sw,guard=on,rate-tx=10M
 ";
 
+/// What `--object` prints when its value is `help` or ends with it.
+pub fn of_objects(value: &str) -> Option<String> {
+    let asks = value == "help" || value.ends_with(",help");
+    asks.then(|| OBJECTS.to_owned())
+}
+
 /// The object types.
-pub const OBJECTS: &str = "\
+const OBJECTS: &str = "\
 List of user creatable objects:
   iothread
 

@@ -11,34 +11,82 @@
 use block::Graph;
 use block::secret::from_base64;
 use formats::luks::decrypt_aes_256_cbc;
-use qmp::{Error, Result};
+use qmp::{Arguments, Error, Result, Value};
 use serde::Deserialize;
 use std::fs::File;
 use std::io::Read;
 use zeroize::Zeroizing;
+
+use super::{Home, Object, ObjectType, Property};
+
+/// The type's table line.
+pub(super) const TYPE: ObjectType = ObjectType {
+    name: "secret",
+    properties: &[
+        Property::new("data", "string"),
+        Property::new("file", "string"),
+        Property::new("format", "QCryptoSecretFormat"),
+        Property::new("iv", "string"),
+        Property::new("keyid", "string"),
+    ],
+    make,
+};
+
+fn make(home: &Home<'_>, id: &str, arguments: Arguments) -> Result<Box<dyn Object>> {
+    let properties: SecretProperties = arguments.parse()?;
+    add(home.graph, id, &properties)?;
+    Ok(Box::new(Held { properties }))
+}
+
+/// A secret that exists. Its bytes are the graph's, and are not told.
+struct Held {
+    properties: SecretProperties,
+}
+
+impl Object for Held {
+    fn get(&self, property: &str) -> Option<Value> {
+        let given = &self.properties;
+        match property {
+            "file" => given.file.clone().map(Value::from),
+            "keyid" => given.keyid.clone().map(Value::from),
+            "iv" => given.iv.clone().map(Value::from),
+            "format" => Some(Value::from(match given.format.unwrap_or_default() {
+                Format::Raw => "raw",
+                Format::Base64 => "base64",
+            })),
+            _ => None,
+        }
+    }
+
+    /// Who has used it keeps what was made of it.
+    fn release(&self, home: &Home<'_>, id: &str) -> Result<()> {
+        home.graph.secrets().remove(id);
+        Ok(())
+    }
+}
 
 /// Longest file in bytes.
 const MAX_FILE: u64 = 1 << 20;
 
 /// Properties of a `secret` object.
 #[derive(Deserialize)]
-pub struct SecretProperties {
+struct SecretProperties {
     /// The bytes themselves.
-    pub data: Option<String>,
+    data: Option<String>,
     /// The file that holds them.
-    pub file: Option<String>,
+    file: Option<String>,
     /// How they are given; raw unless told otherwise.
-    pub format: Option<Format>,
+    format: Option<Format>,
     /// The secret that they are encrypted with.
-    pub keyid: Option<String>,
+    keyid: Option<String>,
     /// What the encryption started from, in base64.
-    pub iv: Option<String>,
+    iv: Option<String>,
 }
 
 /// How bytes are given.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Format {
+enum Format {
     /// As they are.
     #[default]
     Raw,
@@ -50,7 +98,7 @@ pub enum Format {
 ///
 /// # Errors
 /// With QEMU's words: bytes given twice or not at all, an unreadable file, a bad key.
-pub fn add(graph: &Graph, id: &str, properties: &SecretProperties) -> Result<()> {
+fn add(graph: &Graph, id: &str, properties: &SecretProperties) -> Result<()> {
     let given = match (&properties.data, &properties.file) {
         (Some(_), Some(_)) => {
             return Err(Error::generic("'file' and 'data' are mutually exclusive"));
