@@ -23,6 +23,7 @@
 
 pub mod buffer;
 pub mod file;
+mod hold;
 mod iothread;
 pub mod net;
 mod op;
@@ -43,6 +44,7 @@ pub mod workers;
 
 pub use buffer::{Buffer, HeapBuffer};
 pub use file::{File, FileOp, OpenOptions};
+pub use hold::{Hold, hold_open};
 pub use iothread::{IoThread, IoThreadOptions};
 pub use nix::errno::Errno;
 pub use op::after_abandoned;

@@ -24,6 +24,9 @@ pub(crate) const CANCEL: u64 = u64::MAX - 1;
 /// Completion entries per submission entry.
 const COMPLETION_FACTOR: u32 = 4;
 
+/// Files that a ring can hold open.
+const HELD_FILES: u32 = 512;
+
 /// A finished operation: its user data and result.
 pub(crate) type Completion = (u32, i32);
 
@@ -45,6 +48,8 @@ pub(crate) struct Ring {
     /// Where the kernel puts the eventfd's counter.
     wake_value: Box<u64>,
     wake_fd: RawFd,
+    /// Free places of the file table; `None` before there is one.
+    free_places: Option<Vec<u32>>,
 }
 
 impl Ring {
@@ -55,6 +60,7 @@ impl Ring {
             backlog: VecDeque::new(),
             wake_value: Box::new(0),
             wake_fd: eventfd.as_raw_fd(),
+            free_places: None,
         };
         ring.arm_wake();
         ring.submit()?;
@@ -64,6 +70,32 @@ impl Ring {
     /// Makes the kernel write `eventfd` when something has finished.
     pub(crate) fn notify(&self, eventfd: BorrowedFd<'_>) -> io::Result<()> {
         self.ring.submitter().register_eventfd(eventfd.as_raw_fd())
+    }
+
+    /// Keeps `fd`'s file open until [`Ring::let_go`] of the place returned, or the kernel frees the ring.
+    pub(crate) fn hold(&mut self, fd: RawFd) -> io::Result<u32> {
+        let submitter = self.ring.submitter();
+        let places = match &mut self.free_places {
+            Some(places) => places,
+            none => {
+                submitter.register_files_sparse(HELD_FILES)?;
+                none.insert((0..HELD_FILES).rev().collect())
+            }
+        };
+        let full = || io::Error::other("the ring's file table is full");
+        let place = *places.last().ok_or_else(full)?;
+        submitter.register_files_update(place, &[fd])?;
+        places.pop();
+        Ok(place)
+    }
+
+    /// Ends what [`Ring::hold`] began.
+    pub(crate) fn let_go(&mut self, place: u32) {
+        let removed = self.ring.submitter().register_files_update(place, &[-1]);
+        // A place that cannot be emptied stays taken, and its file open until the ring goes.
+        if let (Ok(_), Some(places)) = (removed, &mut self.free_places) {
+            places.push(place);
+        }
     }
 
     /// Queues an entry for the next [`Ring::submit`] or [`Ring::wait`].

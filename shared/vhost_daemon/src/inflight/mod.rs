@@ -16,6 +16,7 @@
 
 mod packed;
 mod split;
+mod tenure;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -31,6 +32,7 @@ use crate::wire::{InflightSpec, RegionSpec};
 
 pub use packed::{PackedInflight, PackedRecovery, Taken};
 pub use split::{Recovery, SplitInflight};
+use tenure::Tenure;
 
 /// Layout version written and understood.
 const VERSION: u16 = 1;
@@ -76,6 +78,7 @@ pub enum InflightError {
 pub struct InflightRegion {
     mapping: SharedMapping,
     spec: InflightSpec,
+    tenure: Option<Tenure>,
 }
 
 // SAFETY: the bytes are only reached through atomics, each queue's by its own thread.
@@ -123,6 +126,36 @@ impl InflightRegion {
         Ok((spec, fd))
     }
 
+    /// Maps the region that the front-end hands over, once the kernel has ended everything that a
+    /// predecessor had in flight when it died. `device` is for messages.
+    ///
+    /// # Errors
+    /// As [`InflightRegion::adopt`].
+    pub async fn take_over(
+        device: &str,
+        spec: &InflightSpec,
+        fd: OwnedFd,
+    ) -> Result<InflightRegion, InflightError> {
+        let tenure = match Tenure::of(fd.as_fd(), spec) {
+            Ok(tenure) => {
+                tenure.begin(device).await;
+                Some(tenure)
+            }
+            Err(errno) => {
+                tracing::warn!(device, %errno, "the inflight region cannot be locked: what a killed predecessor has in flight is not waited for");
+                None
+            }
+        };
+        let mut region = Self::adopt(spec, fd)?;
+        region.tenure = tenure;
+        Ok(region)
+    }
+
+    /// Makes the lock on the region last until the current thread's ring has nothing in flight, however this process ends.
+    pub fn hold(&self) -> Option<executor::Hold> {
+        self.tenure.as_ref().and_then(Tenure::hold)
+    }
+
     /// Maps the region that the front-end hands over.
     ///
     /// # Errors
@@ -146,6 +179,7 @@ impl InflightRegion {
         Ok(InflightRegion {
             mapping: SharedMapping::new(&region, fd)?,
             spec: *spec,
+            tenure: None,
         })
     }
 

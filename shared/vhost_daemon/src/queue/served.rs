@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use executor::{Errno, JoinHandle, sigbus};
+use executor::{Errno, Hold, JoinHandle, sigbus};
 
 use super::{Failure, QueueChange, QueueError, QueueSetup, RingState, Stopped};
 use crate::ring::{Chain, Ring, RingError, RingFeatures, RingOrigin, RingParts, SharedMemory};
@@ -31,6 +31,8 @@ pub struct ServedRing {
     kick: Cell<Option<JoinHandle<()>>>,
     /// [`sigbus::poisonings`] when the memory was last found whole.
     poisonings: Cell<u64>,
+    /// A successor waits for what this thread has in flight.
+    _hold: Option<Hold>,
 }
 
 impl ServedRing {
@@ -68,6 +70,7 @@ impl ServedRing {
             always_poll: Cell::new(setup.kick.is_none()),
             kick: Cell::new(None),
             poisonings: Cell::new(poisonings),
+            _hold: setup.inflight.as_ref().and_then(|region| region.hold()),
         });
         served.watch(setup.kick.clone());
         served.signal_call();

@@ -308,7 +308,7 @@ impl<D: Device> Session<D> {
             }
             Message::SetBackendReqFd(fd) => self.set_channel(fd),
             Message::GetInflightFd(spec) => self.get_inflight(spec),
-            Message::SetInflightFd(spec, fd) => self.set_inflight(spec, fd),
+            Message::SetInflightFd(spec, fd) => self.set_inflight(spec, fd).await,
             Message::SetLogBase(spec, fd) => self.set_log_base(spec, fd).await,
             Message::GetMaxMemSlots => Ok(Answer::number(MAX_REGIONS as u64)),
             memory @ (Message::SetMemTable(_) | Message::AddMemReg(..) | Message::RemMemReg(_)) => {
@@ -435,10 +435,12 @@ impl<D: Device> Session<D> {
         Ok(Answer::PayloadFd(wire::inflight_payload(&spec), fd))
     }
 
-    fn set_inflight(&mut self, spec: InflightSpec, fd: OwnedFd) -> Reply {
+    async fn set_inflight(&mut self, spec: InflightSpec, fd: OwnedFd) -> Reply {
         self.need(Protocol::INFLIGHT_SHMFD, "INFLIGHT_SHMFD")?;
         self.expect_stopped("the inflight region")?;
-        let region = InflightRegion::adopt(&spec, fd)?;
+        // A front-end may hand over the region that is in use here.
+        self.inflight = None;
+        let region = InflightRegion::take_over(&self.name, &spec, fd).await?;
         self.inflight = Some(Arc::new(region));
         Ok(Answer::Done)
     }
