@@ -2,10 +2,11 @@
 //!
 //! Builds requests in guest memory and checks what comes back: the status byte is preset to 0xff,
 //! read buffers to a pattern, the unused bytes between segments to another; the used length must be
-//! exact; every wait is bounded. A queue knows nothing of the connection: while a dead back-end is
+//! exact; the memory of a completed request is filled with a third pattern, and must still have it when
+//! the next request takes it; every wait is bounded. A queue knows nothing of the connection: while a dead back-end is
 //! replaced the owner keeps submitting and waiting, as a guest does.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,6 +24,8 @@ use super::ring::Buffer;
 const STATUS_PRESET: u8 = 0xff;
 const READ_POISON: u8 = 0xdb;
 const GUARD: u8 = 0xc7;
+/// Memory that belongs to no request.
+const IDLE: u8 = 0x1e;
 const HEADER_BYTES: usize = 16;
 const RANGE_BYTES: usize = 16;
 /// Ranges that fit into one discard or write-zeroes request.
@@ -71,24 +74,36 @@ struct Outstanding {
     submitted: Instant,
 }
 
+/// The first bytes of an area that no request uses.
+#[derive(Debug)]
+struct IdleArea {
+    area: Area,
+    bytes: usize,
+}
+
 /// One virtqueue.
 #[derive(Debug)]
 pub struct Queue {
     parts: QueueParts,
-    free_slots: Vec<usize>,
+    /// The one idle for longest is next: time for the device to write where it must not.
+    free_slots: VecDeque<usize>,
+    /// By slot: memory of its last request, idle since.
+    idle: Vec<Vec<IdleArea>>,
     outstanding: HashMap<u16, Outstanding>,
     last_progress: Instant,
 }
 
 impl Queue {
     pub(crate) fn new(parts: QueueParts) -> Self {
-        let free_slots = (0..parts.slots.len()).rev().collect();
+        let free_slots = (0..parts.slots.len()).collect();
+        let idle = parts.slots.iter().map(|_| Vec::new()).collect();
         if parts.wait == Wait::Poll {
             parts.ring.suppress_interrupts();
         }
         Self {
             parts,
             free_slots,
+            idle,
             outstanding: HashMap::new(),
             last_progress: Instant::now(),
         }
@@ -121,7 +136,8 @@ impl Queue {
             "queue is full"
         );
         ensure!(request.more_ranges.len() < MAX_RANGES, "too many ranges");
-        let slot = self.free_slots.pop().context("a slot is free")?;
+        let slot = self.free_slots.pop_front().context("a slot is free")?;
+        self.check_idle(slot)?;
         let lanes = self.lease_lanes(slot, &request.layout)?;
         fill_lanes(&lanes, &request, data)?;
         let buffers = self.build_chain(slot, &request, &lanes);
@@ -173,11 +189,12 @@ impl Queue {
             .remove(&head)
             .context("completion of an unknown request")?;
         self.last_progress = Instant::now();
-        self.free_slots.push(done.slot);
-        let status = self.status_of(done.slot);
-        finish(done, status, written)
-            .map(Some)
-            .with_context(|| format!("queue {}", self.index()))
+        let (slot, status) = (done.slot, self.status_of(done.slot));
+        let (completion, idle) =
+            finish(done, status, written).with_context(|| format!("queue {}", self.index()))?;
+        self.idle[slot] = idle;
+        self.free_slots.push_back(slot);
+        Ok(Some(completion))
     }
 
     /// The next completion.
@@ -227,7 +244,8 @@ impl Queue {
     /// when the back-end has stopped the ring.
     pub fn reset(&mut self) {
         self.outstanding.clear();
-        self.free_slots = (0..self.parts.slots.len()).rev().collect();
+        self.free_slots = (0..self.parts.slots.len()).collect();
+        self.idle.iter_mut().for_each(Vec::clear);
         self.parts.ring.reset();
         if self.parts.wait == Wait::Poll {
             self.parts.ring.suppress_interrupts();
@@ -246,6 +264,19 @@ impl Queue {
                 Ok(0) | Err(nix::errno::Errno::EINTR) => {}
                 Ok(_) => drop(self.parts.call.read().context("call eventfd")?),
                 Err(error) => return Err(error).context("poll of the call eventfd"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Nobody may have written to what slot `slot` used last since it completed.
+    fn check_idle(&mut self, slot: usize) -> Result<()> {
+        for IdleArea { area, bytes } in self.idle[slot].drain(..) {
+            let mut image = vec![0; bytes];
+            area.read(0, &mut image);
+            if let Some(at) = image.iter().position(|&byte| byte != IDLE) {
+                let gpa = area.gpa(at);
+                bail!("guest memory at {gpa:#x} was written after its request had completed");
             }
         }
         Ok(())
@@ -364,7 +395,8 @@ fn fill_lanes(lanes: &[(Area, Lease)], request: &Request, data: &[u8]) -> Result
     Ok(())
 }
 
-fn finish(done: Outstanding, status: u8, written: u32) -> Result<Completion> {
+/// Judges a completion; its lanes are idle from then on.
+fn finish(done: Outstanding, status: u8, written: u32) -> Result<(Completion, Vec<IdleArea>)> {
     let Outstanding {
         token,
         request,
@@ -406,14 +438,28 @@ fn finish(done: Outstanding, status: u8, written: u32) -> Result<Completion> {
             );
         }
     }
-    Ok(Completion {
+    let completion = Completion {
         token,
         operation: request.operation,
         range: request.range,
         status,
         data,
         submitted,
-    })
+    };
+    Ok((completion, lay_idle(lanes, &images)))
+}
+
+/// Fills the lanes of a completed request, whose content was `images`.
+fn lay_idle(lanes: Vec<(Area, Lease)>, images: &[Vec<u8>]) -> Vec<IdleArea> {
+    let lanes = lanes.into_iter().zip(images);
+    let idle = lanes.map(|((area, _lease), image)| {
+        area.write(0, &vec![IDLE; image.len()]);
+        IdleArea {
+            area,
+            bytes: image.len(),
+        }
+    });
+    idle.collect()
 }
 
 fn check_guards(images: &[Vec<u8>], layout: &Layout) -> Result<()> {
