@@ -29,10 +29,18 @@ removed over QMP while the daemon runs.
                          directory of the image or beneath an --allow-dir.
       copy-on-read       file=<node or definition>[,bottom=<node>]
                          what is read from backing files is kept in the image
+      throttle           file=<node or definition>,throttle-group=<id>
+                         requests wait for the limits of a group
 
   --object iothread,id=<id>[,poll-max-ns=<n>]
                          add a thread for queues of exports (QMP: object-add);
                          poll-max-ns=0 never polls. 'help' lists object types
+  --object throttle-group,id=<id>[,limits.<bps|iops>-<total|read|write>=<n>]
+           [,limits....-max=<n>][,limits....-max-length=<seconds>]
+           [,limits.iops-size=<bytes>]
+                         add limits that throttle nodes share: bytes and
+                         operations a second, with bursts (-max) of some seconds.
+                         QMP changes them (qom-set)
   --object secret,id=<id>,file=<path>[,format=raw|base64]
            [,keyid=<secret>,iv=<base64>]
                          add a password or key; with keyid= it is encrypted

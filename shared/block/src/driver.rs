@@ -232,6 +232,11 @@ pub trait Driver: Send + Sync {
     fn upkeep(&self) -> IoFuture<'_> {
         IoFuture::done()
     }
+    /// A root above is being drained: requests that the driver holds back for some time go on now.
+    /// As many [`Driver::drain_end`] follow.
+    fn drain_begin(&self) {}
+    /// A drain has ended.
+    fn drain_end(&self) {}
     /// What is known about the start of `range` (at least one byte of it).
     fn block_status(&self, range: ByteRange) -> BoxFuture<'_, Result<StatusExtent, Errno>>;
     /// Changes the length.

@@ -11,6 +11,7 @@ use crate::driver::BoxFuture;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::NodeEvents;
 use crate::node::Node;
+use crate::objects::Objects;
 use crate::open::{
     Definition, DriverEntry, FILE_PROTOCOL, Inherited, OpenRequest, Options, PROBE_BYTES, Place,
     as_map,
@@ -51,6 +52,7 @@ pub struct Graph {
     formats: Formats,
     redo_dir: Option<PathBuf>,
     secrets: Secrets,
+    objects: Objects,
     events: Option<Arc<dyn NodeEvents>>,
     /// In order of insertion.
     entries: RefCell<Vec<Entry>>,
@@ -66,6 +68,7 @@ impl Graph {
             formats: Formats::Named,
             redo_dir: None,
             secrets: Secrets::default(),
+            objects: Objects::default(),
             events: None,
             entries: RefCell::default(),
             generated: Cell::new(0),
@@ -103,6 +106,10 @@ impl Graph {
     /// What `secret` objects hold.
     pub fn secrets(&self) -> &Secrets {
         &self.secrets
+    }
+    /// Other objects that drivers refer to.
+    pub fn objects(&self) -> &Objects {
+        &self.objects
     }
     /// The driver `name`.
     pub fn entry(&self, name: &str) -> Option<&'static DriverEntry> {

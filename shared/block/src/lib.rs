@@ -32,6 +32,7 @@ pub mod graph;
 #[cfg(test)]
 mod memory;
 pub mod node;
+pub mod objects;
 pub mod open;
 pub mod redo_log;
 pub mod root;

@@ -299,6 +299,10 @@ impl Node {
         self.users.has_node()
     }
 
+    pub(crate) fn weak(&self) -> Weak<Node> {
+        self.this.clone()
+    }
+
     pub(crate) fn users(&self) -> &Users {
         &self.users
     }

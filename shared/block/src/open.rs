@@ -169,6 +169,10 @@ impl OpenRequest<'_> {
     pub fn missing(&self, name: &str) -> Error {
         self.options.missing(name)
     }
+    /// The object `id`, when it is a `T`.
+    pub fn object<T: std::any::Any + Send + Sync>(&self, id: &str) -> Option<Arc<T>> {
+        self.graph.objects().find(id)
+    }
     /// The node called `name`, when there is one.
     pub fn find_node(&self, name: &str) -> Option<Arc<Node>> {
         self.graph.node(name)

@@ -17,7 +17,7 @@
 mod drain;
 mod request;
 
-pub use drain::Drained;
+pub use drain::{Drained, Hurried};
 pub use request::{RootFuture, RootHandle, Visit};
 
 use crate::edge::{Claim, Edge, EdgeSpec, Permissions};
@@ -95,6 +95,11 @@ impl Root {
     /// Stops new requests on every thread and waits until none is in flight. Nests.
     pub async fn drain(&self) -> Drained {
         drain::drain(&self.shared).await
+    }
+    /// Lets requests go on that drivers below hold back, until the answer is dropped. (A drain does
+    /// that, too.)
+    pub fn hurry(&self) -> Hurried {
+        Hurried::new(self.shared.edge.node())
     }
     /// Calls `notify` (on any thread) after the node's length changed.
     pub fn on_resize(&self, notify: Box<dyn Fn(u64) + Send + Sync>) {

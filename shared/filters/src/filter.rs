@@ -72,6 +72,10 @@ pub trait Filter: Send + Sync {
     fn flush(&self) -> IoFuture<'_> {
         self.child().flush()
     }
+    /// See [`Driver::drain_begin`].
+    fn drain_begin(&self) {}
+    /// See [`Driver::drain_end`].
+    fn drain_end(&self) {}
     /// What is known about the start of a range.
     fn block_status(
         &self,
@@ -135,6 +139,12 @@ impl<F: Filter> Driver for FilterNode<F> {
     }
     fn flush(&self) -> IoFuture<'_> {
         self.0.flush()
+    }
+    fn drain_begin(&self) {
+        self.0.drain_begin();
+    }
+    fn drain_end(&self) {
+        self.0.drain_end();
     }
     fn block_status(
         &self,

@@ -6,8 +6,9 @@
 pub mod compress;
 pub mod copy_on_read;
 pub mod filter;
+pub mod throttle;
 
 use block::DriverEntry;
 
 /// The drivers of this crate.
-pub static DRIVERS: &[DriverEntry] = &[compress::ENTRY, copy_on_read::ENTRY];
+pub static DRIVERS: &[DriverEntry] = &[compress::ENTRY, copy_on_read::ENTRY, throttle::ENTRY];

@@ -2,9 +2,10 @@
 //!
 //! Each attached thread has a [`Thread`]: counts that only it touches. Others reach it by a
 //! message through its executor; messages of one sender arrive in order, so a resume never
-//! overtakes its pause.
+//! overtakes its pause. Drivers below that hold requests back hear of it first.
 
 use super::Shared;
+use crate::node::Node;
 use executor::Handle;
 use executor::sync::Notify;
 use std::cell::{Cell, RefCell};
@@ -12,7 +13,7 @@ use std::collections::HashMap;
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Poll, Waker};
 
 /// The threads attached to a root.
@@ -155,6 +156,36 @@ fn wake_all(wakers: &RefCell<Vec<Waker>>) {
 #[must_use = "requests go on as soon as this is dropped"]
 pub struct Drained {
     root: Arc<Shared>,
+    _hurried: Hurried,
+}
+
+/// Nodes whose drivers hold nothing back until this is dropped.
+#[must_use = "requests are held back again as soon as this is dropped"]
+pub struct Hurried(Vec<Weak<Node>>);
+
+impl Hurried {
+    /// Tells every node below.
+    pub(super) fn new(node: &Node) -> Self {
+        let mut hurried = Self(Vec::new());
+        hurried.add(node);
+        hurried
+    }
+
+    fn add(&mut self, node: &Node) {
+        node.driver().drain_begin();
+        self.0.push(node.weak());
+        for (_, edge) in node.driver().edges() {
+            self.add(edge.node());
+        }
+    }
+}
+
+impl Drop for Hurried {
+    fn drop(&mut self) {
+        for node in self.0.iter().filter_map(Weak::upgrade) {
+            node.driver().drain_end();
+        }
+    }
 }
 
 impl Drop for Drained {
@@ -244,6 +275,9 @@ fn begin(root: &Arc<Shared>, waiting: &Arc<Waiting>) -> (Drained, Vec<Rc<Thread>
         });
     }
     drop(state);
-    let root = Arc::clone(root);
-    (Drained { root }, here)
+    let drained = Drained {
+        root: Arc::clone(root),
+        _hurried: Hurried::new(root.edge.node()),
+    };
+    (drained, here)
 }

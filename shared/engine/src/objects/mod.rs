@@ -11,6 +11,7 @@
 
 mod iothread;
 mod secret;
+mod throttle_group;
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -82,7 +83,7 @@ pub fn in_use(id: &str) -> Error {
 }
 
 /// Every type, in the order of their names.
-pub const TYPES: &[&ObjectType] = &[&iothread::TYPE, &secret::TYPE];
+pub const TYPES: &[&ObjectType] = &[&iothread::TYPE, &secret::TYPE, &throttle_group::TYPE];
 
 /// The type `name`.
 pub fn type_named(name: &str) -> Option<&'static ObjectType> {

@@ -69,6 +69,10 @@ const fn bit(number: u32) -> u64 {
 }
 
 impl Disk {
+    /// The disk's root.
+    pub(super) fn root(&self) -> &Root {
+        &self.root
+    }
     /// A disk over `root`. The options were checked and name at least one thread.
     pub(super) fn new(root: Root, options: &VhostUserBlkOptions) -> Disk {
         let mut serial = [0; MAX_SERIAL];

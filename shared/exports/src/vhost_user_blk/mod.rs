@@ -192,6 +192,8 @@ impl VhostUserBlk {
     /// Ends the front-end's session, completes every request in flight, releases the node.
     pub async fn stop(&self) {
         if let Some(Served { server, disk }) = self.served.lock().await.take() {
+            // What limits hold back would keep it from ending.
+            let _hurried = disk.root().hurry();
             server.stop().await;
             drop(disk);
         }

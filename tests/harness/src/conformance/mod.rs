@@ -16,7 +16,7 @@ mod suite;
 
 pub use suite::{concurrent_requests, failed_operations, power_cuts};
 
-use block::DriverEntry;
+use block::{DriverEntry, Graph};
 use executor::sim::Image;
 use serde_json::{Map, Value};
 
@@ -30,6 +30,8 @@ pub struct Subject {
     pub files: Image,
     /// Opens the image, with `node-name` "subject".
     pub definition: Map<String, Value>,
+    /// Makes the objects that the definition refers to.
+    pub prepare: fn(&Graph),
     /// Looks at the files after a close, a power cut or a failure: leaks are fine, corruption is
     /// an error.
     pub check: fn(&Image) -> Result<(), String>,

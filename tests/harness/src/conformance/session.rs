@@ -38,6 +38,7 @@ pub(super) fn with_subject<T>(
 ) -> Result<T, String> {
     Executor::simulated(world).block_on(async {
         let graph = Graph::new(&subject.tables, NamePolicy::default());
+        (subject.prepare)(&graph);
         let node = graph
             .add(subject.definition.clone())
             .await

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use executor::sim::Image;
+use filters::throttle::{ThrottleGroup, ThrottleLimits};
 use harness::conformance::{Subject, concurrent_requests, failed_operations, power_cuts};
 use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
@@ -12,6 +13,7 @@ use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
 /// Length of the disks.
 const LENGTH: usize = 1 << 20;
@@ -41,6 +43,7 @@ fn subject(name: &'static str, files: Image, definition: Value) -> Subject {
         tables: vec![protocols::DRIVERS, formats::DRIVERS, filters::DRIVERS],
         files,
         definition,
+        prepare: |_| {},
         check: |_| Ok(()),
     }
 }
@@ -116,6 +119,24 @@ fn copy_on_read() -> Subject {
     subject
 }
 
+/// Some requests wait for limits.
+fn throttle() -> Subject {
+    let definition = json!({"driver": "throttle", "node-name": "subject", "discard": "unmap",
+        "throttle-group": "group", "file": {"driver": "file", "filename": IMAGE}});
+    let files = Image::from([(PathBuf::from(IMAGE), noise(LENGTH))]);
+    Subject {
+        prepare: |graph| {
+            let mut limits = ThrottleLimits::default();
+            for (name, value) in [("iops-write", 2000), ("bps-total", 8 << 20)] {
+                limits.set(name, value).unwrap();
+            }
+            let group = Arc::new(ThrottleGroup::new(limits));
+            graph.objects().insert("group".to_owned(), group);
+        },
+        ..subject("throttle", files, definition)
+    }
+}
+
 /// Leaked clusters are no error.
 fn qemu_img_check(files: &Image) -> Result<(), String> {
     let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
@@ -169,6 +190,7 @@ conformance! {
     qcow2_subclusters_overlay: qcow2("qcow2 overlay, subclusters", "cluster_size=16k,extended_l2=on", true);
     compressed: compress("cluster_size=4k");
     compressed_zstd: compress("cluster_size=16k,compression_type=zstd");
+    throttled: throttle();
     copying_on_read: copy_on_read();
     qcow2_version_2_overlay: qcow2("qcow2 v2 overlay", "compat=0.10,cluster_size=4k", true);
 }
