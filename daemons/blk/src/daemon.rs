@@ -8,8 +8,8 @@ use std::rc::Rc;
 use anyhow::{Context, Result, anyhow};
 use engine::{Engine, EngineOptions, NamePolicy};
 use executor::Handle;
-use qmp::{Arguments, EventSink, Request, Value, Version};
-use service::{Daemon, Options, Reach, Server};
+use qmp::{Arguments, EventSink, Request, Value};
+use service::{Daemon, Options, Reach, Server, Start};
 use vhost_daemon::notify::NamedFds;
 
 use crate::redo_dir;
@@ -53,7 +53,7 @@ impl Server for Blkd {
 impl Daemon for Blkd {
     type Kind = StepKind;
 
-    fn new(options: &Options, fds: NamedFds, version: Version) -> Result<Rc<Self>> {
+    fn new(options: &Options, start: Start) -> Result<Rc<Self>> {
         let allowed_dirs: std::io::Result<Vec<_>> = options
             .allowed_dirs
             .iter()
@@ -66,8 +66,9 @@ impl Daemon for Blkd {
                 allowed_dirs: allowed_dirs.clone(),
             },
             redo_dir: Some(redo_dir.clone()),
-            fds,
-            version,
+            fds: start.fds,
+            version: start.version,
+            chardevs: start.chardevs,
         });
         Ok(Rc::new(Self {
             engine,

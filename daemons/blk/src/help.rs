@@ -12,6 +12,9 @@ removed over QMP while the daemon runs.
 
   -h, --help             display this help and exit
   -V, --version          display the version and exit
+  -T, --trace [enable=]<pattern>[,events=<file>][,file=<file>]
+                         log everything that parts of the program do. 'help' lists the
+                         parts; <pattern> may hold * and ?; the log goes to <file>
 
   --blockdev [driver=]<driver>,node-name=<N>
              [,read-only=on|off][,auto-read-only=on|off][,force-share=on|off]
@@ -67,8 +70,17 @@ removed over QMP while the daemon runs.
                          wait=on (the default) start-up waits for the first
   --chardev socket,id=<id>,path=<path>
                          connect to a client that listens
-  --chardev stdio,id=<id>
-                         standard input and output
+  --chardev socket,id=<id>,host=<host>,port=<port>[,server=on[,wait=on|off]]
+                         the same over TCP; port 0 takes any free one
+  --chardev stdio|null|pty,id=<id>
+                         standard input and output; nothing; a new terminal,
+                         whose name is told on standard error
+  --chardev file,id=<id>,path=<path>[,input-path=<path>][,append=on|off]
+  --chardev pipe,id=<id>,path=<path>
+                         files of the host; a pair of FIFOs, <path>.in and <path>.out, or
+                         one file for both directions
+  --chardev ringbuf,id=<id>[,size=<bytes>]
+                         memory that 'ringbuf-read' gives out
 
   --monitor [chardev=]<id>[,mode=control][,pretty=on|off]
                          serve QMP on a character device; give several for

@@ -17,6 +17,18 @@ const PROGRAM: Program<StepKind> = Program {
     version: env!("CARGO_PKG_VERSION"),
     help: help::HELP,
     object_help: engine::objects::help,
+    trace_targets: &[
+        "block",
+        "engine",
+        "executor",
+        "exports",
+        "filters",
+        "formats",
+        "protocols",
+        "qmp",
+        "service",
+        "vhost_daemon",
+    ],
     steps: &[
         StepOption {
             name: "blockdev",

@@ -14,6 +14,7 @@ const PROGRAM: Program<StepKind> = Program {
     version: env!("CARGO_PKG_VERSION"),
     help: help::HELP,
     object_help: help::of_objects,
+    trace_targets: &["executor", "netd", "qmp", "service", "vhost_daemon"],
     steps: STEPS,
     settings: &[],
 };

@@ -251,6 +251,29 @@ impl Graph {
         self.formats == Formats::Probed
     }
 
+    /// The node that a reference in options means (a name, or a definition of its own): one that is there, or a new one
+    /// that goes with its last user.
+    ///
+    /// # Errors
+    /// `NotFound`; those of opening.
+    pub async fn find_or_open(&self, reference: Value) -> Result<Arc<Node>> {
+        let options = match reference {
+            Value::String(name) => return self.find(&name),
+            Value::Object(options) => options,
+            _ => {
+                let message = "Invalid parameter type for 'file', expected: BlockdevRef";
+                return Err(Error::new(ErrorKind::Invalid, message));
+            }
+        };
+        self.open(Definition {
+            options,
+            inherited: Some(Inherited::for_new()),
+            place: Place::default(),
+            descriptor: None,
+        })
+        .await
+    }
+
     /// Opens a file that was just made, writable and with a generated name.
     pub(crate) async fn open_made(&self, name: String) -> Result<Arc<Node>> {
         let definition = Definition {

@@ -6,7 +6,8 @@ use block::BoxFuture;
 use qmp::{Arguments, Command, CommandTable, Result, Value, json};
 
 use crate::engine::Engine;
-use crate::{bitmaps, exports, nodes, objects, snapshots};
+use crate::jobs::{self, commands as job_commands};
+use crate::{bitmaps, chardevs, exports, nodes, objects, qom, snapshots};
 
 /// What runs a command. The future runs on the control thread.
 pub type Handler = for<'a> fn(&'a Rc<Engine>, Arguments) -> BoxFuture<'a, Result<Value>>;
@@ -30,20 +31,49 @@ const COMMANDS: &[Command<Handler>] = commands! {
     "block-dirty-bitmap-remove" => bitmaps::remove,
     "block-export-add" => exports::block_export_add,
     "block-export-del" => exports::block_export_del,
+    "block-job-cancel" => job_commands::block_job_cancel,
+    "block-job-complete" => job_commands::block_job_complete,
+    "block-job-dismiss" => job_commands::block_job_dismiss,
+    "block-job-finalize" => job_commands::block_job_finalize,
+    "block-job-pause" => job_commands::block_job_pause,
+    "block-job-resume" => job_commands::block_job_resume,
+    "block-job-set-speed" => job_commands::set_speed,
     "block_resize" => nodes::block_resize,
     "blockdev-add" => nodes::blockdev_add,
+    "blockdev-create" => jobs::blockdev_create,
     "blockdev-del" => nodes::blockdev_del,
     "blockdev-snapshot-delete-internal-sync" => snapshots::delete,
     "blockdev-snapshot-internal-sync" => snapshots::create,
+    "chardev-add" => chardevs::add,
+    "chardev-change" => chardevs::change,
+    "chardev-remove" => chardevs::remove,
+    "chardev-send-break" => chardevs::send_break,
+    "job-cancel" => job_commands::cancel,
+    "job-complete" => job_commands::complete,
+    "job-dismiss" => job_commands::dismiss,
+    "job-finalize" => job_commands::finalize,
+    "job-pause" => job_commands::pause,
+    "job-resume" => job_commands::resume,
     "object-add" => objects::object_add,
     "object-del" => objects::object_del,
     "query-block" => query_block,
     "query-block-exports" => exports::query_block_exports,
+    "query-block-jobs" => job_commands::query_block_jobs,
+    "query-chardev" => chardevs::query,
+    "query-chardev-backends" => chardevs::query_backends,
     "query-commands" => query_commands,
     "query-iothreads" => objects::query_iothreads,
+    "query-jobs" => job_commands::query_jobs,
     "query-named-block-nodes" => nodes::query_named_block_nodes,
     "query-version" => query_version,
     "quit" => quit,
+    "qom-get" => qom::get,
+    "qom-list" => qom::list,
+    "qom-list-properties" => qom::list_properties,
+    "qom-list-types" => qom::list_types,
+    "qom-set" => qom::set,
+    "ringbuf-read" => chardevs::ringbuf_read,
+    "ringbuf-write" => chardevs::ringbuf_write,
     "x-debug-block-dirty-bitmap-sha256" => bitmaps::sha256,
     "x-block-export-set-iothread" => exports::set_iothread,
 };

@@ -10,17 +10,18 @@ use block::graph::NamePolicy;
 use executor::Handle;
 use executor::sync::{Latch, Mutex};
 use qmp::{Arguments, CommandTable, Error, Event, EventSink, EventSinks, Result, Value, Version};
+use service::Chardevs;
 use vhost_daemon::notify::NamedFds;
 
 use crate::catalogue;
 use crate::commands::{self, Handler};
 use crate::error::from_block;
 use crate::exports::Exports;
+use crate::jobs::Jobs;
 use crate::node_events::{Reported, emit_reported};
 use crate::objects::Objects;
 
 /// How an engine is set up.
-#[derive(Debug)]
 pub struct EngineOptions {
     /// What names inside images may open.
     pub name_policy: NamePolicy,
@@ -31,6 +32,8 @@ pub struct EngineOptions {
     pub fds: NamedFds,
     /// What `query-version` tells.
     pub version: Version,
+    /// The character devices of the process.
+    pub chardevs: Rc<Chardevs>,
 }
 
 /// Nodes, exports and objects of a process. Lives on the control thread.
@@ -38,7 +41,9 @@ pub struct Engine {
     pub(crate) graph: Graph,
     pub(crate) exports: Exports,
     pub(crate) objects: Objects,
+    pub(crate) jobs: Jobs,
     pub(crate) version: Version,
+    pub(crate) chardevs: Rc<Chardevs>,
     fds: NamedFds,
     table: CommandTable<Handler>,
     /// Held while a command runs: several monitors, one command at a time.
@@ -60,7 +65,9 @@ impl Engine {
             graph,
             exports: Exports::default(),
             objects: Objects::default(),
+            jobs: Jobs::default(),
             version: options.version,
+            chardevs: options.chardevs,
             fds: options.fds,
             table: commands::table(),
             command: Mutex::new(()),
@@ -122,12 +129,13 @@ impl Engine {
         self.quit.wait().await;
     }
 
-    /// Ends all exports (each request in flight completes), flushes and closes all nodes, forgets
+    /// Cancels all jobs, ends all exports (each request in flight completes), flushes and closes all nodes, forgets
     /// all objects, and with them ends the iothreads.
     ///
     /// # Errors
     /// The first node that could not be flushed or closed; everything is ended nevertheless.
     pub async fn shut_down(self: &Rc<Self>) -> Result<()> {
+        self.cancel_all_jobs().await;
         self.stop_all_exports().await;
         let closed = self.graph.close_all().await.map_err(from_block);
         self.objects.clear();

@@ -17,13 +17,16 @@
 
 mod bitmaps;
 pub mod catalogue;
+mod chardevs;
 pub mod commands;
 mod engine;
 mod error;
 mod exports;
+pub mod jobs;
 mod node_events;
 mod nodes;
 pub mod objects;
+mod qom;
 mod snapshots;
 
 pub use block::graph::NamePolicy;

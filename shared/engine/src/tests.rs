@@ -18,21 +18,26 @@ impl EventSink for Heard {
     }
 }
 
-fn engine() -> Rc<Engine> {
+pub(crate) fn engine() -> Rc<Engine> {
     Engine::new(EngineOptions {
         name_policy: NamePolicy::default(),
         redo_dir: None,
         fds: vhost_daemon::notify::NamedFds::new(vec![("named".to_owned(), 9999)]),
         version: Version::announced("test"),
+        chardevs: Rc::default(),
     })
 }
 
-fn on_executor<F: Future>(future: F) -> F::Output {
+pub(crate) fn on_executor<F: Future>(future: F) -> F::Output {
     let executor = Executor::new(&Config::default()).unwrap();
     executor.block_on(future)
 }
 
-async fn run(engine: &Rc<Engine>, name: &str, arguments: Value) -> Result<Value, String> {
+pub(crate) async fn run(
+    engine: &Rc<Engine>,
+    name: &str,
+    arguments: Value,
+) -> Result<Value, String> {
     let Value::Object(members) = arguments else {
         panic!("not an object")
     };

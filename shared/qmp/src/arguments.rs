@@ -216,7 +216,8 @@ impl<'de> Deserializer<'de> for Members<'_> {
             None => return fault(Error::missing_parameter(path)),
         };
         let Some(variant) = variants.iter().find(|known| **known == variant) else {
-            return fault(Error::parameter_value(path, variant));
+            // The peer names the member alone.
+            return fault(Error::parameter_value(discriminator, variant));
         };
         let members = self.0;
         visitor.visit_enum(Variant { variant, members })
@@ -503,7 +504,11 @@ impl<'de> Deserializer<'de> for Leaf {
         };
         match variants.iter().find(|known| **known == word) {
             Some(known) => visitor.visit_enum((*known).into_deserializer()),
-            None => Err(Fault::Final(Error::parameter_value(&self.path, word))),
+            None => {
+                // The peer names the member alone.
+                let member = self.path.rsplit('.').next().unwrap_or(&self.path);
+                Err(Fault::Final(Error::parameter_value(member, word)))
+            }
         }
     }
 

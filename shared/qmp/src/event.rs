@@ -40,6 +40,11 @@ impl Event {
         self.name
     }
 
+    /// Its data.
+    pub fn data(&self) -> Option<&Value> {
+        self.data.as_ref()
+    }
+
     /// The message on the wire.
     pub(crate) fn to_value(&self) -> Value {
         let since_epoch = self.at.duration_since(UNIX_EPOCH).unwrap_or_default();

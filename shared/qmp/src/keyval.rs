@@ -52,6 +52,38 @@ pub fn parse(text: &str, implied_key: Option<&str>) -> Result<Arguments> {
     Ok(Arguments::new(members, Syntax::KeyValue))
 }
 
+/// Parses an option in QEMU's older spelling, in which keys do not nest, `key` alone is `key=on`
+/// and `nowait` is `wait=off`.
+pub fn parse_flags(text: &str, implied_key: Option<&str>) -> Result<Arguments> {
+    let mut members = Map::new();
+    let mut rest = text;
+    let mut implied_key = implied_key;
+    while !rest.is_empty() {
+        let end = rest.find([',', '=']).unwrap_or(rest.len());
+        let (key, after) = rest.split_at(end);
+        let (key, value, next) = match (after.strip_prefix('='), implied_key.take()) {
+            (Some(value), _) => {
+                let (value, next) = split_value(value);
+                (key, value, next)
+            }
+            (None, Some(implied_key)) => {
+                let (value, next) = split_value(rest);
+                (implied_key, value, next)
+            }
+            (None, None) => {
+                let next = after.strip_prefix(',').unwrap_or_default();
+                match key.strip_prefix("no").filter(|rest| *rest == "wait") {
+                    Some(key) => (key, "off".to_owned(), next),
+                    None => (key, "on".to_owned(), next),
+                }
+            }
+        };
+        members.insert(key.to_owned(), Value::String(value));
+        rest = next;
+    }
+    Ok(Arguments::new(members, Syntax::KeyValue))
+}
+
 /// Splits off a value that ends at a single comma, and turns `,,` into `,`.
 fn split_value(text: &str) -> (String, &str) {
     let mut value = String::new();
@@ -160,6 +192,16 @@ mod tests {
 
     fn error(text: &str) -> String {
         value(text, Some("driver")).unwrap_err().desc
+    }
+
+    #[test]
+    fn flags_may_stand_alone() {
+        let parsed =
+            parse_flags("socket,path=a,,b,server,nowait,mux=off", Some("backend")).unwrap();
+        let expected = serde_json::json!({
+            "backend": "socket", "path": "a,b", "server": "on", "wait": "off", "mux": "off",
+        });
+        assert_eq!(Value::Object(parsed.into_members()), expected);
     }
 
     #[test]

@@ -7,8 +7,11 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
-use qmp::{Arguments, keyval};
+use qmp::{Arguments, Error, keyval};
 use vhost_daemon::sandbox::Mode;
+
+use crate::chardev::BACKENDS;
+use crate::trace::{self, Trace};
 
 /// An ordered option of a daemon's own.
 #[derive(Clone, Copy, Debug)]
@@ -30,6 +33,8 @@ pub(crate) struct Syntax<K: 'static> {
     pub(crate) settings: &'static [&'static str],
     /// What `--object` prints when its value asks for help.
     pub(crate) object_help: fn(&str) -> Option<String>,
+    /// Parts of the program that `--trace` can name.
+    pub(crate) trace_targets: &'static [&'static str],
 }
 
 /// What the process is asked to be.
@@ -58,6 +63,8 @@ pub(crate) struct CommandLine<K> {
     pub(crate) sandbox: Mode,
     /// `--log-level`
     pub(crate) log_level: Option<String>,
+    /// `--trace`
+    pub(crate) trace: Trace,
     /// `--allow-dir` and the daemon's own settings.
     pub(crate) options: Options,
 }
@@ -109,7 +116,17 @@ pub(crate) enum StepKind<K> {
 impl<K> Step<K> {
     /// Its value taken apart.
     pub(crate) fn arguments(&self) -> qmp::Result<Arguments> {
-        keyval::parse(&self.text, Some(self.implied_key))
+        let is_json = self.text.starts_with('{');
+        if !is_json && (self.text == "help" || self.text.ends_with(",help")) {
+            return Err(Error::generic("Help is not available for this option"));
+        }
+        match self.kind {
+            // Its keys do not nest, and flags may stand alone.
+            StepKind::Chardev if !is_json => {
+                keyval::parse_flags(&self.text, Some(self.implied_key))
+            }
+            _ => keyval::parse(&self.text, Some(self.implied_key)),
+        }
     }
 
     /// How error messages name it.
@@ -142,19 +159,12 @@ pub(crate) fn parse<K: Copy>(
         pidfile: None,
         sandbox: Mode::default(),
         log_level: None,
+        trace: Trace::default(),
         options: Options::default(),
     };
     while let Some(argument) = arguments.next().transpose()? {
-        let (name, inline) = match (argument.as_str(), argument.strip_prefix("--")) {
-            ("-h", _) => ("help", None),
-            ("-V", _) => ("version", None),
-            (_, Some(long)) => match long.split_once('=') {
-                Some((name, value)) => (name, Some(value.to_owned())),
-                None => (long, None),
-            },
-            (short, None) if short.starts_with('-') => bail!("unrecognized option '{short}'"),
-            _ => bail!("{argument}: Unexpected argument"),
-        };
+        let (name, inline) = split_name(&argument)?;
+        let name = syntax.full_name(name)?;
         match name {
             "help" | "version" | "daemonize" if inline.is_some() => {
                 bail!("option '--{name}' doesn't allow an argument");
@@ -178,6 +188,64 @@ pub(crate) fn parse<K: Copy>(
     Ok(Invocation::Run(Box::new(command_line)))
 }
 
+/// An option's name, in its long form and perhaps shortened, and a value that is part of the argument.
+fn split_name(argument: &str) -> Result<(&str, Option<String>)> {
+    if let Some(long) = argument.strip_prefix("--") {
+        return Ok(match long.split_once('=') {
+            Some((name, value)) => (name, Some(value.to_owned())),
+            None => (long, None),
+        });
+    }
+    let mut letters = argument.strip_prefix('-').unwrap_or_default().chars();
+    match (letters.next(), letters.as_str()) {
+        (Some('h'), _) => Ok(("help", None)),
+        (Some('V'), _) => Ok(("version", None)),
+        (Some('T'), "") => Ok(("trace", None)),
+        (Some('T'), value) => Ok(("trace", Some(value.to_owned()))),
+        (Some(other), _) => bail!("invalid option -- '{other}'"),
+        (None, _) => bail!("{argument}: Unexpected argument"),
+    }
+}
+
+/// Options of every daemon, beside [`common`].
+const COMMON: [&str; 8] = [
+    "help",
+    "version",
+    "daemonize",
+    "trace",
+    "pidfile",
+    "allow-dir",
+    "log-level",
+    "sandbox",
+];
+
+impl<K: Copy> Syntax<K> {
+    /// The option that `name` is, or is the beginning of.
+    fn full_name(&self, name: &str) -> Result<&'static str> {
+        let steps = self.steps.iter().map(|step| step.name);
+        let ordered = common::<K>().into_iter().map(|step| step.0);
+        let settings = self.settings.iter().copied();
+        let all = COMMON
+            .into_iter()
+            .chain(ordered)
+            .chain(steps)
+            .chain(settings);
+        let fitting: Vec<_> = all.filter(|known| known.starts_with(name)).collect();
+        match fitting.as_slice() {
+            [] => bail!("unrecognized option '--{name}'"),
+            [only] => Ok(only),
+            several => match several.iter().find(|known| **known == name) {
+                Some(exact) => Ok(exact),
+                None => {
+                    let shown = several.iter().map(|known| format!(" '--{known}'"));
+                    let shown: String = shown.collect();
+                    bail!("option '--{name}' is ambiguous; possibilities:{shown}")
+                }
+            },
+        }
+    }
+}
+
 impl<K: Copy> CommandLine<K> {
     /// Takes an option with a value; gives the help that the value asks for.
     fn take(
@@ -196,6 +264,11 @@ impl<K: Copy> CommandLine<K> {
             {
                 return Ok(Some(help));
             }
+            if name == "chardev" && text == "help" {
+                let names = BACKENDS.iter().map(|name| format!("  {name}\n"));
+                let list: String = names.collect();
+                return Ok(Some(format!("Available chardev backend types: \n{list}")));
+            }
             self.steps.push(Step {
                 kind,
                 name,
@@ -209,6 +282,10 @@ impl<K: Copy> CommandLine<K> {
             return Ok(None);
         }
         match name {
+            "trace" => match value()?.as_str() {
+                "help" => return Ok(Some(trace::help(syntax.trace_targets))),
+                text => self.trace.add(text, syntax.trace_targets)?,
+            },
             "pidfile" => self.pidfile = Some(value()?.into()),
             "allow-dir" => self.options.allowed_dirs.push(value()?.into()),
             "log-level" => self.log_level = Some(value()?),
@@ -245,6 +322,7 @@ mod tests {
         ],
         settings: &["redo-dir"],
         object_help: |_| None,
+        trace_targets: &["block"],
     };
 
     fn run(arguments: &[&str]) -> Result<CommandLine<()>> {
@@ -284,7 +362,8 @@ mod tests {
     fn mistakes_are_named() {
         for (arguments, expected) in [
             (&["--zz"][..], "unrecognized option '--zz'"),
-            (&["-z"], "unrecognized option '-z'"),
+            (&["-z"], "invalid option -- 'z'"),
+            (&["--o=a", "-z"], "invalid option -- 'z'"),
             (&["foo"], "foo: Unexpected argument"),
             (&["--blockdev"], "option '--blockdev' requires an argument"),
             (&["--redo-dir"], "option '--redo-dir' requires an argument"),

@@ -15,7 +15,7 @@
 //!
 //! Must not know: images, frames, what a command does.
 
-mod chardev;
+pub mod chardev;
 mod command_line;
 mod life;
 mod monitor;
@@ -23,8 +23,9 @@ pub mod objects;
 mod pidfile;
 mod race;
 mod signals;
+mod trace;
 
-pub use chardev::SocketFile;
+pub use chardev::{Chardevs, SocketFile};
 pub use command_line::{Options, Step, StepOption};
-pub use life::{Daemon, Program, Reach, run};
+pub use life::{Daemon, Program, Reach, Start, run};
 pub use monitor::Server;

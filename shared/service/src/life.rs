@@ -10,10 +10,11 @@ use anyhow::{Context, Result, anyhow};
 use executor::{Config, Executor, Handle};
 use qmp::{Arguments, Version};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
 use vhost_daemon::notify::{self, Background, Daemonized, NamedFds, Notifier};
 use vhost_daemon::sandbox::{self, Paths, Sandbox, Syscalls};
 
-use crate::chardev::{self, Chardev};
+use crate::chardev::{self, Chardevs};
 use crate::command_line::{self, CommandLine, Invocation, Options, Step, StepKind, Syntax};
 use crate::monitor::{Monitor, Monitors, Server};
 use crate::pidfile::PidFile;
@@ -23,6 +24,16 @@ use crate::{SocketFile, StepOption};
 
 /// Exit status after a panic.
 const PANICKED: i32 = 101;
+
+/// What a daemon gets when it is made.
+pub struct Start {
+    /// The descriptors of socket activation.
+    pub fds: NamedFds,
+    /// What it announces.
+    pub version: Version,
+    /// The character devices, for commands on them.
+    pub chardevs: Rc<Chardevs>,
+}
 
 /// What differs between daemons before they serve.
 #[derive(Clone, Copy, Debug)]
@@ -35,6 +46,8 @@ pub struct Program<K: 'static> {
     pub help: &'static str,
     /// What `--object` prints when its value asks for help, such as `help` or `iothread,help`.
     pub object_help: fn(&str) -> Option<String>,
+    /// Parts of the program that `--trace` can name.
+    pub trace_targets: &'static [&'static str],
     /// Its ordered options, beside `--chardev`, `--monitor` and `--qmp`.
     pub steps: &'static [StepOption<K>],
     /// Its options that hold for the whole process, each with a value, beside those of every daemon.
@@ -59,11 +72,11 @@ pub trait Daemon: Server + Sized {
     /// Tells its ordered options apart.
     type Kind: Copy + 'static;
 
-    /// A daemon that has done nothing yet. `fds` are those of socket activation.
+    /// A daemon that has done nothing yet.
     ///
     /// # Errors
     /// Names the option that cannot be followed.
-    fn new(options: &Options, fds: NamedFds, version: Version) -> Result<Rc<Self>>;
+    fn new(options: &Options, start: Start) -> Result<Rc<Self>>;
 
     /// Runs an ordered option.
     fn apply(
@@ -106,9 +119,11 @@ pub fn run<D: Daemon>(program: &Program<D::Kind>) -> ExitCode {
         steps: program.steps,
         settings: program.settings,
         object_help: program.object_help,
+        trace_targets: program.trace_targets,
     };
+    let called = called(program.name);
     let fail = |error: &anyhow::Error| {
-        eprintln!("{}: {error:#}", program.name);
+        eprintln!("{called}: {error:#}");
         ExitCode::FAILURE
     };
     let invocation = match command_line::parse(&syntax, std::env::args_os().skip(1)) {
@@ -119,7 +134,7 @@ pub fn run<D: Daemon>(program: &Program<D::Kind>) -> ExitCode {
         Invocation::Help => return show(program.help),
         Invocation::Shown(text) => return show(&text),
         Invocation::Version => {
-            return show(&format!("{} version {}", program.name, program.version));
+            return show(&format!("{called} version {}", program.version));
         }
         Invocation::Run(command_line) => command_line,
     };
@@ -129,11 +144,20 @@ pub fn run<D: Daemon>(program: &Program<D::Kind>) -> ExitCode {
     }
 }
 
+/// The name that the program was called by.
+fn called(name: &str) -> String {
+    let given = std::env::args_os().next();
+    let base = given
+        .as_deref()
+        .and_then(|given| Path::new(given).file_name());
+    base.map_or_else(|| name.to_owned(), |base| base.display().to_string())
+}
+
 fn start<D: Daemon>(
     program: &Program<D::Kind>,
     command_line: CommandLine<D::Kind>,
 ) -> Result<ExitCode> {
-    let filter = log_filter(command_line.log_level.as_deref())?;
+    let filter = log_filter(&command_line)?;
     // The process id that socket activation names is that of the parent.
     let activation_fds = notify::activation_fds()?;
     let background: Option<Background> = match command_line.daemonize {
@@ -146,8 +170,8 @@ fn start<D: Daemon>(
     };
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
+        .with_ansi(command_line.trace.file.is_none() && std::io::stderr().is_terminal())
+        .with_writer(log_writer(&command_line)?)
         .with_target(false)
         .init();
     end_on_panic();
@@ -156,12 +180,20 @@ fn start<D: Daemon>(
     let notifier = Notifier::from_env().context("cannot reach $NOTIFY_SOCKET")?;
     let version = Version::announced(format!("outboard {}", program.version));
     let fds = NamedFds::new(activation_fds);
+    let chardevs = Rc::<Chardevs>::default();
     let life = Life {
-        daemon: D::new(&command_line.options, fds, version.clone())?,
+        daemon: D::new(
+            &command_line.options,
+            Start {
+                fds,
+                version: version.clone(),
+                chardevs: Rc::clone(&chardevs),
+            },
+        )?,
         command_line,
         notifier,
         version,
-        chardevs: Vec::new(),
+        chardevs,
         monitors: Vec::new(),
     };
     executor.block_on(life.run(signals, background))?;
@@ -178,11 +210,25 @@ fn end_on_panic() {
     }));
 }
 
-/// `--log-level`, else `$RUST_LOG`, else information about rare changes of state.
-fn log_filter(level: Option<&str>) -> Result<EnvFilter> {
+/// `--log-level` and `--trace`, else `$RUST_LOG`, else information about rare changes of state.
+fn log_filter<K>(command_line: &CommandLine<K>) -> Result<EnvFilter> {
+    let level = command_line.log_level.as_deref();
+    let targets = command_line.trace.targets();
+    let traced: String = targets.map(|target| format!(",{target}=trace")).collect();
     let from_env = std::env::var("RUST_LOG").ok();
     let directives = level.or(from_env.as_deref()).unwrap_or("info");
-    EnvFilter::try_new(directives).map_err(|error| anyhow!("--log-level {directives}: {error}"))
+    let filter = EnvFilter::try_new(format!("{directives}{traced}"));
+    filter.map_err(|error| anyhow!("--log-level {directives}: {error}"))
+}
+
+/// Standard error, or the file that `--trace` names.
+fn log_writer<K>(command_line: &CommandLine<K>) -> Result<BoxMakeWriter> {
+    let Some(path) = &command_line.trace.file else {
+        return Ok(BoxMakeWriter::new(std::io::stderr));
+    };
+    let file = std::fs::File::create(path);
+    let file = file.with_context(|| format!("--trace file={}", path.display()))?;
+    Ok(BoxMakeWriter::new(std::sync::Mutex::new(file)))
 }
 
 fn show(text: &str) -> ExitCode {
@@ -197,7 +243,7 @@ struct Life<D: Daemon> {
     command_line: CommandLine<D::Kind>,
     notifier: Notifier,
     version: Version,
-    chardevs: Vec<Chardev>,
+    chardevs: Rc<Chardevs>,
     monitors: Vec<Monitor>,
 }
 
@@ -243,16 +289,7 @@ impl<D: Daemon> Life<D> {
         let arguments = step.arguments()?;
         match step.kind {
             StepKind::Own(kind) => self.daemon.apply(kind, arguments).await,
-            StepKind::Chardev => {
-                let chardev = chardev::open(self.daemon.fds(), arguments).await?;
-                if self.chardevs.iter().any(|known| known.id == chardev.id) {
-                    let id = chardev.id;
-                    let what = format!("Chardev with id '{id}' already exists");
-                    return Err(qmp::Error::generic(what));
-                }
-                self.chardevs.push(chardev);
-                Ok(())
-            }
+            StepKind::Chardev => self.chardevs.open(self.daemon.fds(), arguments).await,
             StepKind::Monitor => {
                 let monitor = Monitor::new(arguments, &self.chardevs, self.version.clone())?;
                 self.monitors.push(monitor);
@@ -303,6 +340,7 @@ impl<D: Daemon> Life<D> {
         let monitors = self.monitors.iter().filter_map(Monitor::socket_file);
         let mut paths: Vec<PathBuf> = monitors.map(SocketFile::path).map(Path::to_owned).collect();
         paths.extend(sockets);
+        paths.extend(self.chardevs.socket_paths());
         paths.extend(self.command_line.pidfile.clone());
         let parents = paths.iter().filter_map(|path| {
             let absolute = std::path::absolute(path).ok()?;

@@ -22,7 +22,7 @@ use qmp::{
 };
 use serde::Deserialize;
 
-use crate::chardev::{Channel, Chardev, Endpoint, SocketFile};
+use crate::chardev::{Channel, Chardev, Chardevs, Endpoint, SocketFile};
 
 /// How long a client may take to read its last replies when the daemon ends.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -45,53 +45,61 @@ struct MonitorOptions {
     chardev: String,
     #[serde(rename = "id")]
     _id: Option<String>,
-    #[serde(default, rename = "mode")]
-    _mode: Mode,
+    #[serde(default)]
+    mode: Mode,
     #[serde(default)]
     pretty: bool,
 }
 
-#[derive(Default, Deserialize)]
+#[derive(Default, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 enum Mode {
     #[default]
     Control,
+    Readline,
 }
 
 /// A monitor that has its chardev and does not serve yet.
 pub(crate) struct Monitor {
     endpoint: Endpoint,
+    /// Absent for `--qmp`.
+    chardev: Option<Rc<Chardev>>,
     options: SessionOptions,
 }
 
 impl Monitor {
     /// The monitor that a `--monitor` option describes.
-    pub(crate) fn new(
-        arguments: Arguments,
-        chardevs: &[Chardev],
-        version: Version,
-    ) -> Result<Self> {
+    pub(crate) fn new(arguments: Arguments, chardevs: &Chardevs, version: Version) -> Result<Self> {
         let options: MonitorOptions = arguments.parse()?;
         let id = &options.chardev;
-        let Some(chardev) = chardevs.iter().find(|chardev| chardev.id == *id) else {
+        let Some(chardev) = chardevs.find(id) else {
             return Err(Error::generic(format!("chardev \"{id}\" not found")));
         };
-        let Some(endpoint) = chardev.endpoint.take() else {
-            return Err(Error::generic(format!("Device '{id}' is in use")));
-        };
+        if options.mode == Mode::Readline {
+            return Err(Error::generic("Only QMP is supported"));
+        }
+        let endpoint = chardev.take()?;
         let layout = match options.pretty {
             true => qmp::json::Layout::Indented,
             false => qmp::json::Layout::OneLine,
         };
         let options = SessionOptions { version, layout };
-        Ok(Self { endpoint, options })
+        Ok(Self {
+            endpoint,
+            chardev: Some(chardev),
+            options,
+        })
     }
 
     /// A monitor without options.
     pub(crate) fn on(endpoint: Endpoint, version: Version) -> Self {
         let layout = qmp::json::Layout::OneLine;
         let options = SessionOptions { version, layout };
-        Self { endpoint, options }
+        Self {
+            endpoint,
+            chardev: None,
+            options,
+        }
     }
 
     /// The socket it listens on.
@@ -117,9 +125,16 @@ impl Monitors {
         let clients = Rc::clone(&self.clients);
         self.tasks.push(executor::spawn(async move {
             let options = monitor.options;
+            let chardev = monitor.chardev;
+            let note = |connected| {
+                if let Some(chardev) = &chardev {
+                    chardev.set_connected(connected);
+                }
+            };
             match monitor.endpoint {
                 Endpoint::Connected(channel) => {
                     serve_client(&server, &options, &clients, channel).await;
+                    note(false);
                 }
                 Endpoint::Listening {
                     listener,
@@ -134,7 +149,9 @@ impl Monitors {
                     match accepted {
                         Ok(stream) => {
                             let channel = Channel::Socket(stream);
+                            note(true);
                             serve_client(&server, &options, &clients, channel).await;
+                            note(false);
                         }
                         Err(errno) => {
                             tracing::error!(%errno, "a monitor accepts no more clients");

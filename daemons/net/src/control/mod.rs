@@ -38,7 +38,7 @@ use executor::Handle;
 use executor::sync::{Latch, Mutex};
 use qmp::{Arguments, CommandTable, Event, EventSink, EventSinks, Request, Value, Version};
 use service::objects::IoThreads;
-use service::{Daemon, Options, Reach, Server, StepOption};
+use service::{Daemon, Options, Reach, Server, Start, StepOption};
 use vhost_daemon::notify::NamedFds;
 
 use crate::metrics;
@@ -149,7 +149,7 @@ impl Server for Netd {
 impl Daemon for Netd {
     type Kind = StepKind;
 
-    fn new(options: &Options, fds: NamedFds, version: Version) -> Result<Rc<Self>> {
+    fn new(options: &Options, start: Start) -> Result<Rc<Self>> {
         let absolute = options.allowed_dirs.iter().map(std::path::absolute);
         let allowed_dirs: std::io::Result<Vec<_>> = absolute.collect();
         Ok(Rc::new(Self {
@@ -159,8 +159,8 @@ impl Daemon for Netd {
             ports: RefCell::default(),
             metrics: RefCell::default(),
             allowed_dirs: allowed_dirs.context("--allow-dir")?,
-            fds,
-            version,
+            fds: start.fds,
+            version: start.version,
             table: commands::table(),
             command: Mutex::new(()),
             sinks: EventSinks::default(),

@@ -3,6 +3,7 @@
 use super::*;
 use executor::{Config, Executor};
 use qmp::{json, keyval};
+use service::Start;
 
 /// Hears every event.
 #[derive(Default)]
@@ -24,7 +25,15 @@ fn run(test: impl AsyncFnOnce(Rc<Netd>, &std::path::Path)) {
     executor.block_on(async {
         let options = Options::default();
         let version = Version::announced("test");
-        let netd = Netd::new(&options, NamedFds::default(), version).unwrap();
+        let netd = Netd::new(
+            &options,
+            Start {
+                fds: NamedFds::default(),
+                version,
+                chardevs: Rc::default(),
+            },
+        )
+        .unwrap();
         test(Rc::clone(&netd), directory.path()).await;
         netd.shut_down().await.unwrap();
     });

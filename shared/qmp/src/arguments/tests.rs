@@ -115,7 +115,7 @@ fn json_errors_are_those_of_the_peer() {
         ),
         (
             json!({"id": "x", "addr": {"type": "vsock"}}),
-            "Parameter 'addr.type' does not accept value 'vsock'",
+            "Parameter 'type' does not accept value 'vsock'",
         ),
         (
             json!({"id": "x", "names": [1]}),
