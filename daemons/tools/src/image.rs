@@ -94,6 +94,10 @@ pub struct Cache {
 }
 
 impl Cache {
+    /// The options of a node.
+    pub fn options(self) -> Value {
+        json!({"direct": self.direct, "no-flush": self.no_flush})
+    }
     /// The mode called `name`.
     pub fn parse(name: &str) -> Result<Self, Failure> {
         let (direct, no_flush, write_through) = match name {
@@ -207,7 +211,22 @@ impl Tool {
         spec: &ImageSpec,
         how: Opening,
     ) -> Result<Map<String, Value>, block::Error> {
-        let mut options = self.definition(spec)?;
+        let options = self.definition(spec)?;
+        self.complete(options, (spec, how)).await
+    }
+
+    /// The same from the options that a specification stands for, or what was made of them.
+    pub async fn complete(
+        &self,
+        mut options: Map<String, Value>,
+        (spec, how): (&ImageSpec, Opening),
+    ) -> Result<Map<String, Value>, block::Error> {
+        if let Some(Value::Object(file)) = options.get_mut("file")
+            && !file.contains_key("driver")
+            && file.contains_key("filename")
+        {
+            file.insert("driver".into(), json!("file"));
+        }
         if spec.notation == Notation::Filename || !options.contains_key("read-only") {
             options.insert("read-only".into(), json!(!how.access.writes()));
         }
@@ -215,8 +234,7 @@ impl Tool {
             options.insert("force-share".into(), json!(true));
         }
         if how.cache.direct || how.cache.no_flush {
-            let cache = json!({"direct": how.cache.direct, "no-flush": how.cache.no_flush});
-            options.entry("cache").or_insert(cache);
+            options.entry("cache").or_insert(how.cache.options());
         }
         self.allow_own_directory(&options);
         if !options.contains_key("driver") {
@@ -256,7 +274,7 @@ impl Tool {
 
     /// The options of the node that a specification stands for; without `driver` when the format
     /// has to be found out.
-    fn definition(&self, spec: &ImageSpec) -> Result<Map<String, Value>, block::Error> {
+    pub fn definition(&self, spec: &ImageSpec) -> Result<Map<String, Value>, block::Error> {
         let mut options = match spec.notation {
             Notation::Options => keyval::parse(&spec.name, None)
                 .map_err(|error| invalid(error.desc))?
@@ -266,12 +284,6 @@ impl Tool {
                 None => file_of(&spec.name).map_err(invalid)?,
             },
         };
-        if let Some(Value::Object(file)) = options.get_mut("file")
-            && !file.contains_key("driver")
-            && file.contains_key("filename")
-        {
-            file.insert("driver".into(), json!("file"));
-        }
         if let Some(format) = &spec.format {
             if self.graph.entry(format).is_none() {
                 return Err(invalid(format!("Unknown driver '{format}'")));
@@ -303,6 +315,9 @@ impl Tool {
         file.insert("node-name".into(), json!("probed"));
         file.insert("read-only".into(), json!(true));
         file.insert("force-share".into(), json!(true));
+        if let Some(cache) = options.get("cache") {
+            file.entry("cache").or_insert(cache.clone());
+        }
         let node = self.graph.add(file).await?;
         let format = self.graph.probe(&node).await;
         drop(node);

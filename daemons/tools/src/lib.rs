@@ -9,6 +9,7 @@
 //! Owns: what QEMU's tools have in common on the command line and in what they print. Must not know:
 //! a subcommand, a format.
 
+pub mod dump;
 pub mod failure;
 pub mod getopt;
 pub mod image;

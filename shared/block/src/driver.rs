@@ -1,7 +1,9 @@
 //! The object-safe seam that every node implements, and the small future it answers with.
 
 use crate::bitmap::BitmapStore;
+use crate::debug::Debugger;
 use crate::edge::Permissions;
+use crate::machine_state::MachineState;
 use crate::node::WriteGuard;
 use crate::redo_log::ImageIdentity;
 use crate::snapshot::Snapshots;
@@ -292,6 +294,14 @@ pub trait Driver: Send + Sync {
     }
     /// Where dirty bitmaps are stored; `None` for drivers that store none.
     fn bitmap_store(&self) -> Option<&dyn BitmapStore> {
+        None
+    }
+    /// Whether the driver listens to the events of requests; always the same answer.
+    fn debugger(&self) -> Option<&dyn Debugger> {
+        None
+    }
+    /// The saved machine state of the image; `None` for drivers that keep none.
+    fn machine_state(&self) -> Option<&dyn MachineState> {
         None
     }
 }

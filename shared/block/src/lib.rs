@@ -21,6 +21,7 @@ pub mod check;
 pub mod cipher;
 pub mod copy;
 pub mod create;
+pub mod debug;
 pub mod driver;
 pub mod edge;
 pub mod epoch;
@@ -29,6 +30,7 @@ pub mod events;
 pub mod format;
 pub mod format_node;
 pub mod graph;
+pub mod machine_state;
 #[cfg(test)]
 mod memory;
 pub mod node;
@@ -45,6 +47,7 @@ pub use bitmap::{BitmapSet, BitmapStore, DirtyBitmap};
 pub use check::{CheckOptions, CheckResult, CheckSink, Purpose, Repair, Silent};
 pub use cipher::{SectorCipher, Tweak};
 pub use create::{CreateRequest, Creator, OptionKind, OptionSpec};
+pub use debug::{Debugger, Event};
 pub use driver::{
     BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Preallocation, Resize,
     StatusExtent, WriteFlags, ZeroFlags,
@@ -55,6 +58,7 @@ pub use executor::{Buffer, Errno, HeapBuffer};
 pub use format::{Encoded, Extent, Fill, Format, Lookup, Mapping, WritePlan};
 pub use format_node::FormatNode;
 pub use graph::Graph;
+pub use machine_state::MachineState;
 pub use node::{DetectZeroes, Discard, Node, NodeOptions};
 pub use open::{ChildRole, DriverEntry, OpenRequest};
 pub use redo_log::{ImageIdentity, RedoLog};

@@ -24,6 +24,7 @@ pub use tracker::{Serialised, TrackedWrite, WriteGuard, WriteTracker};
 pub(crate) use users::{ResizeListener, User, Users};
 
 use crate::bitmap::BitmapSet;
+use crate::debug::Event;
 use crate::driver::{
     BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Resize, StatusExtent, WriteFlags,
     ZeroFlags,
@@ -92,6 +93,8 @@ pub struct Node {
     /// A write that fits the limits needs nothing from the general path.
     plain_writes: bool,
     grows: bool,
+    /// The driver listens to events.
+    debugged: bool,
     /// No children: what it flushes is the host's own storage.
     leaf: bool,
     /// Present when the driver needs an alignment.
@@ -118,6 +121,7 @@ impl Node {
                 && options.detect_zeroes == DetectZeroes::Off
                 && !aligned,
             grows: driver.grows(),
+            debugged: driver.debugger().is_some(),
             leaf: driver.edges().is_empty(),
             length: AtomicU64::new(driver.length()),
             tracker: aligned.then(Box::default),
@@ -158,6 +162,21 @@ impl Node {
     #[inline]
     pub fn prefetch(&self, offset: u64) {
         self.driver.prefetch(offset);
+    }
+    /// Whether the driver listens to events.
+    #[inline]
+    pub fn is_debugged(&self) -> bool {
+        self.debugged
+    }
+    /// Tells the driver, if it listens, that a request has reached `event`; the request goes on when
+    /// this resolves.
+    #[inline]
+    pub async fn event(&self, event: Event) {
+        if self.debugged
+            && let Some(debugger) = self.driver.debugger()
+        {
+            debugger.event(event).await;
+        }
     }
     /// Reads; bytes past the end are zeroes.
     #[inline]

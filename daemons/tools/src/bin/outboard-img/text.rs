@@ -1,6 +1,7 @@
 //! `info` for people.
 
 use serde_json::{Map, Value};
+use tools::dump;
 use tools::size::human;
 
 /// The description of one image, from the members of QMP's `ImageInfo` in their order of display.
@@ -46,43 +47,8 @@ pub(crate) fn image(info: &Map<String, Value>) -> String {
     if let Some(snapshots) = info.get("snapshots").and_then(Value::as_array) {
         out.push_str(&crate::snapshot::table(snapshots));
     }
-    if let Some(specific) = info.get("format-specific").and_then(|it| it.get("data")) {
-        let mut lines = String::new();
-        nested(&mut lines, specific, 1);
-        if !lines.is_empty() {
-            out.push_str("Format specific information:\n");
-            out.push_str(&lines);
-        }
+    if let Some(specific) = info.get("format-specific") {
+        out.push_str(&dump::specific(specific));
     }
     out
-}
-
-/// The members of an object or array, one a line.
-fn nested(out: &mut String, value: &Value, depth: usize) {
-    match value {
-        Value::Object(members) => {
-            for (key, value) in members {
-                entry(out, (&key.replace('-', " "), value), depth);
-            }
-        }
-        Value::Array(items) => {
-            for (index, value) in items.iter().enumerate() {
-                entry(out, (&format!("[{index}]"), value), depth);
-            }
-        }
-        _ => {}
-    }
-}
-
-fn entry(out: &mut String, (name, value): (&str, &Value), depth: usize) {
-    let indent = " ".repeat(4 * depth);
-    let shown = match value {
-        Value::String(text) => text.clone(),
-        Value::Object(_) | Value::Array(_) => {
-            out.push_str(&format!("{indent}{name}:\n"));
-            return nested(out, value, depth + 1);
-        }
-        other => other.to_string(),
-    };
-    out.push_str(&format!("{indent}{name}: {shown}\n"));
 }

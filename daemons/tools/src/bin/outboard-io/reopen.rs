@@ -1,0 +1,135 @@
+//! `reopen`: the open file is closed and opened with other options; when that fails, with the old
+//! ones again.
+
+use crate::arguments::{self, Words};
+use crate::command::{Answer, Problem};
+use crate::files::problem;
+use crate::open::merge;
+use crate::session::{Mode, Opened, Recipe, Session, WriteCache};
+use qmp::keyval;
+use serde_json::{Map, Value, json};
+use tools::image::Cache;
+
+/// Options that say what the node is, and cannot change while it is open.
+const FIXED: [&str; 3] = ["driver", "node-name", "filename"];
+
+/// Runs the command.
+pub(crate) async fn reopen(session: &Session<'_>, words: &[&str]) -> Answer {
+    let words = arguments::parse("reopen", words, "c:o:rw")?;
+    let change = Change::parse(&words)?;
+    let image = session.opened()?;
+    let recipe = change.applied(&image.recipe)?;
+    if recipe.mode == Mode::ReadOnly {
+        // Nothing of what the image was open for writing with may be lost.
+        image.flush().await.ok();
+    }
+    drop(image);
+    let Some((old, closed)) = session.close().await else {
+        return Err(Problem::Said);
+    };
+    let reopened = match closed {
+        Ok(()) => Opened::open(session.tool, recipe).await,
+        Err(error) => Err(error),
+    };
+    match reopened {
+        Ok(image) => session.set(image),
+        Err(error) => {
+            match Opened::open(session.tool, old).await {
+                Ok(image) => session.set(image),
+                Err(lost) => tools::failure::report(&format!("the file is closed: {lost}")),
+            }
+            return Err(Problem::block("", &error));
+        }
+    }
+    Ok(())
+}
+
+/// What is to be different.
+struct Change {
+    mode: Option<Mode>,
+    cache: Option<Cache>,
+    options: Map<String, Value>,
+}
+
+impl Change {
+    fn parse(words: &Words) -> Result<Self, Problem> {
+        let mode = mode(words)?;
+        let cache = words.value('c').map(Cache::parse).transpose();
+        let cache = cache.map_err(problem)?;
+        if !words.operands.is_empty() {
+            return Err(Problem::Usage);
+        }
+        let mut options = Map::new();
+        for (_, text) in words.options.iter().filter(|(letter, _)| *letter == 'o') {
+            let given = keyval::parse(text, None);
+            let given = given.map_err(|error| Problem::Error(error.desc))?;
+            merge(&mut options, given.into_members());
+        }
+        let both = |first: &str, second: &str| {
+            Err(Problem::Error(format!(
+                "Cannot set both {first} and {second}"
+            )))
+        };
+        if mode.is_some() && options.contains_key("read-only") {
+            return both("-r/-w", "'read-only'");
+        }
+        if cache.is_some() && options.contains_key("cache") {
+            return both("-c", "the cache options");
+        }
+        Ok(Self {
+            mode,
+            cache,
+            options,
+        })
+    }
+
+    fn applied(self, old: &Recipe) -> Result<Recipe, Problem> {
+        let mut recipe = old.clone();
+        check_fixed(&self.options, &old.options)?;
+        if let Some(mode) = self.mode {
+            recipe.mode = mode;
+            let read_only = json!(mode == Mode::ReadOnly);
+            recipe.options.insert("read-only".to_owned(), read_only);
+        }
+        if let Some(cache) = self.cache {
+            recipe.cache = match cache.write_through {
+                true => WriteCache::Through,
+                false => WriteCache::Back,
+            };
+            recipe.options.insert("cache".to_owned(), cache.options());
+        }
+        merge(&mut recipe.options, self.options);
+        Ok(recipe)
+    }
+}
+
+fn mode(words: &Words) -> Result<Option<Mode>, Problem> {
+    let given = words.options.iter().filter_map(|(letter, _)| match letter {
+        'r' => Some(Mode::ReadOnly),
+        'w' => Some(Mode::ReadWrite),
+        _ => None,
+    });
+    let given: Vec<Mode> = given.collect();
+    match given[..] {
+        [] => Ok(None),
+        [mode] => Ok(Some(mode)),
+        _ => Err(Problem::Error(
+            "Only one -r/-w option may be given".to_owned(),
+        )),
+    }
+}
+
+/// An error for the first option that cannot change while a node is open, unless it stays.
+fn check_fixed(changes: &Map<String, Value>, old: &Map<String, Value>) -> Answer {
+    for (name, value) in changes {
+        match (old.get(name), value) {
+            (Some(Value::Object(old)), Value::Object(changes)) => check_fixed(changes, old)?,
+            (old, value) if FIXED.contains(&&**name) && old != Some(value) => {
+                let message = format!("Cannot change the option '{name}'");
+                return Err(Problem::Error(message));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
