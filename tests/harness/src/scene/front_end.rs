@@ -98,7 +98,8 @@ impl Boot {
     }
 
     fn kernel_arguments(&self) -> String {
-        let mut arguments = "console=ttyS0 quiet loglevel=1 panic=-1 rdinit=/init".to_owned();
+        let mut arguments =
+            "console=ttyS0 quiet loglevel=1 panic=-1 no_timer_check rdinit=/init".to_owned();
         if !self.run.is_empty() {
             arguments.push_str(" run=");
             arguments.push_str(&self.run);
