@@ -17,6 +17,9 @@ use crate::redo_dir;
 /// `--redo-dir`
 pub(crate) const REDO_DIR: &str = "redo-dir";
 
+/// The option that names drivers which images may ask for.
+pub(crate) const ALLOW_DRIVERS: &str = "allow-drivers";
+
 /// What the ordered options make.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum StepKind {
@@ -50,6 +53,13 @@ impl Server for Blkd {
     }
 }
 
+/// The parts of a list at commas.
+fn words(list: Option<&str>) -> Vec<String> {
+    let parts = list.unwrap_or_default().split(',');
+    let parts = parts.filter(|part| !part.is_empty());
+    parts.map(str::to_owned).collect()
+}
+
 impl Daemon for Blkd {
     type Kind = StepKind;
 
@@ -64,6 +74,7 @@ impl Daemon for Blkd {
         let engine = Engine::new(EngineOptions {
             name_policy: NamePolicy {
                 allowed_dirs: allowed_dirs.clone(),
+                allowed_drivers: words(options.setting(ALLOW_DRIVERS)),
             },
             redo_dir: Some(redo_dir.clone()),
             fds: start.fds,

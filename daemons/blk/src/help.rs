@@ -29,7 +29,8 @@ removed over QMP while the daemon runs.
                          [,encrypt.format=luks|aes,encrypt.key-secret=<secret>]
                          [,l2-cache-size=<n>][,refcount-cache-size=<n>]
                          Names inside images open only plain files beneath the
-                         directory of the image or beneath an --allow-dir.
+                         directory of the image or beneath an --allow-dir,
+                         or drivers of --allow-drivers <name>[,<name>...]
       copy-on-read       file=<node or definition>[,bottom=<node>]
                          what is read from backing files is kept in the image
       throttle           file=<node or definition>,throttle-group=<id>

@@ -46,7 +46,7 @@ const PROGRAM: Program<StepKind> = Program {
             kind: StepKind::Object,
         },
     ],
-    settings: &[daemon::REDO_DIR],
+    settings: &[daemon::REDO_DIR, daemon::ALLOW_DRIVERS],
 };
 
 fn main() -> ExitCode {

@@ -14,6 +14,9 @@ use std::sync::Arc;
 /// Directories, separated by `:`, that names inside images may open files in.
 const ALLOWED_DIRS: &str = "OUTBOARD_ALLOW_DIRS";
 
+/// Drivers, separated by `,`, that names inside images may ask for (`nbd`, `https`).
+const ALLOWED_DRIVERS: &str = "OUTBOARD_ALLOW_DRIVERS";
+
 /// What all images of one run share.
 pub struct Tool {
     graph: Graph,
@@ -171,6 +174,10 @@ impl Tool {
         {
             tool.allow_dir(&directory);
         }
+        let drivers = std::env::var(ALLOWED_DRIVERS).unwrap_or_default();
+        for driver in drivers.split(',').filter(|name| !name.is_empty()) {
+            tool.graph.allow_driver(driver);
+        }
         tool
     }
 
@@ -194,39 +201,30 @@ impl Tool {
         added.map_err(failed)
     }
 
-    /// The options of the node for an image, its format and a name included.
-    pub async fn prepare(
-        &self,
-        spec: &ImageSpec,
-        how: Opening,
-    ) -> Result<Map<String, Value>, Failure> {
+    /// The options of the node for an image, a name included; without `driver` when the format has
+    /// to be found out.
+    pub fn prepare(&self, spec: &ImageSpec, how: Opening) -> Result<Map<String, Value>, Failure> {
         spec.check_notation()?;
-        let options = self.node_options(spec, how).await;
+        let options = self.node_options(spec, how);
         options.map_err(|error| could_not_open(spec, &error))
     }
 
     /// [`Tool::prepare`] for callers that say themselves what could not be opened.
-    pub async fn node_options(
+    pub fn node_options(
         &self,
         spec: &ImageSpec,
         how: Opening,
     ) -> Result<Map<String, Value>, block::Error> {
         let options = self.definition(spec)?;
-        self.complete(options, (spec, how)).await
+        Ok(self.complete(options, (spec, how)))
     }
 
     /// The same from the options that a specification stands for, or what was made of them.
-    pub async fn complete(
+    pub fn complete(
         &self,
         mut options: Map<String, Value>,
         (spec, how): (&ImageSpec, Opening),
-    ) -> Result<Map<String, Value>, block::Error> {
-        if let Some(Value::Object(file)) = options.get_mut("file")
-            && !file.contains_key("driver")
-            && file.contains_key("filename")
-        {
-            file.insert("driver".into(), json!("file"));
-        }
+    ) -> Map<String, Value> {
         if spec.notation == Notation::Filename || !options.contains_key("read-only") {
             options.insert("read-only".into(), json!(!how.access.writes()));
         }
@@ -237,29 +235,26 @@ impl Tool {
             options.entry("cache").or_insert(how.cache.options());
         }
         self.allow_own_directory(&options);
-        if !options.contains_key("driver") {
-            let format = self.probe(&options).await?;
-            options.insert("driver".into(), json!(format));
-            if format == "raw" && how.access.writes() {
-                warn_of_guessed_raw(&spec.name);
-            }
-        }
         let number = self.opened.replace(self.opened.get() + 1);
         let name = json!(format!("image{number}"));
         options.entry("node-name").or_insert(name);
-        Ok(options)
+        options
     }
 
     /// Opens an image.
     pub async fn open(&self, spec: &ImageSpec, how: Opening) -> Result<Image, Failure> {
         let failed = |error: block::Error| could_not_open(spec, &error);
-        let options = self.prepare(spec, how).await?;
+        let options = self.prepare(spec, how)?;
+        let has_format = options.contains_key("driver");
         let purpose = match how.access {
             Access::Describe => Purpose::Describe,
             Access::Read | Access::Write => Purpose::Serve,
             Access::Check | Access::Repair => Purpose::Check,
         };
         let node = self.graph.add_for(purpose, options).await.map_err(failed)?;
+        if !has_format {
+            warn_of_guess(&node);
+        }
         let permissions = match how.access {
             Access::Write => Permissions {
                 resize: true,
@@ -279,14 +274,15 @@ impl Tool {
             Notation::Options => keyval::parse(&spec.name, None)
                 .map_err(|error| invalid(error.desc))?
                 .into_members(),
-            Notation::Filename => match spec.name.strip_prefix("json:") {
-                Some(text) => json_options(text)?,
-                None => file_of(&spec.name).map_err(invalid)?,
-            },
+            Notation::Filename => self.graph.definition_of(&spec.name)?,
         };
         if let Some(format) = &spec.format {
-            if self.graph.entry(format).is_none() {
+            let Some(entry) = self.graph.entry(format) else {
                 return Err(invalid(format!("Unknown driver '{format}'")));
+            };
+            // A protocol is nobody's format: the name is opened by it alone.
+            if let (Some(Value::Object(file)), Some(_)) = (options.get("file"), &entry.protocol) {
+                options = file.clone();
             }
             options.insert("driver".into(), json!(format));
         }
@@ -295,34 +291,15 @@ impl Tool {
 
     /// Names in an image may open what lies beside it, however they are spelled.
     fn allow_own_directory(&self, options: &Map<String, Value>) {
-        let file = options.get("file").and_then(|file| file.get("filename"));
-        let Some(name) = file.or(options.get("filename")).and_then(Value::as_str) else {
-            return;
-        };
-        match Path::new(name).parent() {
-            Some(parent) if parent != Path::new("") => self.allow_dir(parent),
-            _ => self.allow_dir(Path::new(".")),
+        if let Some(name) = options.get("filename").and_then(Value::as_str) {
+            match Path::new(name).parent() {
+                Some(parent) if parent != Path::new("") => self.allow_dir(parent),
+                _ => self.allow_dir(Path::new(".")),
+            }
         }
-    }
-
-    /// Finds out the format of the child `file`.
-    async fn probe(&self, options: &Map<String, Value>) -> Result<&'static str, block::Error> {
-        let Some(Value::Object(file)) = options.get("file") else {
-            let message = "A block device must be specified for \"file\"";
-            return Err(block::Error::new(block::ErrorKind::Invalid, message));
-        };
-        let mut file = file.clone();
-        file.insert("node-name".into(), json!("probed"));
-        file.insert("read-only".into(), json!(true));
-        file.insert("force-share".into(), json!(true));
-        if let Some(cache) = options.get("cache") {
-            file.entry("cache").or_insert(cache.clone());
+        for child in options.values().filter_map(Value::as_object) {
+            self.allow_own_directory(child);
         }
-        let node = self.graph.add(file).await?;
-        let format = self.graph.probe(&node).await;
-        drop(node);
-        self.graph.remove("probed").await?;
-        format
     }
 
     /// Closes an image before the end of the run.
@@ -350,35 +327,17 @@ fn invalid(message: impl Into<String>) -> block::Error {
     block::Error::new(block::ErrorKind::Invalid, message)
 }
 
-/// The options in a `json:{...}` name.
-fn json_options(text: &str) -> Result<Map<String, Value>, block::Error> {
-    match qmp::json::parse(text) {
-        Ok(Value::Object(members)) => Ok(members),
-        Ok(_) => Err(invalid("Invalid JSON object given")),
-        Err(error) => {
-            let message = format!("Could not parse the JSON options: {}", error.desc);
-            Err(invalid(message))
-        }
-    }
-}
-
 fn is_own(metadata: &std::fs::Metadata) -> bool {
     use std::os::unix::fs::MetadataExt;
     metadata.uid() == nix::unistd::geteuid().as_raw() && metadata.mode() & 0o022 == 0
 }
 
-/// The options for a plain file name.
-fn file_of(name: &str) -> Result<Map<String, Value>, String> {
-    let path = name.strip_prefix("file:").unwrap_or(name);
-    let first = path.split('/').next().unwrap_or(path);
-    if let (Some((protocol, _)), true) = (first.split_once(':'), path == name) {
-        return Err(format!("Unknown protocol '{protocol}'"));
+/// Says so when a writable image, whose format nobody gave, was taken for raw.
+pub fn warn_of_guess(node: &Node) {
+    if node.driver().driver_name() != "raw" || node.options().read_only {
+        return;
     }
-    let file = json!({"driver": "file", "filename": path});
-    Ok([("file".to_owned(), file)].into_iter().collect())
-}
-
-fn warn_of_guessed_raw(name: &str) {
+    let name = node.filename();
     eprintln!(
         "WARNING: Image format was not specified for '{name}' and probing guessed raw.\n         \
          Automatically detecting the format is dangerous for raw images, write operations on \

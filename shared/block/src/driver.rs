@@ -4,6 +4,7 @@ use crate::bitmap::BitmapStore;
 use crate::debug::Debugger;
 use crate::edge::Permissions;
 use crate::machine_state::MachineState;
+use crate::naming::Layer;
 use crate::node::WriteGuard;
 use crate::redo_log::ImageIdentity;
 use crate::snapshot::Snapshots;
@@ -283,8 +284,23 @@ pub trait Driver: Send + Sync {
     /// Driver-specific facts for `query-named-block-nodes` and `info` (an `ImageInfo`-like
     /// object's members: "cluster-size", "format-specific", "backing-filename", ...).
     fn describe(&self) -> serde_json::Map<String, serde_json::Value>;
-    /// The file name as QEMU would generate it: a plain path, or "" when there is none.
-    fn filename(&self) -> String;
+    /// Where the driver stands in a stack of nodes.
+    fn layer(&self) -> Layer {
+        match self.edges().is_empty() {
+            true => Layer::Protocol,
+            false => Layer::Filter,
+        }
+    }
+    /// The name that opens this very node again, from protocols, and from filters with a syntax of
+    /// their own; "" when there is none. [`crate::Node::filename`] has the rules for all others.
+    fn filename(&self) -> String {
+        String::new()
+    }
+    /// What relative names in an image on this node are put behind, when it is not the directory
+    /// part of the primary child's file name.
+    fn base_directory(&self) -> Option<crate::error::Result<String>> {
+        None
+    }
     /// Which host file the node's bytes are in, for drivers that store them plainly; a format's
     /// redo log belongs to that file. `None` without one file of its own.
     fn identity(&self) -> Option<ImageIdentity>;

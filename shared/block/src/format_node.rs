@@ -29,6 +29,7 @@ use crate::driver::{
 use crate::edge::Edge;
 use crate::error::{Error, Result};
 use crate::format::{Extent, Format, Lookup, Mapping};
+use crate::naming::Layer;
 use crate::node::Node;
 use crate::redo_log::ImageIdentity;
 use crate::snapshot::Snapshots;
@@ -422,8 +423,8 @@ impl<F: Format> Driver for FormatNode<F> {
     fn describe(&self) -> Map<String, Value> {
         self.format.describe()
     }
-    fn filename(&self) -> String {
-        self.format.file().node().filename()
+    fn layer(&self) -> Layer {
+        Layer::Format
     }
     fn identity(&self) -> Option<ImageIdentity> {
         None

@@ -7,14 +7,15 @@
 
 use crate::amend::{self, AmendRequest};
 use crate::check::Purpose;
-use crate::driver::BoxFuture;
+use crate::driver::{BoxFuture, Driver};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::NodeEvents;
+use crate::naming::{Layer, Origin};
 use crate::node::Node;
 use crate::objects::Objects;
 use crate::open::{
-    Definition, DriverEntry, FILE_PROTOCOL, Inherited, OpenRequest, Options, PROBE_BYTES, Place,
-    as_map,
+    ChildRole, Definition, DriverEntry, FILE_PROTOCOL, Inherited, OpenRequest, Options,
+    PROBE_BYTES, Place, Source, as_map,
 };
 use crate::secret::Secrets;
 use executor::Buffer;
@@ -28,6 +29,8 @@ use std::sync::Arc;
 pub struct NamePolicy {
     /// Directories given with `--allow-dir`, as absolute paths.
     pub allowed_dirs: Vec<PathBuf>,
+    /// Drivers that names may ask for though they reach out of the process (`nbd`, `http`).
+    pub allowed_drivers: Vec<String>,
 }
 
 /// How formats that nobody names are found out.
@@ -39,6 +42,10 @@ enum Formats {
     Probed,
 }
 
+fn unknown_driver(name: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("Unknown driver '{name}'"))
+}
+
 struct Entry {
     node: Arc<Node>,
     /// Added by the user, who has to remove it.
@@ -47,7 +54,7 @@ struct Entry {
 
 /// All nodes of a process. Used by the control thread only.
 pub struct Graph {
-    drivers: Vec<&'static DriverEntry>,
+    pub(crate) drivers: Vec<&'static DriverEntry>,
     policy: RefCell<NamePolicy>,
     formats: Formats,
     redo_dir: Option<PathBuf>,
@@ -102,6 +109,11 @@ impl Graph {
     /// Lets names inside images open files beneath `directory`, an absolute path, too.
     pub fn allow_dir(&self, directory: PathBuf) {
         self.policy.borrow_mut().allowed_dirs.push(directory);
+    }
+    /// Lets names inside images ask for the driver `name`.
+    pub fn allow_driver(&self, name: &str) {
+        let mut policy = self.policy.borrow_mut();
+        policy.allowed_drivers.push(name.to_owned());
     }
     /// What `secret` objects hold.
     pub fn secrets(&self) -> &Secrets {
@@ -173,6 +185,7 @@ impl Graph {
                 inherited: None,
                 place,
                 descriptor: None,
+                file: None,
             })
             .await;
         if opened.is_err() {
@@ -270,6 +283,7 @@ impl Graph {
             inherited: Some(Inherited::for_new()),
             place: Place::default(),
             descriptor: None,
+            file: None,
         })
         .await
     }
@@ -281,6 +295,7 @@ impl Graph {
             inherited: Some(Inherited::for_new()),
             place: Place::default(),
             descriptor: None,
+            file: None,
         };
         self.open(definition).await
     }
@@ -303,13 +318,23 @@ impl Graph {
     }
 
     /// The request that the driver of a definition gets.
-    fn request(&self, definition: Definition) -> Result<(OpenRequest<'_>, &'static DriverEntry)> {
+    async fn request(
+        &self,
+        mut definition: Definition,
+    ) -> Result<(OpenRequest<'_>, &'static DriverEntry)> {
+        if self.probes() && !definition.options.contains_key("driver") {
+            self.find_driver(&mut definition).await?;
+        }
         let owned = definition.inherited.is_none();
-        let mut options = Options::new(definition.options, definition.place.path.clone());
+        let mut options = Options::new(definition.options.clone(), definition.place.path.clone());
         let driver = options.take_driver()?;
-        let entry = self
-            .entry(&driver)
-            .ok_or_else(|| options.unknown_driver(&driver))?;
+        let entry = self.entry(&driver).ok_or_else(|| match self.probes() {
+            true => unknown_driver(&driver),
+            false => options.unknown_driver(&driver),
+        })?;
+        definition.obey(entry, &self.policy())?;
+        let mut origin = Origin::new(&driver, &definition.options, entry.strong_options);
+        origin.described = definition.place.purpose == Purpose::Describe;
         let mut node = options.take_node(definition.inherited.unwrap_or_default())?;
         node.node_name = match options.take_node_name()? {
             Some(name) => name,
@@ -319,6 +344,7 @@ impl Graph {
             }
             None => self.generate_name(),
         };
+        node.origin = origin;
         self.check_free(&node.node_name)?;
         let request = OpenRequest {
             graph: self,
@@ -326,17 +352,58 @@ impl Graph {
             options,
             place: definition.place,
             descriptor: definition.descriptor,
+            file: definition.file,
         };
         Ok((request, entry))
     }
 
+    /// Finds out which driver a definition without one means: that of its `file`'s content, or for
+    /// a definition with nothing but a file name the protocol of plain names.
+    async fn find_driver(&self, definition: &mut Definition) -> Result<()> {
+        let options = &mut definition.options;
+        if !definition.place.path.is_empty() && options.contains_key("filename") {
+            options.insert("driver".into(), FILE_PROTOCOL.into());
+            return Ok(());
+        }
+        let Some(file) = options.shift_remove("file") else {
+            let message = "Must specify either driver or file";
+            return Err(Error::new(ErrorKind::Invalid, message));
+        };
+        let file = match (file, &definition.place.source) {
+            (Value::String(name), Source::User) => self.find(&name)?,
+            (Value::Object(file), _) => {
+                let path = definition.place.path.clone();
+                let inherited = definition.inherited.unwrap_or_default();
+                let parent = Options::new(options.clone(), path).take_node(inherited)?;
+                let mut place = definition.place.clone();
+                place.path.push_str("file.");
+                place.purpose = Purpose::Serve;
+                let definition = Definition {
+                    options: file,
+                    inherited: Some(Inherited::of(&parent, ChildRole::Image)),
+                    place,
+                    descriptor: None,
+                    file: None,
+                };
+                self.open(definition).await?
+            }
+            _ => {
+                let message = "A block device must be specified for \"file\"";
+                return Err(Error::new(ErrorKind::Invalid, message));
+            }
+        };
+        let driver = self.probe(&file).await?;
+        definition.options.insert("driver".into(), driver.into());
+        definition.file = Some(file);
+        Ok(())
+    }
+
     async fn open_one(&self, definition: Definition) -> Result<Arc<Node>> {
         let owned = definition.inherited.is_none();
-        let (mut request, entry) = self.request(definition)?;
+        let (mut request, entry) = self.request(definition).await?;
         let driver = (entry.open)(&mut request).await?;
-        let free = request
-            .options
-            .finish()
+        let free = self
+            .check_taken(&request.options, &*driver)
             .and_then(|()| self.check_free(&request.node.node_name));
         let node = Node::new(request.node, driver);
         if let Err(error) = free {
@@ -365,6 +432,7 @@ impl Graph {
             inherited: None,
             place: Place::default(),
             descriptor: None,
+            file: None,
         };
         let amended = self.amend_one(definition, changes).await;
         self.sweep().await;
@@ -376,12 +444,31 @@ impl Graph {
         definition: Definition,
         changes: &mut AmendRequest<'_>,
     ) -> Result<()> {
-        let (mut request, entry) = self.request(definition)?;
+        let (mut request, entry) = self.request(definition).await?;
         let Some(amender) = &entry.amend else {
             return Err(amend::unsupported(entry.name));
         };
         (amender.amend)(&mut request, changes).await?;
         changes.finish()
+    }
+
+    /// An error for the first option that nobody took, in the words of the block layer for tools
+    /// and in those of the schema for QMP.
+    fn check_taken(&self, options: &Options, driver: &dyn Driver) -> Result<()> {
+        let left = options.left();
+        let (true, Some(option)) = (self.probes(), left.first()) else {
+            return options.finish();
+        };
+        let name = driver.driver_name();
+        Err(Error::new(
+            ErrorKind::Invalid,
+            match driver.layer() {
+                Layer::Protocol => {
+                    format!("Block protocol '{name}' doesn't support the option '{option}'")
+                }
+                _ => format!("Block format '{name}' does not support the option '{option}'"),
+            },
+        ))
     }
 
     fn check_free(&self, node_name: &str) -> Result<()> {

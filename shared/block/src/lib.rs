@@ -33,6 +33,7 @@ pub mod graph;
 pub mod machine_state;
 #[cfg(test)]
 mod memory;
+pub mod naming;
 pub mod node;
 pub mod objects;
 pub mod open;
@@ -59,6 +60,7 @@ pub use format::{Encoded, Extent, Fill, Format, Lookup, Mapping, WritePlan};
 pub use format_node::FormatNode;
 pub use graph::Graph;
 pub use machine_state::MachineState;
+pub use naming::{Layer, Names, Protocol, Reach};
 pub use node::{DetectZeroes, Discard, Node, NodeOptions};
 pub use open::{ChildRole, DriverEntry, OpenRequest};
 pub use redo_log::{ImageIdentity, RedoLog};

@@ -30,6 +30,7 @@ use crate::driver::{
     ZeroFlags,
 };
 use crate::error::{Error, ErrorKind};
+use crate::naming::Origin;
 use crate::redo_log::ImageIdentity;
 use executor::{Buffer, Errno};
 use flush::FlushState;
@@ -81,6 +82,8 @@ pub struct NodeOptions {
     pub detect_zeroes: DetectZeroes,
     /// `force-share`
     pub force_share: bool,
+    /// What its name is made from.
+    pub origin: Origin,
 }
 
 /// A node. What a request that fits reads comes first and is in one cache line.
@@ -299,10 +302,6 @@ impl Node {
         }
         self.child_resized();
         Ok(())
-    }
-    /// The file name as QEMU would generate it: a plain path, or "" when there is none.
-    pub fn filename(&self) -> String {
-        self.driver.filename()
     }
     /// Which host file its bytes are in; see [`Driver::identity`].
     pub fn identity(&self) -> Option<ImageIdentity> {

@@ -9,6 +9,7 @@
 //! (backing files are read-only unless told otherwise); their `discard` defaults to `unmap`,
 //! because the parent decides what is discarded. Children by reference inherit nothing.
 
+mod named;
 mod names;
 mod options;
 
@@ -20,9 +21,12 @@ use crate::edge::{Edge, EdgeSpec};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::Reporter;
 use crate::graph::Graph;
+use crate::naming::Protocol;
 use crate::node::{Node, NodeOptions};
 use crate::redo_log::RedoLog;
 use crate::secret::Secret;
+pub use named::BackingName;
+use named::{Named, files_of};
 use names::Access;
 pub(crate) use names::FileId;
 pub(crate) use options::{Inherited, Options};
@@ -50,6 +54,11 @@ pub struct DriverEntry {
     pub create: Option<Creator>,
     /// Changes what images were created with.
     pub amend: Option<Amender>,
+    /// The names that it is addressed by, and what it touches.
+    pub protocol: Option<Protocol>,
+    /// The options that decide what is read; a name that ends with a dot stands for all that start
+    /// with it. A node with one of them has no plain file name.
+    pub strong_options: &'static [&'static str],
 }
 
 /// Opens a node of one driver.
@@ -67,6 +76,24 @@ impl DriverEntry {
             probe: None,
             create: None,
             amend: None,
+            protocol: None,
+            strong_options: &[],
+        }
+    }
+    /// The same driver, addressed by names.
+    #[must_use]
+    pub const fn with_protocol(self, protocol: Protocol) -> Self {
+        Self {
+            protocol: Some(protocol),
+            ..self
+        }
+    }
+    /// The same driver, with options that decide what is read.
+    #[must_use]
+    pub const fn with_strong_options(self, names: &'static [&'static str]) -> Self {
+        Self {
+            strong_options: names,
+            ..self
         }
     }
     /// The same driver, recognising its images.
@@ -106,6 +133,23 @@ pub(crate) struct Place {
     pub(crate) purpose: Purpose,
     /// The files of the images above in the backing chain.
     pub(crate) chain: Vec<FileId>,
+    /// Who defines the node.
+    pub(crate) source: Source,
+}
+
+/// Who says what is to be opened.
+#[derive(Clone, Default)]
+pub(crate) enum Source {
+    /// The user.
+    #[default]
+    User,
+    /// An image, by a name in it.
+    Image {
+        /// What relative names are put behind.
+        directory: String,
+        /// The name.
+        name: String,
+    },
 }
 
 /// What a driver's `open` gets.
@@ -115,6 +159,8 @@ pub struct OpenRequest<'g> {
     pub(crate) options: Options,
     pub(crate) place: Place,
     pub(crate) descriptor: Option<OwnedFd>,
+    /// The child "file", opened already to find out the format.
+    pub(crate) file: Option<Arc<Node>>,
 }
 
 impl OpenRequest<'_> {
@@ -139,6 +185,7 @@ impl OpenRequest<'_> {
     /// # Errors
     /// `NotFound`, `Invalid` when it is no text.
     pub fn secret(&self, id: &str) -> Result<Secret> {
+        self.from_user("a secret")?;
         self.graph.secrets().text(id)
     }
     /// Takes a string option.
@@ -189,13 +236,22 @@ impl OpenRequest<'_> {
         name: &'static str,
         role: ChildRole,
     ) -> Result<Option<Option<Edge>>> {
+        let opened = if name == "file" {
+            self.file.take()
+        } else {
+            None
+        };
         let child = match self.options.take(name) {
+            _ if opened.is_some() => opened.ok_or_else(|| self.missing(name))?,
             None => return Ok(None),
             Some(Value::Null) if role == ChildRole::Backing => return Ok(Some(None)),
             Some(Value::String(node)) if node.is_empty() && role == ChildRole::Backing => {
                 return Ok(Some(None));
             }
-            Some(Value::String(node)) => self.graph.find(&node)?,
+            Some(Value::String(node)) => {
+                self.from_user("a node")?;
+                self.graph.find(&node)?
+            }
             Some(Value::Object(options)) => self.open_inline(name, role, options).await?,
             Some(_) => return Err(self.options.wrong_type(name, "BlockdevRef")),
         };
@@ -205,24 +261,58 @@ impl OpenRequest<'_> {
     pub async fn required_child(&mut self, name: &'static str, role: ChildRole) -> Result<Edge> {
         match self.child(name, role).await? {
             Some(Some(edge)) => Ok(edge),
+            _ if self.graph.probes() => {
+                let message = format!("A block device must be specified for \"{name}\"");
+                Err(Error::new(ErrorKind::Invalid, message))
+            }
             _ => Err(self.missing(name)),
         }
     }
-    /// Opens the backing file that an image names, when policy allows: a plain file name that
-    /// resolves beneath the directory of `image_file` (or of an allowed directory). Without a
-    /// format the graph must be one that probes (tools); daemons never guess it.
-    pub async fn backing_named(
+    /// The backing of the image in `image_file`, which itself names `named`: what the user gave
+    /// under "backing", else what the image names, when policy allows (see [`crate::open`]). Without
+    /// a stored format the graph must be one that probes (tools); daemons never guess it. An image
+    /// that is only described has none.
+    pub async fn backing(
         &mut self,
         image_file: &Edge,
-        name: &str,
-        format: Option<&str>,
-    ) -> Result<Edge> {
+        named: Option<BackingName<'_>>,
+    ) -> Result<Option<Edge>> {
+        if self.place.purpose == Purpose::Describe {
+            // What was given for it is refused with the other options that nobody took.
+            if let Some(Value::Null) = self.options.get("backing") {
+                self.options.take("backing");
+            }
+            return Ok(None);
+        }
         let context = |error: Error| error.context("Could not open backing file");
+        let changes = self.changed_backing(named);
+        let (Some(named), true) = (named, changes.is_some() || !self.options.has("backing")) else {
+            let given = self.child("backing", ChildRole::Backing).await;
+            return given.map(Option::flatten).map_err(context);
+        };
         let child = self
-            .open_backing(image_file, name, format)
+            .open_backing(image_file, named, changes.unwrap_or_default())
             .await
             .map_err(context)?;
-        self.attach(&child, "backing", ChildRole::Backing)
+        self.node.origin.named_backing = Some(child.filename());
+        self.attach(&child, "backing", ChildRole::Backing).map(Some)
+    }
+
+    /// Options of tools' users for a backing node that leave its file to the image; a definition
+    /// with a file gets the format that the image tells, if it has none.
+    fn changed_backing(&mut self, named: Option<BackingName<'_>>) -> Option<Map<String, Value>> {
+        let named = named.filter(|_| self.graph.probes())?;
+        let given = self.options.get_mut("backing")?.as_object_mut()?;
+        if given.contains_key("file") || given.contains_key("filename") {
+            if let Some(format) = named.format {
+                given.entry("driver").or_insert_with(|| format.into());
+            }
+            return None;
+        }
+        match self.options.take("backing") {
+            Some(Value::Object(given)) => Some(given),
+            _ => None,
+        }
     }
 
     /// Opens the file that an image names for its data, under the policy for backing files, and for
@@ -238,16 +328,18 @@ impl OpenRequest<'_> {
             true => Access::Read,
             false => Access::ReadWrite,
         };
-        let image = image_file.node().filename();
-        let found = names::resolve(&image, (name, access), &self.graph.policy())?;
+        let image = image_file.node();
+        let directory = image.base_directory()?;
+        let found = names::resolve(&directory, (name, access), &self.graph.policy())?;
         let mut place = self.below("data-file")?;
-        place.chain.extend(FileId::of_path(&image));
+        place.chain.extend(files_of(image));
         place.enter(found.id, name)?;
         let definition = Definition {
             options: as_map([("driver", FILE_PROTOCOL), ("filename", &found.path)]),
             inherited: Some(Inherited::of(&self.node, ChildRole::Data)),
             place,
             descriptor: Some(found.descriptor),
+            file: None,
         };
         self.graph.open(definition).await
     }
@@ -299,14 +391,13 @@ impl OpenRequest<'_> {
     async fn open_backing(
         &self,
         image_file: &Edge,
-        name: &str,
-        format: Option<&str>,
+        backing: BackingName<'_>,
+        options: Map<String, Value>,
     ) -> Result<Arc<Node>> {
-        let image = image_file.node().filename();
         let named = Named {
-            image: &image,
-            name,
-            format,
+            image: image_file.node(),
+            backing,
+            options,
         };
         let inherited = Inherited::of(&self.node, ChildRole::Backing);
         let place = self.below("backing")?;
@@ -324,8 +415,20 @@ impl OpenRequest<'_> {
             inherited: Some(Inherited::of(&self.node, role)),
             place: self.below(name)?,
             descriptor: None,
+            file: None,
         };
         self.graph.open(definition).await
+    }
+
+    /// Refuses what only a user may refer to.
+    fn from_user(&self, what: &str) -> Result<()> {
+        match &self.place.source {
+            Source::User => Ok(()),
+            Source::Image { name, .. } => Err(names::forbidden(
+                name,
+                &format!("{what} of this process is no business of an image"),
+            )),
+        }
     }
 
     fn below(&self, name: &str) -> Result<Place> {
@@ -334,6 +437,7 @@ impl OpenRequest<'_> {
             depth: self.place.depth + 1,
             purpose: Purpose::Serve,
             chain: self.place.chain.clone(),
+            source: self.place.source.clone(),
         };
         if place.depth > MAX_CHAIN {
             let message = format!("more than {MAX_CHAIN} nodes below each other");
@@ -344,86 +448,6 @@ impl OpenRequest<'_> {
 
     fn attach(&self, child: &Arc<Node>, name: &'static str, role: ChildRole) -> Result<Edge> {
         attach_as(&self.node, child, name, role)
-    }
-}
-
-/// A backing file as an image names it.
-struct Named<'n> {
-    /// The file name of the image.
-    image: &'n str,
-    name: &'n str,
-    format: Option<&'n str>,
-}
-
-impl Graph {
-    /// Opens the backing image of the image in `of`, to be described: under the same policy as
-    /// for use, and without its own backing.
-    ///
-    /// # Errors
-    /// As for opening a node; `Forbidden` by policy.
-    pub async fn describe_backing(
-        &self,
-        of: &Node,
-        name: &str,
-        format: Option<&str>,
-    ) -> Result<Arc<Node>> {
-        let image = of.filename();
-        let named = Named {
-            image: &image,
-            name,
-            format,
-        };
-        let place = Place {
-            purpose: Purpose::Describe,
-            ..Place::default()
-        };
-        let inherited = Inherited::of(of.options(), ChildRole::Backing);
-        self.open_named(named, inherited, place).await
-    }
-
-    /// Opens what an image names, when policy allows.
-    async fn open_named(
-        &self,
-        Named {
-            image,
-            name,
-            format,
-        }: Named<'_>,
-        inherited: Inherited,
-        mut place: Place,
-    ) -> Result<Arc<Node>> {
-        if format.is_none() && !self.probes() {
-            let message = format!(
-                "the image does not tell the format of its backing file '{name}'; \
-                 give 'backing' explicitly or store it (qemu-img rebase -u -F)"
-            );
-            return Err(Error::new(ErrorKind::Invalid, message));
-        }
-        let found = names::resolve(image, (name, Access::Read), &self.policy())?;
-        place.chain.extend(FileId::of_path(image));
-        place.enter(found.id, name)?;
-        let mut file_place = place.clone();
-        file_place.path.push_str("file.");
-        file_place.purpose = Purpose::Serve;
-        let file = self
-            .open(Definition {
-                options: as_map([("driver", FILE_PROTOCOL), ("filename", &found.path)]),
-                inherited: Some(inherited),
-                place: file_place,
-                descriptor: Some(found.descriptor),
-            })
-            .await?;
-        let format = match format {
-            Some(format) => format,
-            None => self.probe(&file).await?,
-        };
-        self.open(Definition {
-            options: as_map([("driver", format), ("file", file.name())]),
-            inherited: Some(inherited),
-            place,
-            descriptor: None,
-        })
-        .await
     }
 }
 
@@ -445,7 +469,7 @@ pub(crate) fn attach_as(
 
 impl Place {
     /// Adds a file to the chain; an error when it is there already.
-    fn enter(&mut self, id: FileId, name: &str) -> Result<()> {
+    pub(super) fn enter(&mut self, id: FileId, name: &str) -> Result<()> {
         if self.chain.contains(&id) {
             let message = format!("the file '{name}' is an image above it in the chain");
             return Err(Error::new(ErrorKind::Corrupt, message));
@@ -469,6 +493,8 @@ pub(crate) struct Definition {
     pub(crate) inherited: Option<Inherited>,
     pub(crate) place: Place,
     pub(crate) descriptor: Option<OwnedFd>,
+    /// The child "file", when it had to be opened first.
+    pub(crate) file: Option<Arc<Node>>,
 }
 
 /// What a child is to its parent; decides permissions and inherited options.

@@ -113,7 +113,7 @@ pub(crate) async fn query_named_block_nodes(
 /// `BlockDeviceInfo` of QEMU's QMP reference.
 fn describe(node: &Node, flat: bool) -> Value {
     let options = node.options();
-    let filename = node.driver().filename();
+    let filename = node.filename();
     let mut info = json!({
         "iops_rd": 0,
         "detect_zeroes": match options.detect_zeroes {
@@ -149,7 +149,7 @@ fn describe(node: &Node, flat: bool) -> Value {
         info.extend(rest);
     }
     if let Some(backing) = backing(node) {
-        info["backing_file"] = backing.driver().filename().into();
+        info["backing_file"] = backing.filename().into();
     }
     info
 }
@@ -163,7 +163,7 @@ fn image(node: &Node, flat: bool) -> Value {
         let driver = node.driver();
         let mut info = json!({
             "virtual-size": node.length(),
-            "filename": driver.filename(),
+            "filename": node.filename(),
             "format": driver.driver_name(),
         });
         for (key, value) in driver.describe() {

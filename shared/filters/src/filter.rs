@@ -26,6 +26,10 @@ pub trait Filter: Send + Sync {
     fn edges(&self) -> Vec<(&'static str, &Edge)> {
         vec![("file", self.edge())]
     }
+    /// See [`block::Driver::filename`].
+    fn filename(&self) -> String {
+        String::new()
+    }
     /// The child's node.
     fn child(&self) -> &Node {
         self.edge().node()
@@ -171,7 +175,7 @@ impl<F: Filter> Driver for FilterNode<F> {
         described
     }
     fn filename(&self) -> String {
-        self.0.child().filename()
+        self.0.filename()
     }
     fn identity(&self) -> Option<ImageIdentity> {
         self.0.child().identity()

@@ -10,7 +10,7 @@ use block::error::Result;
 use block::open::{ChildRole, DriverEntry};
 use block::{
     BoxFuture, Buffer, ByteRange, Driver, Edge, Errno, Error, ErrorKind, ImageIdentity, IoFuture,
-    Limits, Node, OpenRequest, Resize, StatusExtent, WriteFlags, ZeroFlags,
+    Layer, Limits, Node, OpenRequest, Resize, StatusExtent, WriteFlags, ZeroFlags,
 };
 use serde_json::{Map, Value};
 
@@ -18,6 +18,7 @@ const SECTOR: u64 = 512;
 
 /// The table line of `raw`.
 pub const ENTRY: DriverEntry = DriverEntry::new("raw", |request| Box::pin(open(request)))
+    .with_strong_options(&["offset", "size"])
     // What nothing else recognises is raw.
     .with_probe(|_| 1)
     .with_create(Creator {
@@ -194,8 +195,8 @@ impl Driver for Raw {
         described.retain(|name, _| name == "actual-size");
         described
     }
-    fn filename(&self) -> String {
-        self.child().filename()
+    fn layer(&self) -> Layer {
+        Layer::Format
     }
 
     fn identity(&self) -> Option<ImageIdentity> {

@@ -20,8 +20,8 @@ use block::edge::Permissions;
 use block::open::DriverEntry;
 use block::{
     BlockStatus, BoxFuture, Buffer, ByteRange, Driver, Edge, Errno, Error, ErrorKind,
-    ImageIdentity, IoFuture, Limits, OpenRequest, Preallocation, Resize, StatusExtent, WriteFlags,
-    ZeroFlags,
+    ImageIdentity, IoFuture, Limits, OpenRequest, Preallocation, Protocol, Reach, Resize,
+    StatusExtent, WriteFlags, ZeroFlags,
 };
 use executor::file::Fallocate;
 use executor::{File, OpenOptions};
@@ -43,8 +43,16 @@ const FIRST_BLOCK: u64 = 4096;
 const FILL_BYTES: u64 = 1 << 20;
 
 /// The table line of `file`.
-pub const ENTRY: DriverEntry =
-    DriverEntry::new("file", |request| Box::pin(open(request))).with_create(create::CREATOR);
+pub const ENTRY: DriverEntry = DriverEntry::new("file", |request| Box::pin(open(request)))
+    .with_create(create::CREATOR)
+    .with_protocol(Protocol {
+        prefixes: &["file"],
+        parse: |_, name| {
+            let path = name.strip_prefix("file:").unwrap_or(name);
+            Ok(Map::from_iter([("filename".to_owned(), path.into())]))
+        },
+        reach: Reach::File,
+    });
 
 /// A regular file.
 pub struct FileNode {

@@ -8,7 +8,8 @@
 use block::open::DriverEntry;
 use block::{
     BlockStatus, BoxFuture, Buffer, ByteRange, Driver, Edge, Errno, Error, ErrorKind,
-    ImageIdentity, IoFuture, Limits, OpenRequest, Resize, StatusExtent, WriteFlags, ZeroFlags,
+    ImageIdentity, IoFuture, Limits, OpenRequest, Protocol, Reach, Resize, StatusExtent,
+    WriteFlags, ZeroFlags,
 };
 use serde_json::{Map, Value};
 use std::time::Duration;
@@ -18,16 +19,41 @@ const DEFAULT_SIZE: u64 = 1 << 30;
 /// The table line of `null-co`.
 pub const ENTRY: DriverEntry = DriverEntry::new(COROUTINE, |request| {
     Box::pin(async move { open(request, COROUTINE) })
-});
+})
+.with_protocol(Protocol {
+    prefixes: &[COROUTINE],
+    parse: |_, name| parse(COROUTINE, name),
+    reach: Reach::Nothing,
+})
+.with_strong_options(STRONG_OPTIONS);
 
 /// The table line of `null-aio`.
 pub const AIO_ENTRY: DriverEntry = DriverEntry::new(CALLBACK, |request| {
     Box::pin(async move { open(request, CALLBACK) })
-});
+})
+.with_protocol(Protocol {
+    prefixes: &[CALLBACK],
+    parse: |_, name| parse(CALLBACK, name),
+    reach: Reach::Nothing,
+})
+.with_strong_options(STRONG_OPTIONS);
 
 const COROUTINE: &str = "null-co";
 
 const CALLBACK: &str = "null-aio";
+
+const STRONG_OPTIONS: &[&str] = &["size", "read-zeroes"];
+
+/// A name says nothing but the protocol.
+fn parse(driver: &str, name: &str) -> block::error::Result<Map<String, Value>> {
+    match name.strip_prefix(driver) {
+        Some("://") => Ok(Map::new()),
+        _ => Err(Error::new(
+            ErrorKind::Invalid,
+            format!("The only allowed filename for this driver is '{driver}://'"),
+        )),
+    }
+}
 
 /// A disk that holds nothing.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +66,8 @@ pub struct Null {
     pub latency: Duration,
     /// Whether reads fill the buffer.
     pub read_zeroes: bool,
+    /// Whether `size` and `read-zeroes` are what they are by default.
+    pub is_default: bool,
 }
 
 impl Default for Null {
@@ -49,6 +77,7 @@ impl Default for Null {
             size: DEFAULT_SIZE,
             latency: Duration::ZERO,
             read_zeroes: false,
+            is_default: true,
         }
     }
 }
@@ -57,11 +86,14 @@ fn open(
     request: &mut OpenRequest<'_>,
     driver: &'static str,
 ) -> block::error::Result<Box<dyn Driver>> {
-    let size = request.take_size("size")?.unwrap_or(DEFAULT_SIZE);
+    let size = request.take_size("size")?;
     let latency_ns = request.take_size("latency-ns")?.unwrap_or(0);
     if i64::try_from(latency_ns).is_err() {
         return Err(Error::new(ErrorKind::Invalid, "latency-ns is invalid"));
     }
+    let read_zeroes = request.take_bool("read-zeroes")?;
+    let is_default = size.is_none() && read_zeroes.is_none();
+    let size = size.unwrap_or(DEFAULT_SIZE);
     if i64::try_from(size).is_err() {
         return Err(Error::new(ErrorKind::Invalid, "size is too large"));
     }
@@ -69,7 +101,8 @@ fn open(
         driver,
         size,
         latency: Duration::from_nanos(latency_ns),
-        read_zeroes: request.take_bool("read-zeroes")?.unwrap_or(false),
+        read_zeroes: read_zeroes.unwrap_or(false),
+        is_default,
     }))
 }
 
@@ -147,7 +180,10 @@ impl Driver for Null {
         Map::from_iter([("actual-size".to_owned(), Value::from(0))])
     }
     fn filename(&self) -> String {
-        format!("{}://", self.driver)
+        match self.is_default {
+            true => format!("{}://", self.driver),
+            false => String::new(),
+        }
     }
 
     fn identity(&self) -> Option<ImageIdentity> {

@@ -4,7 +4,9 @@
 //! beneath the directory of the image that names it, or beneath a directory that the user allowed.
 //! `openat2(RESOLVE_BENEATH)` does the resolving: no `..` and no symbolic link leads out, however
 //! the tree changes meanwhile. The descriptor that was checked is the one that is used.
-//! Names with a protocol (`json:`, `nbd:`, ...) are refused.
+//! Names with a protocol (`json:`, `nbd:`, ...) become nodes that obey the same policy: files are
+//! found as above (relative to where the process is), and drivers that reach for anything else are
+//! refused unless the user allowed them.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::NamePolicy;
@@ -51,19 +53,18 @@ pub(crate) struct Found {
     pub(crate) descriptor: OwnedFd,
 }
 
-/// Opens `name`, which the image at the path `image` holds.
+/// Opens `name`, which an image in `directory` (with a slash at the end; "" is the current one)
+/// holds.
 pub(crate) fn resolve(
-    image: &str,
+    directory: &str,
     (name, access): (&str, Access),
     policy: &NamePolicy,
 ) -> Result<Found> {
     check_form(name)?;
-    if image.is_empty() {
-        return Err(forbidden(name, "the image is not in a plain file"));
-    }
-    let directory = match Path::new(image).parent() {
-        Some(parent) if parent != Path::new("") => parent.to_owned(),
-        _ => PathBuf::from("."),
+    let prefix = Path::new(directory);
+    let directory = match directory {
+        "" => PathBuf::from("."),
+        directory => PathBuf::from(directory),
     };
     let mut refusal = None;
     if !name.starts_with('/') {
@@ -71,8 +72,7 @@ pub(crate) fn resolve(
             Err(Errno::EXDEV) => refusal = Some("it leads out of the directory of the image"),
             result => {
                 // The path as users know it: no "./" before what is beside the image.
-                let parent = Path::new(image).parent().unwrap_or(Path::new(""));
-                return finish(result, &parent.join(name), name);
+                return finish(result, &prefix.join(name), name);
             }
         }
     }
@@ -158,7 +158,7 @@ fn finish(opened: nix::Result<OwnedFd>, path: &Path, name: &str) -> Result<Found
     })
 }
 
-fn forbidden(name: &str, reason: &str) -> Error {
+pub(crate) fn forbidden(name: &str, reason: &str) -> Error {
     Error::new(
         ErrorKind::Forbidden,
         format!("the image names '{}': {reason}", name.escape_default()),

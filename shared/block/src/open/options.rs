@@ -2,6 +2,7 @@
 
 use super::ChildRole;
 use crate::error::{Error, ErrorKind, Result};
+use crate::naming::{Origin, flattened};
 use crate::node::{DetectZeroes, Discard, NodeOptions};
 use serde_json::{Map, Value};
 
@@ -21,6 +22,11 @@ pub(crate) struct Options {
 impl Options {
     pub(crate) fn new(values: Map<String, Value>, path: String) -> Self {
         Self { values, path }
+    }
+
+    /// The names of what nobody took, down to the leaves ("server.path").
+    pub(crate) fn left(&self) -> Vec<String> {
+        flattened(&self.values).keys().cloned().collect()
     }
 
     /// An error for the first option that nobody took.
@@ -57,6 +63,18 @@ impl Options {
             "Parameter '{}{name}' expects {expected}",
             self.path
         ))
+    }
+
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.values.contains_key(name)
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Option<&Value> {
+        self.values.get(name)
+    }
+
+    pub(crate) fn get_mut(&mut self, name: &str) -> Option<&mut Value> {
+        self.values.get_mut(name)
     }
 
     pub(crate) fn take(&mut self, name: &str) -> Option<Value> {
@@ -144,6 +162,7 @@ impl Options {
             force_share: self
                 .take_bool("force-share")?
                 .unwrap_or(inherited.force_share),
+            origin: Origin::default(),
         };
         if node.detect_zeroes == DetectZeroes::Unmap && node.discard != Discard::Unmap {
             return Err(invalid(

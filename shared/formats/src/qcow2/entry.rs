@@ -5,7 +5,7 @@ use super::header::{Header, MAGIC, incompatible};
 use super::open::{OpenOptions, check_data_file, read_header};
 use super::reclaim::DiscardPolicy;
 use super::{CacheOptions, OverlapChecks, Qcow2, check, crypto};
-use block::open::ChildRole;
+use block::open::{BackingName, ChildRole};
 use block::{
     BoxFuture, Discard, Driver, DriverEntry, Edge, Error, ErrorKind, FormatNode, OpenRequest,
     Purpose,
@@ -92,11 +92,11 @@ pub(super) async fn take_parts(request: &mut OpenRequest<'_>) -> Result<Parts, E
         return Err(Error::new(ErrorKind::Invalid, message));
     }
     options.data_file = data_file(request, &file, &header).await?;
-    let backing = match request.child("backing", ChildRole::Backing).await? {
-        Some(given) => given,
-        None if request.purpose() == Purpose::Describe => None,
-        None => implicit_backing(request, &file, &header).await?,
-    };
+    let named = header.backing_name.as_deref().map(|name| BackingName {
+        name,
+        format: header.backing_format.as_deref(),
+    });
+    let backing = request.backing(&file, named).await?;
     options.crypto = crypto::open_for(request, (&file, &header))
         .await?
         .map(Arc::new);
@@ -143,17 +143,4 @@ async fn data_file(
             Ok(given)
         }
     }
-}
-
-/// The backing file that the image names. Its format is never guessed.
-async fn implicit_backing(
-    request: &mut OpenRequest<'_>,
-    file: &Edge,
-    header: &Header,
-) -> Result<Option<Edge>, Error> {
-    let Some(name) = &header.backing_name else {
-        return Ok(None);
-    };
-    let format = header.backing_format.as_deref();
-    request.backing_named(file, name, format).await.map(Some)
 }

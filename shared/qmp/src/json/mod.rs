@@ -15,9 +15,11 @@
 //! the process keep.
 
 mod lexer;
+mod order;
 mod parser;
 mod write;
 
+pub use order::ordered;
 pub use write::{Layout, to_line, to_string};
 
 use crate::{Error, Result};
@@ -106,7 +108,8 @@ pub fn parse(text: &str) -> Result<Value> {
     }
     match (values.pop(), values.is_empty(), incomplete) {
         (Some(value), true, false) => value,
-        (None, _, _) | (_, _, true) => Err(syntax_error("expecting value")),
+        (_, _, true) => Err(syntax_error("premature EOI")),
+        (None, _, false) => Err(Error::generic("Expecting a JSON value")),
         _ => Err(syntax_error("more than one value")),
     }
 }

@@ -11,5 +11,6 @@ mod files;
 mod locks;
 mod memory;
 mod names;
+mod naming;
 mod rig;
 mod threads;

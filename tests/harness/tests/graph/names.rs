@@ -9,7 +9,7 @@ use std::process::Command;
 use tempfile::TempDir;
 
 /// Runs qemu-img in a directory; false when there is none.
-fn qemu_img(directory: &Path, arguments: &[&str]) {
+pub(crate) fn qemu_img(directory: &Path, arguments: &[&str]) {
     let output = Command::new("qemu-img")
         .current_dir(directory)
         .args(arguments)
@@ -107,6 +107,7 @@ fn an_allowed_directory_widens_what_names_may_open() {
     let dir = directories();
     let allow = |name: &str| NamePolicy {
         allowed_dirs: vec![PathBuf::from("/nonexistent"), dir.path().join(name)],
+        ..NamePolicy::default()
     };
     let absolute = dir.path().join("other/other.raw");
     for name in [absolute.to_str().unwrap(), "../other/other.raw"] {
@@ -209,6 +210,7 @@ fn a_data_file_is_opened_under_the_same_policy() {
     name_data_file(&dir, absolute);
     let policy = NamePolicy {
         allowed_dirs: vec![dir.path().join("other")],
+        ..NamePolicy::default()
     };
     let error = open(&dir, policy);
     assert_eq!(error.unwrap(), 0, "unallocated clusters read as zeroes");

@@ -61,12 +61,17 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
         ..Opening::new(Access::Write)
     };
     let spec = common.image(name)?;
-    let options = tool.prepare(&spec, opening).await?;
-    let format = options
-        .get("driver")
-        .and_then(|driver| driver.as_str())
-        .unwrap_or_default()
-        .to_owned();
+    let mut options = tool.prepare(&spec, opening)?;
+    let format = match options.get("driver").and_then(|driver| driver.as_str()) {
+        Some(format) => format.to_owned(),
+        None => {
+            let image = tool.open(&spec, Opening::new(Access::Describe)).await?;
+            let format = image.node.driver().driver_name();
+            tool.close_image(image).await?;
+            options.insert("driver".into(), format.into());
+            format.to_owned()
+        }
+    };
     if texts.iter().any(|text| asks_for_help(text)) {
         return show_options(tool, &format);
     }

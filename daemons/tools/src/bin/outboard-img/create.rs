@@ -2,9 +2,9 @@
 
 use crate::{Command, Running};
 use block::create::{OptionSpec, Target};
+use block::naming;
 use block::{DriverEntry, Error, ErrorKind};
 use serde_json::{Value, json};
-use std::path::Path;
 use tools::failure::{Failure, Outcome};
 use tools::getopt::{self, Opt};
 use tools::image::{Access, Common, ImageSpec, Notation, Opening, Tool};
@@ -148,6 +148,13 @@ impl Request {
     async fn make(&self, tool: &Tool) -> Result<(), Failure> {
         let failed = |message: String| of_image(&self.name, &message);
         let entry = find(tool, &self.format).map_err(failed)?;
+        if self.name.starts_with("json:") {
+            return Err(failed("Unknown protocol 'json'".to_owned()));
+        }
+        let names = tool.graph().names();
+        names
+            .options(&self.name)
+            .map_err(|error| failed(error.message))?;
         let known = known(tool, entry);
         let mut given = self.given(&known).map_err(failed)?;
         self.settle_backing(tool, (&known, &mut given)).await?;
@@ -240,7 +247,7 @@ impl Request {
         }
         let format = given.text("backing_fmt").map(str::to_owned);
         let spec = ImageSpec {
-            name: beside(&self.name, &backing),
+            name: naming::combine(&self.name, &backing),
             format: format.clone(),
             notation: Notation::Filename,
         };
@@ -275,20 +282,4 @@ impl Request {
 fn nested(message: &str, name: &str) -> String {
     let context = format!("Could not open '{name}': ");
     message.strip_prefix(&context).unwrap_or(message).to_owned()
-}
-
-/// `name` as seen from the image that will hold it.
-pub(crate) fn beside(image: &str, name: &str) -> String {
-    let has_protocol = name
-        .split('/')
-        .next()
-        .is_some_and(|first| first.contains(':'));
-    if has_protocol || name.starts_with('/') {
-        return name.to_owned();
-    }
-    let image = image.strip_prefix("file:").unwrap_or(image);
-    match Path::new(image).parent() {
-        Some(parent) => parent.join(name).display().to_string(),
-        None => name.to_owned(),
-    }
 }

@@ -1,6 +1,5 @@
 //! `info`: what an image says about itself.
 
-use crate::create::beside;
 use crate::{Command, Running, text};
 use block::Node;
 use block::open::MAX_CHAIN;
@@ -136,7 +135,7 @@ async fn follow(tool: &Tool, top: &Arc<Node>, infos: &mut Vec<Value>) -> Result<
 /// QMP's `ImageInfo` of a node, without its backing image.
 fn describe(node: &Node) -> Value {
     let driver = node.driver();
-    let filename = driver.filename();
+    let filename = node.filename();
     let mut info = value!({
         "virtual-size": node.length(),
         "filename": filename,
@@ -160,7 +159,10 @@ fn describe(node: &Node) -> Value {
         info[key] = member;
     }
     if let Some(name) = info.get("backing-filename").and_then(Value::as_str) {
-        info["full-backing-filename"] = value!(beside(&filename, name));
+        // Where there are no directories, a relative name leads nowhere.
+        if let Ok(full) = node.absolute_name(name) {
+            info["full-backing-filename"] = value!(full);
+        }
     }
     info
 }

@@ -135,7 +135,7 @@ impl OpenArguments {
     }
 
     /// All options of the node.
-    async fn node_options(&self, session: &Session<'_>) -> Result<Map<String, Value>, Error> {
+    fn node_options(&self, session: &Session<'_>) -> Result<Map<String, Value>, Error> {
         let mut definition = self.definition(session)?;
         self.add_flags(&mut definition);
         let name = self.path.clone().unwrap_or_default();
@@ -148,14 +148,14 @@ impl OpenArguments {
             },
         };
         let tool = session.tool;
-        tool.complete(definition, (&spec, self.opening())).await
+        Ok(tool.complete(definition, (&spec, self.opening())))
     }
 
     async fn recipe(&self, session: &Session<'_>) -> Result<Recipe, Error> {
         if self.copy_on_read && self.read_only {
             return Err(invalid("Can't use copy-on-read on read-only device"));
         }
-        let mut options = self.node_options(session).await?;
+        let mut options = self.node_options(session)?;
         if self.snapshot {
             options = temporary::overlay(session.tool, options).await?;
         }

@@ -9,7 +9,7 @@ use std::cell::{Cell, OnceCell, RefCell};
 use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
-use tools::image::Tool;
+use tools::image::{Tool, warn_of_guess};
 
 /// A run.
 pub(crate) struct Session<'t> {
@@ -115,8 +115,14 @@ impl<'t> Session<'t> {
 
 impl Opened {
     /// Opens the node of a recipe.
-    pub(crate) async fn open(tool: &Tool, recipe: Recipe) -> Result<Self, block::Error> {
+    pub(crate) async fn open(tool: &Tool, mut recipe: Recipe) -> Result<Self, block::Error> {
         let node = tool.graph().add(recipe.options.clone()).await?;
+        if !recipe.options.contains_key("driver") {
+            warn_of_guess(&node);
+            // The format stays what it is when the file is opened again.
+            let driver = node.driver().driver_name();
+            recipe.options.insert("driver".into(), driver.into());
+        }
         let permissions = match recipe.mode {
             Mode::ReadOnly => Permissions::READ,
             Mode::ReadWrite => Permissions::READ_WRITE,

@@ -6,7 +6,8 @@ use super::{check, read_layout};
 use block::open::ChildRole;
 use block::{
     BoxFuture, Buffer, ByteRange, CheckOptions, CheckResult, CheckSink, Driver, Edge, Errno, Error,
-    ImageIdentity, IoFuture, Limits, OpenRequest, Resize, StatusExtent, WriteFlags, ZeroFlags,
+    ImageIdentity, IoFuture, Layer, Limits, OpenRequest, Resize, StatusExtent, WriteFlags,
+    ZeroFlags,
 };
 use serde_json::{Map, Value};
 
@@ -86,8 +87,8 @@ impl Driver for CheckedImage {
     fn describe(&self) -> Map<String, Value> {
         Map::new()
     }
-    fn filename(&self) -> String {
-        self.file.node().filename()
+    fn layer(&self) -> Layer {
+        Layer::Format
     }
     fn identity(&self) -> Option<ImageIdentity> {
         None
