@@ -15,9 +15,22 @@
 //! node does with them.
 
 mod drain;
+mod hurry;
+#[cfg(all(test, loom))]
+mod models;
 mod request;
 
-pub use drain::{Drained, Hurried};
+/// What draining stands on; models have loom's.
+mod platform {
+    pub(super) use executor::Handle;
+    pub(super) use executor::sync::Notify;
+    pub(super) use std::sync::atomic::AtomicUsize;
+    pub(super) use std::sync::{Mutex, MutexGuard};
+    pub(super) use std::thread_local;
+}
+
+pub use drain::Drained;
+pub use hurry::Hurried;
 pub use request::{RootFuture, RootHandle, Visit};
 
 use crate::edge::{Claim, Edge, EdgeSpec, Permissions};
@@ -99,7 +112,7 @@ impl Root {
     /// Lets requests go on that drivers below hold back, until the answer is dropped. (A drain does
     /// that, too.)
     pub fn hurry(&self) -> Hurried {
-        Hurried::new(self.shared.edge.node())
+        self.shared.hurry()
     }
     /// Calls `notify` (on any thread) after the node's length changed.
     pub fn on_resize(&self, notify: Box<dyn Fn(u64) + Send + Sync>) {
@@ -108,6 +121,9 @@ impl Root {
 }
 
 impl Shared {
+    fn hurry(&self) -> Hurried {
+        Hurried::new(self.edge.node())
+    }
     fn callbacks(&self) -> std::sync::MutexGuard<'_, Vec<ResizeCallback>> {
         self.callbacks
             .lock()

@@ -4,16 +4,14 @@
 //! message through its executor; messages of one sender arrive in order, so a resume never
 //! overtakes its pause. Drivers below that hold requests back hear of it first.
 
-use super::Shared;
-use crate::node::Node;
-use executor::Handle;
-use executor::sync::Notify;
+use super::platform::{AtomicUsize, Handle, Mutex, MutexGuard, Notify, thread_local};
+use super::{Hurried, Shared};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::future::poll_fn;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::task::{Poll, Waker};
 
 /// The threads attached to a root.
@@ -52,7 +50,7 @@ impl Threads {
             resumed: RefCell::default(),
             drained: RefCell::default(),
         });
-        ATTACHED.with_borrow_mut(|threads| threads.insert(id, Rc::clone(&thread)));
+        ATTACHED.with(|threads| threads.borrow_mut().insert(id, Rc::clone(&thread)));
         state.attached.push(Attached {
             id,
             executor: Handle::current(),
@@ -73,7 +71,7 @@ thread_local! {
 }
 
 fn attached(id: u64) -> Option<Rc<Thread>> {
-    ATTACHED.with_borrow(|threads| threads.get(&id).cloned())
+    ATTACHED.with(|threads| threads.borrow().get(&id).cloned())
 }
 
 /// A root on one thread.
@@ -157,35 +155,6 @@ fn wake_all(wakers: &RefCell<Vec<Waker>>) {
 pub struct Drained {
     root: Arc<Shared>,
     _hurried: Hurried,
-}
-
-/// Nodes whose drivers hold nothing back until this is dropped.
-#[must_use = "requests are held back again as soon as this is dropped"]
-pub struct Hurried(Vec<Weak<Node>>);
-
-impl Hurried {
-    /// Tells every node below.
-    pub(super) fn new(node: &Node) -> Self {
-        let mut hurried = Self(Vec::new());
-        hurried.add(node);
-        hurried
-    }
-
-    fn add(&mut self, node: &Node) {
-        node.driver().drain_begin();
-        self.0.push(node.weak());
-        for (_, edge) in node.driver().edges() {
-            self.add(edge.node());
-        }
-    }
-}
-
-impl Drop for Hurried {
-    fn drop(&mut self) {
-        for node in self.0.iter().filter_map(Weak::upgrade) {
-            node.driver().drain_end();
-        }
-    }
 }
 
 impl Drop for Drained {
@@ -277,7 +246,7 @@ fn begin(root: &Arc<Shared>, waiting: &Arc<Waiting>) -> (Drained, Vec<Rc<Thread>
     drop(state);
     let drained = Drained {
         root: Arc::clone(root),
-        _hurried: Hurried::new(root.edge.node()),
+        _hurried: root.hurry(),
     };
     (drained, here)
 }
