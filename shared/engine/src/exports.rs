@@ -1,5 +1,5 @@
 //! Commands on exports: `block-export-add`, `block-export-del`, `query-block-exports`,
-//! `x-block-export-set-iothread`.
+//! `x-block-export-set-iothread`; those on the NBD server are in [`nbd_server`].
 //!
 //! ```text
 //!   block-export-add ──> running ── block-export-del ──> shutting down ──> BLOCK_EXPORT_DELETED
@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use block::Node;
 use executor::sync::Notify;
+use exports::nbd::NbdExport;
 use exports::{VhostUserBlk, VhostUserBlkOptions};
 use qmp::{Arguments, Error, Event, Result, Value, json};
 use serde::Deserialize;
@@ -22,7 +23,9 @@ use vhost_daemon::Address;
 use crate::engine::Engine;
 use crate::error::from_block;
 use crate::nodes;
-use executor::IoThread;
+use executor::{Handle, IoThread};
+
+pub(crate) mod nbd_server;
 
 /// Most iothreads of one export.
 const MAX_IOTHREADS: usize = 64;
@@ -33,6 +36,23 @@ pub(crate) struct Exports {
     entries: RefCell<Vec<Entry>>,
     /// An entry went away.
     removed: Notify,
+    nbd: RefCell<Option<nbd_server::Running>>,
+}
+
+/// An export that runs.
+#[derive(Clone)]
+enum Export {
+    VhostUserBlk(Rc<VhostUserBlk>),
+    Nbd(Rc<NbdExport>),
+}
+
+impl Export {
+    fn type_name(&self) -> &'static str {
+        match self {
+            Export::VhostUserBlk(_) => "vhost-user-blk",
+            Export::Nbd(_) => "nbd",
+        }
+    }
 }
 
 /// An export by id.
@@ -41,7 +61,7 @@ struct Entry {
     type_name: &'static str,
     node: Arc<Node>,
     /// `None` while it is shutting down.
-    running: Option<Rc<VhostUserBlk>>,
+    running: Option<Export>,
     /// The socket that it made in the file system.
     socket_path: Option<PathBuf>,
     /// Held, so that a thread in use cannot be deleted.
@@ -79,6 +99,7 @@ enum Kind {
         queue_size: Option<u16>,
         serial: Option<String>,
     },
+    Nbd(nbd_server::ExportOptions),
 }
 
 #[derive(Deserialize)]
@@ -115,26 +136,37 @@ pub(crate) async fn block_export_add(
         .map(|id| engine.objects.iothreads().find(id))
         .collect();
     let iothreads = iothreads?;
-    let mut options = vhost_user_blk_options(engine, &common, kind)?;
-    let socket_path = match &options.address {
-        Address::Listen(path) => Some(path.clone()),
-        Address::ListenFd(_) | Address::Connect(_) => None,
+    let mut socket_path = None;
+    let running = match kind {
+        Kind::Nbd(options) => {
+            let export = nbd_server::export(engine, &node, (&common, options, &iothreads))?;
+            Export::Nbd(export)
+        }
+        kind @ Kind::VhostUserBlk { .. } => {
+            let mut options = vhost_user_blk_options(engine, &common, kind)?;
+            if let Address::Listen(path) = &options.address {
+                socket_path = Some(path.clone());
+            }
+            options.iothreads = handles(&iothreads);
+            let export = VhostUserBlk::start(&node, options).map_err(from_block)?;
+            Export::VhostUserBlk(Rc::new(export))
+        }
     };
-    options.iothreads = iothreads
-        .iter()
-        .map(|iothread| iothread.handle().clone())
-        .collect();
-    let export = VhostUserBlk::start(&node, options).map_err(from_block)?;
     tracing::info!(export = common.id, node = common.node_name, "export added");
     engine.exports.entries.borrow_mut().push(Entry {
         id: common.id,
-        type_name: "vhost-user-blk",
+        type_name: running.type_name(),
         node,
-        running: Some(Rc::new(export)),
+        running: Some(running),
         socket_path,
         iothreads,
     });
     Ok(json!({}))
+}
+
+fn handles(iothreads: &[Rc<IoThread>]) -> Vec<Handle> {
+    let handles = iothreads.iter().map(|iothread| iothread.handle().clone());
+    handles.collect()
 }
 
 /// `iothread`: one id, or a list of them for the queues to be spread over.
@@ -172,7 +204,10 @@ fn vhost_user_blk_options(
         num_queues,
         queue_size,
         serial,
-    } = kind;
+    } = kind
+    else {
+        return Err(Error::parameter_value("type", "nbd"));
+    };
     let address = match (addr, server.unwrap_or(true)) {
         (SocketAddress::Unix { path }, true) => Address::Listen(path.into()),
         (SocketAddress::Unix { path }, false) => Address::Connect(path.into()),
@@ -213,7 +248,7 @@ struct BlockExportDel {
 
 /// Whether an export in use may be deleted. A front-end reconnects and does not count as a user,
 /// so both modes end a vhost-user-blk export.
-#[derive(Default, Deserialize)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum DeleteMode {
     #[default]
@@ -223,21 +258,7 @@ enum DeleteMode {
 
 pub(crate) async fn block_export_del(engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {
     let BlockExportDel { id, mode } = arguments.parse()?;
-    match mode {
-        DeleteMode::Safe | DeleteMode::Hard => {}
-    }
-    let mut entries = engine.exports.entries.borrow_mut();
-    let Some(entry) = entries.iter_mut().find(|entry| entry.id == id) else {
-        return Err(Error::generic(format!("Export '{id}' is not found")));
-    };
-    let Some(export) = entry.running.take() else {
-        return Err(Error::generic(format!(
-            "Export '{id}' is already shutting down"
-        )));
-    };
-    drop(entries);
-    let engine = Rc::clone(engine);
-    executor::spawn(async move { engine.finish_export(id, export).await });
+    engine.delete_export(id, mode).await?;
     Ok(json!({}))
 }
 
@@ -265,17 +286,51 @@ pub(crate) async fn set_iothread(engine: &Rc<Engine>, mut arguments: Arguments) 
         .collect();
     // Until the last queue has moved, its old thread is in use as well as its new one.
     let (export, _old) = engine.exports.retarget(&id, wanted)?;
-    export.set_threads(threads).await.map_err(from_block)?;
+    match export {
+        Export::VhostUserBlk(export) => export.set_threads(threads).await.map_err(from_block)?,
+        Export::Nbd(export) => export.set_threads(threads),
+    }
     Ok(json!({}))
 }
 
 impl Exports {
+    /// Takes a running export, to be deleted; whether somebody uses it.
+    fn take(&self, id: &str, mode: DeleteMode) -> Result<(Export, bool)> {
+        let mut entries = self.entries.borrow_mut();
+        let Some(entry) = entries.iter_mut().find(|entry| entry.id == id) else {
+            return Err(Error::generic(format!("Export '{id}' is not found")));
+        };
+        let shutting_down = || Error::generic(format!("Export '{id}' is already shutting down"));
+        let used = match entry.running.as_ref().ok_or_else(shutting_down)? {
+            // A front-end reconnects; whether it is there now says nothing.
+            Export::VhostUserBlk(_) => true,
+            Export::Nbd(export) => {
+                let used = self.nbd_clients_of(export) > 0;
+                if used && mode == DeleteMode::Safe {
+                    return Err(Error::generic(format!("export '{id}' still in use")));
+                }
+                used
+            }
+        };
+        let export = entry.running.take().ok_or_else(shutting_down)?;
+        Ok((export, used))
+    }
+
+    /// Whether `id` is an export, but not of this type.
+    fn is_of_another_type(&self, id: &str, type_name: &str) -> bool {
+        let entries = self.entries.borrow();
+        let mut others = entries.iter().filter(|entry| entry.type_name != type_name);
+        others.any(|entry| entry.id == id)
+    }
+
+    /// Whether there is an export of a type.
+    fn any(&self, wanted: impl Fn(&str) -> bool) -> bool {
+        let entries = self.entries.borrow();
+        entries.iter().any(|entry| wanted(entry.type_name))
+    }
+
     /// Notes other iothreads for export `id`; gives the export and the threads that it had.
-    fn retarget(
-        &self,
-        id: &str,
-        wanted: Vec<Rc<IoThread>>,
-    ) -> Result<(Rc<VhostUserBlk>, Vec<Rc<IoThread>>)> {
+    fn retarget(&self, id: &str, wanted: Vec<Rc<IoThread>>) -> Result<(Export, Vec<Rc<IoThread>>)> {
         let mut entries = self.entries.borrow_mut();
         let Some(entry) = entries.iter_mut().find(|entry| entry.id == id) else {
             return Err(Error::generic(format!("Export '{id}' is not found")));
@@ -285,7 +340,15 @@ impl Exports {
                 "Export '{id}' is already shutting down"
             )));
         };
-        Ok((export, std::mem::replace(&mut entry.iothreads, wanted)))
+        let old = match export {
+            Export::VhostUserBlk(_) => std::mem::replace(&mut entry.iothreads, wanted),
+            Export::Nbd(_) => {
+                // Clients stay where they are; only new ones go to the new threads.
+                entry.iothreads.extend(wanted);
+                Vec::new()
+            }
+        };
+        Ok((export, old))
     }
 }
 
@@ -312,9 +375,29 @@ pub(crate) async fn query_block_exports(
 }
 
 impl Engine {
+    /// Begins to delete an export; one that nobody uses is gone when this resolves.
+    async fn delete_export(self: &Rc<Self>, id: String, mode: DeleteMode) -> Result<()> {
+        let (export, used) = self.exports.take(&id, mode)?;
+        if used {
+            let engine = Rc::clone(self);
+            executor::spawn(async move { engine.finish_export(id, export).await });
+        } else {
+            self.finish_export(id, export).await;
+        }
+        Ok(())
+    }
+
     /// Waits for the requests of an export, and forgets it.
-    async fn finish_export(&self, id: String, export: Rc<VhostUserBlk>) {
-        export.stop().await;
+    async fn finish_export(&self, id: String, export: Export) {
+        match export {
+            Export::VhostUserBlk(export) => export.stop().await,
+            Export::Nbd(export) => {
+                let server = self.exports.nbd_server();
+                if let Some(server) = server {
+                    server.remove(&export).await;
+                }
+            }
+        }
         self.exports
             .entries
             .borrow_mut()
@@ -331,14 +414,22 @@ impl Engine {
     pub fn socket_paths(&self) -> Vec<PathBuf> {
         let entries = self.exports.entries.borrow();
         let paths = entries.iter().filter_map(|entry| entry.socket_path.clone());
-        paths.collect()
+        paths.chain(self.exports.nbd_socket()).collect()
     }
 
-    /// Ends every export, those already on their way out included.
+    /// Ends every export, those already on their way out included, and the NBD server.
     pub async fn stop_all_exports(self: &Rc<Self>) {
+        self.stop_exports(|_| true).await;
+        self.exports.stop_nbd_server().await;
+    }
+
+    /// Ends the exports of a type, and waits for those that are on their way out already.
+    async fn stop_exports(self: &Rc<Self>, wanted: impl Fn(&str) -> bool) {
         let mut running = Vec::new();
         for entry in self.exports.entries.borrow_mut().iter_mut() {
-            if let Some(export) = entry.running.take() {
+            if wanted(entry.type_name)
+                && let Some(export) = entry.running.take()
+            {
                 running.push((entry.id.clone(), export));
             }
         }
@@ -348,7 +439,7 @@ impl Engine {
         }
         loop {
             let removed = self.exports.removed.notified();
-            if self.exports.entries.borrow().is_empty() {
+            if !self.exports.any(&wanted) {
                 return;
             }
             removed.await;

@@ -278,3 +278,70 @@ fn options_and_json_run_the_same_command() {
         assert_eq!(nodes.unwrap(), json!([]));
     });
 }
+
+#[test]
+fn nbd_exports_come_and_go_with_their_server() {
+    on_executor(async {
+        let engine = engine();
+        let heard = Rc::new(Heard::default());
+        let sink: Rc<dyn EventSink> = heard.clone();
+        engine.subscribe(&sink);
+        let node = json!({"driver": "null-co", "node-name": "n", "size": 1 << 20});
+        run(&engine, "blockdev-add", node).await.unwrap();
+        let bitmap = json!({"node": "n", "name": "b"});
+        run(&engine, "block-dirty-bitmap-add", bitmap.clone())
+            .await
+            .unwrap();
+        let add = |name: &str, more: Value| {
+            let mut members = json!({"device": "n", "name": name});
+            for (key, value) in more.as_object().unwrap() {
+                members[key] = value.clone();
+            }
+            run(&engine, "nbd-server-add", members)
+        };
+        let early = add("a", json!({})).await;
+        assert_eq!(early.unwrap_err(), "NBD server not running");
+        let path = socket("nbd");
+        let start = json!({"addr": {"type": "unix", "data": {"path": path}}});
+        run(&engine, "nbd-server-start", start.clone())
+            .await
+            .unwrap();
+        assert_eq!(engine.socket_paths(), std::slice::from_ref(&path));
+        let again = run(&engine, "nbd-server-start", start).await;
+        assert_eq!(again.unwrap_err(), "NBD server already running");
+        add("a", json!({"writable": true, "bitmap": "b"}))
+            .await
+            .unwrap();
+        let busy = run(&engine, "block-dirty-bitmap-clear", bitmap.clone()).await;
+        assert!(busy.unwrap_err().contains("in use"));
+        for (name, more, expected) in [
+            ("a", json!({}), "Block export id 'a' is already in use"),
+            ("c", json!({"bitmap": "x"}), "Bitmap 'x' is not found"),
+        ] {
+            assert_eq!(add(name, more).await.unwrap_err(), expected);
+        }
+        run(&engine, "nbd-server-remove", json!({"name": "a"}))
+            .await
+            .unwrap();
+        assert_eq!(*heard.0.borrow(), ["BLOCK_EXPORT_DELETED"]);
+        let readonly = add("a", json!({"bitmap": "b"})).await.unwrap_err();
+        assert_eq!(
+            readonly,
+            "Enabled bitmap 'b' incompatible with readonly export"
+        );
+        run(&engine, "block-dirty-bitmap-clear", bitmap)
+            .await
+            .unwrap();
+        let export = json!({
+            "type": "nbd", "id": "e", "node-name": "n", "description": "text",
+            "bitmaps": [{"node": "n", "name": "b"}], "writable": true,
+        });
+        run(&engine, "block-export-add", export).await.unwrap();
+        run(&engine, "nbd-server-stop", json!({})).await.unwrap();
+        assert!(!path.exists());
+        assert_eq!(heard.0.borrow().len(), 2);
+        let twice = run(&engine, "nbd-server-stop", json!({})).await;
+        assert_eq!(twice.unwrap_err(), "NBD server not running");
+        engine.shut_down().await.unwrap();
+    });
+}

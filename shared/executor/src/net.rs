@@ -63,6 +63,11 @@ impl Socket {
     pub(crate) fn fd(&self) -> types::Fd {
         types::Fd(self.fd.as_raw_fd())
     }
+
+    fn shutdown(&self) {
+        // An error says that the peer has already gone.
+        let _ = shutdown(self.fd.as_raw_fd(), Shutdown::Both);
+    }
 }
 
 /// The address of a socket, for the kernel to read.
@@ -342,8 +347,23 @@ impl Stream {
 
     /// Shuts both directions down; pending receives end.
     pub fn shutdown(&self) {
-        // An error says that the peer has already gone.
-        let _ = shutdown(self.socket.fd.as_raw_fd(), Shutdown::Both);
+        self.socket.shutdown();
+    }
+
+    /// Shuts the stream down from elsewhere, another thread perhaps.
+    pub fn closer(&self) -> Closer {
+        Closer(self.socket.clone())
+    }
+}
+
+/// Ends a [`Stream`] that somebody else has. Keeps its descriptor open.
+#[derive(Clone)]
+pub struct Closer(Socket);
+
+impl Closer {
+    /// Shuts both directions down; pending receives end.
+    pub fn shutdown(&self) {
+        self.0.shutdown();
     }
 }
 

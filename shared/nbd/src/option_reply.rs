@@ -132,6 +132,40 @@ impl ReplyErrorKind {
     }
 }
 
+impl ErrorReply {
+    /// What a client tells its user, in QEMU's words.
+    pub fn describe(&self, option: OptionKind) -> String {
+        let which = format!("option {} ({})", option.to_wire(), option.name());
+        match self.kind {
+            ReplyErrorKind::Unsupported => format!("Server does not support {which}"),
+            ReplyErrorKind::Policy => format!("Denied by server for {which}"),
+            ReplyErrorKind::Invalid => format!("Invalid parameters for {which}"),
+            ReplyErrorKind::Platform => format!("Server lacks support for {which}"),
+            ReplyErrorKind::TlsRequired => format!("TLS negotiation required before {which}"),
+            ReplyErrorKind::UnknownExport => "Requested export not available".to_owned(),
+            ReplyErrorKind::Shutdown => format!("Server shutting down before {which}"),
+            ReplyErrorKind::BlockSizeRequired => {
+                format!("Server requires INFO_BLOCK_SIZE for {which}")
+            }
+            ReplyErrorKind::TooBig
+            | ReplyErrorKind::ExtendedHeadersRequired
+            | ReplyErrorKind::Other(_) => format!("Unknown error code when asking for {which}"),
+        }
+    }
+
+    /// Lines that help: advice, and the server's own words.
+    pub fn hint(&self) -> Option<String> {
+        let advice = match self.kind {
+            ReplyErrorKind::TlsRequired => Some("Did you forget a valid tls-creds?".to_owned()),
+            _ => None,
+        };
+        let words =
+            (!self.message.is_empty()).then(|| format!("server reported: {}", self.message));
+        let lines: Vec<String> = advice.into_iter().chain(words).collect();
+        (!lines.is_empty()).then(|| lines.join("\n"))
+    }
+}
+
 /// A refusal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ErrorReply {

@@ -252,17 +252,24 @@ pub fn daemonize() -> io::Result<Daemonized> {
 
 impl Background {
     /// Leaves the parent's directory and terminal, and lets the parent end with success.
-    pub fn enter(mut self) -> io::Result<()> {
+    pub fn enter(self) -> io::Result<()> {
         env::set_current_dir("/")?;
-        let null = std::fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open("/dev/null")?;
+        nix::unistd::dup2_stderr(&null_device()?)?;
+        self.enter_with_errors()
+    }
+
+    /// Leaves the parent's input and output, keeps its directory and where it writes errors, and lets the parent end with success.
+    pub fn enter_with_errors(mut self) -> io::Result<()> {
+        let null = null_device()?;
         nix::unistd::dup2_stdin(&null)?;
         nix::unistd::dup2_stdout(&null)?;
-        nix::unistd::dup2_stderr(&null)?;
         self.parent.write_all(&[1])
     }
+}
+
+fn null_device() -> io::Result<std::fs::File> {
+    let mut options = std::fs::OpenOptions::new();
+    options.read(true).write(true).open("/dev/null")
 }
 
 #[cfg(test)]
