@@ -79,13 +79,12 @@ def jobs_for(label, names, options, scratch):
     environment = test_environment(label)
     finder = TestFinder(test_dir=str(SOURCE))
     jobs = []
-    for name in names:
-        test = finder.parse_test_name(name)
+    for test in dict.fromkeys(map(finder.parse_test_name, names)):
         program = str((SOURCE / test).resolve())
         variables = environment.prepare_subprocess([program])
         reference = expected_output(test, environment)
         if reference is None:
-            raise programs.Missing(f"test {name} has no reference for {label}")
+            raise programs.Missing(f"test {test} has no reference for {label}")
         folder = scratch / label.replace(":", "-")
         jobs.append(worker.Job(short(test), program, str(SOURCE / reference), variables, folder, options.limit))
     return jobs

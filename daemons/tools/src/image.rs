@@ -101,17 +101,35 @@ impl Cache {
     pub fn options(self) -> Value {
         json!({"direct": self.direct, "no-flush": self.no_flush})
     }
+
     /// The mode called `name`.
     pub fn parse(name: &str) -> Result<Self, Failure> {
+        Self::named(name).ok_or_else(|| Failure::message(format!("Invalid cache option: {name}")))
+    }
+
+    /// The mode called `name`, of what is read.
+    pub fn parse_source(name: &str) -> Result<Self, Failure> {
+        Self::named(name)
+            .ok_or_else(|| Failure::message(format!("Invalid source cache option: {name}")))
+    }
+
+    /// Adds the mode to the options of a node that do not tell another.
+    pub fn add_to(self, options: &mut Map<String, Value>) {
+        if self.direct || self.no_flush {
+            options.entry("cache").or_insert(self.options());
+        }
+    }
+
+    fn named(name: &str) -> Option<Self> {
         let (direct, no_flush, write_through) = match name {
             "none" | "off" => (true, false, false),
             "writeback" => (false, false, false),
             "writethrough" => (false, false, true),
             "directsync" => (true, false, true),
             "unsafe" => (false, true, false),
-            _ => return Err(Failure::message(format!("Invalid cache option: {name}"))),
+            _ => return None,
         };
-        Ok(Self {
+        Some(Self {
             direct,
             no_flush,
             write_through,
@@ -231,9 +249,7 @@ impl Tool {
         if how.sharing == Sharing::Forced {
             options.insert("force-share".into(), json!(true));
         }
-        if how.cache.direct || how.cache.no_flush {
-            options.entry("cache").or_insert(how.cache.options());
-        }
+        how.cache.add_to(&mut options);
         self.allow_own_directory(&options);
         let number = self.opened.replace(self.opened.get() + 1);
         let name = json!(format!("image{number}"));
@@ -243,8 +259,18 @@ impl Tool {
 
     /// Opens an image.
     pub async fn open(&self, spec: &ImageSpec, how: Opening) -> Result<Image, Failure> {
-        let failed = |error: block::Error| could_not_open(spec, &error);
         let options = self.prepare(spec, how)?;
+        self.open_prepared(spec, how, options).await
+    }
+
+    /// Opens an image from what [`Tool::prepare`] answered, perhaps changed.
+    pub async fn open_prepared(
+        &self,
+        spec: &ImageSpec,
+        how: Opening,
+        options: Map<String, Value>,
+    ) -> Result<Image, Failure> {
+        let failed = |error: block::Error| could_not_open(spec, &error);
         let has_format = options.contains_key("driver");
         let purpose = match how.access {
             Access::Describe => Purpose::Describe,

@@ -146,15 +146,9 @@ fn typed(spec: &OptionSpec, value: &str) -> Result<Value, String> {
             _ => Err(format!("Parameter '{name}' expects 'on' or 'off'")),
         },
         OptionKind::Number => {
-            let (digits, radix) = match value.strip_prefix("0x") {
-                Some(digits) => (digits, 16),
-                None => (value, 10),
-            };
-            let is_number = !digits.is_empty() && digits.chars().all(|c| c.is_digit(radix));
-            if !is_number {
-                return Err(format!("Parameter '{name}' expects a number"));
-            }
-            let number = u64::from_str_radix(digits, radix)
+            let number =
+                number(value).ok_or_else(|| format!("Parameter '{name}' expects a number"))?;
+            let number = number
                 .map_err(|_| format!("Value '{value}' is too large for parameter '{name}'"))?;
             Ok(json!(number))
         }
@@ -163,6 +157,30 @@ fn typed(spec: &OptionSpec, value: &str) -> Result<Value, String> {
             Err(error) => Err(size::option_error(name, value, error)),
         },
     }
+}
+
+/// A number as C's `strtoull` reads it: octal after `0`, hexadecimal after `0x`, and a negative one
+/// stands for its two's complement.
+fn number(text: &str) -> Option<Result<u64, std::num::ParseIntError>> {
+    let text = text.trim_start_matches(|c: char| c.is_ascii_whitespace());
+    let (is_negative, text) = match (text.strip_prefix('-'), text.strip_prefix('+')) {
+        (Some(rest), _) => (true, rest),
+        (None, Some(rest)) => (false, rest),
+        (None, None) => (false, text),
+    };
+    let (digits, radix) = match (text.strip_prefix("0x"), text.strip_prefix('0')) {
+        (Some(digits), _) => (digits, 16),
+        (None, Some(digits)) if !digits.is_empty() => (digits, 8),
+        _ => (text, 10),
+    };
+    if digits.is_empty() || !digits.chars().all(|c| c.is_digit(radix)) {
+        return None;
+    }
+    let number = u64::from_str_radix(digits, radix);
+    Some(number.map(|number| match is_negative {
+        true => number.wrapping_neg(),
+        false => number,
+    }))
 }
 
 /// The list that `-o help` prints, one line each.

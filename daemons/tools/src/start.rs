@@ -4,6 +4,7 @@ use crate::failure::{self, Failure, Outcome};
 use crate::image::Tool;
 use executor::{Config, Executor};
 use std::process::ExitCode;
+use tracing_subscriber::fmt::format;
 
 /// A whole run: names the program for its messages (`name` unless its first argument says another),
 /// runs `run` on the arguments, reports its failure.
@@ -45,14 +46,25 @@ fn arguments() -> Result<Vec<String>, Failure> {
     Ok(arguments)
 }
 
-/// What the libraries warn of goes to stderr; `RUST_LOG` changes how much that is.
+/// Errors of all libraries, and what formats repair by themselves.
+const TOLD: &str = "error,formats::qcow2::open=warn";
+
+/// What the libraries report goes to stderr, the messages alone; `RUST_LOG` changes how much that is.
 fn log_warnings() {
     use tracing_subscriber::EnvFilter;
-    let directives = std::env::var("RUST_LOG").unwrap_or_else(|_| "error".to_owned());
-    let filter = EnvFilter::try_new(directives).unwrap_or_else(|_| EnvFilter::new("error"));
+    let directives = std::env::var("RUST_LOG").unwrap_or_else(|_| TOLD.to_owned());
+    let filter = EnvFilter::try_new(directives).unwrap_or_else(|_| EnvFilter::new(TOLD));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .fmt_fields(format::debug_fn(|writer, field, value| {
+            match field.name() == "message" {
+                true => write!(writer, "{value:?}"),
+                false => Ok(()),
+            }
+        }))
+        .with_ansi(false)
+        .with_level(false)
         .without_time()
         .with_target(false)
         .init();

@@ -326,6 +326,20 @@ fn mistakes_are_answered_in_the_words_of_qemu_img() {
         "amend -o lazy_refcounts=on,compat=0.10 a.qcow2",
         "amend -f raw -o size=2M r.img",
         "amend -f qcow2 -o help",
+        "rebase",
+        "rebase a.qcow2",
+        "rebase -b nothing a.qcow2",
+        "rebase -b base.qcow2 -F nothing a.qcow2",
+        "rebase -t nothing -b base.qcow2 a.qcow2",
+        "rebase -T nothing -b base.qcow2 a.qcow2",
+        "rebase -b r.img a.qcow2",
+        "rebase -f raw -u -b x -F raw r.img",
+        "commit",
+        "commit base.qcow2",
+        "commit -b nothing a.qcow2",
+        "commit -r x a.qcow2",
+        "commit -t nothing a.qcow2",
+        "commit -f nothing a.qcow2",
     ] {
         let [peer, own] = pair.directories();
         let peer = run(&peer, PROGRAMS[0], &words(line));
@@ -410,5 +424,91 @@ fn bitmaps_are_changed_like_qemu_img_changes_them() {
             write_alike(&pair, &mut random, size);
             pair.compare(&format!("operation {number}: {line}"));
         }
+    }
+}
+
+/// Writes to any image of both chains.
+fn write_to(pair: &Pair, (image, offset, length): (&str, u64, u64), kind: &str) {
+    let command = format!("{kind} {offset} {length}");
+    for directory in pair.directories() {
+        let arguments = ["-f", "qcow2", "-c", &command, image].map(str::to_owned);
+        let outcome = run(&directory, "qemu-io", &arguments);
+        assert_eq!(outcome.0, Some(0), "{command} {image}: {outcome:?}");
+    }
+}
+
+/// The images of the chain read alike in both directories.
+fn compare_chain(pair: &Pair, images: &[&str], context: &str) {
+    for image in images {
+        let contents = pair.directories().map(|directory| {
+            let check = words(&format!("check -q -f qcow2 {image}"));
+            let checked = run(&directory, "qemu-img", &check);
+            assert_eq!(checked.0, Some(0), "{context}: {image} {checked:?}");
+            let convert = words(&format!("convert -f qcow2 -O raw {image} out.raw"));
+            let converted = run(&directory, "qemu-img", &convert);
+            assert_eq!(converted.0, Some(0), "{context}: {image} {converted:?}");
+            std::fs::read(directory.join("out.raw")).expect("what was just written")
+        });
+        assert!(contents[0] == contents[1], "{context}: {image} differs");
+    }
+}
+
+#[test]
+fn rebase_and_commit_move_content_like_qemu_img() {
+    if !has_qemu() {
+        return;
+    }
+    for seed in seeds(8) {
+        println!("seed {seed}");
+        let mut random = SmallRng::seed_from_u64(seed);
+        let pair = Pair::new();
+        let images = ["a.qcow2", "mid.qcow2", "base.qcow2", "other.qcow2"];
+        let mut sizes = Vec::new();
+        for (index, image) in images.iter().enumerate().rev() {
+            let cluster = one_of(&mut random, &["512", "4k", "64k"]);
+            let size = random.random_range(8..40) * 65536_u64;
+            let backing = match index {
+                0 => "-b mid.qcow2 -F qcow2",
+                1 => "-b base.qcow2 -F qcow2",
+                _ => "",
+            };
+            let options = format!("-o cluster_size={cluster} {backing}");
+            pair.both(&format!("create -q -f qcow2 {options} {image} {size}"));
+            sizes.push(size);
+            for _ in 0..4 {
+                let offset = random.random_range(0..size / 512) * 512;
+                let length = (random.random_range(1..300) * 512).min(size - offset);
+                let kind = one_of(&mut random, &["write -P 3", "write -P 9", "write -z"]);
+                write_to(&pair, (image, offset, length), kind);
+            }
+        }
+        let line = one_of(
+            &mut random,
+            &[
+                "rebase -b other.qcow2 -F qcow2 a.qcow2",
+                "rebase -b base.qcow2 -F qcow2 a.qcow2",
+                "rebase -u -b other.qcow2 -F qcow2 a.qcow2",
+                "rebase -F qcow2 -b  a.qcow2",
+                "commit a.qcow2",
+                "commit -d a.qcow2",
+                "commit -b base.qcow2 a.qcow2",
+                "commit mid.qcow2",
+            ],
+        );
+        let line = line.replace("-b  a", "-b\u{1} a");
+        println!("{line}, sizes {sizes:?}");
+        let [peer, own] = pair.directories();
+        // An empty word stands for no backing.
+        let arguments: Vec<String> = words(&line)
+            .into_iter()
+            .flat_map(|word| match word.strip_suffix('\u{1}') {
+                Some(option) => vec![option.to_owned(), String::new()],
+                None => vec![word],
+            })
+            .collect();
+        let outcomes = [(&peer, PROGRAMS[0]), (&own, PROGRAMS[1])]
+            .map(|(directory, program)| run(directory, program, &arguments));
+        assert_eq!(outcomes[1], outcomes[0], "{line}");
+        compare_chain(&pair, &images, &line);
     }
 }

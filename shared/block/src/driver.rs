@@ -164,6 +164,15 @@ pub struct Resize {
     pub preallocation: Preallocation,
 }
 
+/// What an image says about its backing file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BackingReference {
+    /// Its name, relative to the image; without one there is no backing file.
+    pub name: Option<String>,
+    /// Its format.
+    pub format: Option<String>,
+}
+
 /// What is known about the start of a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StatusExtent {
@@ -244,6 +253,21 @@ pub trait Driver: Send + Sync {
     fn block_status(&self, range: ByteRange) -> BoxFuture<'_, Result<StatusExtent, Errno>>;
     /// Changes the length.
     fn resize(&self, resize: Resize) -> BoxFuture<'_, Result<(), crate::Error>>;
+    /// Changes what the image says about its backing file, and nothing else: the open backing child
+    /// stays. Durable when it resolves.
+    ///
+    /// # Errors
+    /// `Unsupported` from formats without backing files.
+    fn refer_to_backing(&self, _to: BackingReference) -> BoxFuture<'_, Result<(), crate::Error>> {
+        Box::pin(async { Err(crate::Error::operation_unsupported()) })
+    }
+    /// Drops all content, so that the backing file shows everywhere. The caller has drained the node.
+    ///
+    /// # Errors
+    /// `Unsupported` from formats without backing files.
+    fn make_empty(&self) -> BoxFuture<'_, Result<(), crate::Error>> {
+        Box::pin(async { Err(crate::Error::operation_unsupported()) })
+    }
     /// Flushes, marks the image clean and stops background work; no I/O follows.
     fn close(&self) -> BoxFuture<'_, Result<(), Errno>>;
     /// What all users of the node together do and tolerate has changed: file locks follow. On an

@@ -75,6 +75,13 @@ impl Error {
             "This image format does not support checks",
         )
     }
+    /// The answer of a driver that has no such operation.
+    pub fn operation_unsupported() -> Self {
+        Self {
+            errno: Some(Errno::EOPNOTSUPP),
+            ..Self::new(ErrorKind::Unsupported, reason(Errno::EOPNOTSUPP))
+        }
+    }
     /// The same error with advice for a human.
     #[must_use]
     pub fn with_hint(mut self, hint: impl Into<String>) -> Self {

@@ -19,7 +19,7 @@
 
 use crate::bitmap::BitmapStore;
 use crate::cipher::SectorCipher;
-use crate::driver::{ByteRange, Limits, Resize, ZeroFlags};
+use crate::driver::{BackingReference, ByteRange, Limits, Resize, ZeroFlags};
 use crate::edge::Edge;
 use crate::snapshot::Snapshots;
 use executor::{Buffer, Errno};
@@ -180,6 +180,14 @@ pub trait Format: Send + Sync + 'static {
     fn metadata_dirty(&self) -> bool;
     /// Changes the virtual size.
     async fn resize(&self, resize: Resize) -> Result<(), crate::Error>;
+    /// See [`crate::Driver::refer_to_backing`].
+    async fn refer_to_backing(&self, _to: BackingReference) -> Result<(), crate::Error> {
+        Err(crate::Error::operation_unsupported())
+    }
+    /// See [`crate::Driver::make_empty`].
+    async fn make_empty(&self) -> Result<(), crate::Error> {
+        Err(crate::Error::operation_unsupported())
+    }
     /// Flushes and marks the image cleanly closed.
     async fn close(&self) -> Result<(), Errno>;
     /// See [`crate::Driver::check`].

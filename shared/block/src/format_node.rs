@@ -23,8 +23,8 @@ mod write;
 use crate::bitmap::BitmapStore;
 use crate::check::{CheckOptions, CheckResult, CheckSink};
 use crate::driver::{
-    BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Resize, StatusExtent, WriteFlags,
-    ZeroFlags,
+    BackingReference, BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Resize,
+    StatusExtent, WriteFlags, ZeroFlags,
 };
 use crate::edge::Edge;
 use crate::error::{Error, Result};
@@ -399,6 +399,12 @@ impl<F: Format> Driver for FormatNode<F> {
     }
     fn resize(&self, resize: Resize) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.set_length(resize))
+    }
+    fn refer_to_backing(&self, to: BackingReference) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.format.refer_to_backing(to))
+    }
+    fn make_empty(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.format.make_empty())
     }
     fn close(&self) -> BoxFuture<'_, std::result::Result<(), Errno>> {
         Box::pin(self.format.close())

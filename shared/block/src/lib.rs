@@ -50,8 +50,8 @@ pub use cipher::{SectorCipher, Tweak};
 pub use create::{CreateRequest, Creator, OptionKind, OptionSpec};
 pub use debug::{Debugger, Event};
 pub use driver::{
-    BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Preallocation, Resize,
-    StatusExtent, WriteFlags, ZeroFlags,
+    BackingReference, BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Preallocation,
+    Resize, StatusExtent, WriteFlags, ZeroFlags,
 };
 pub use edge::{Edge, EdgeSpec, Permissions};
 pub use error::{Error, ErrorKind};

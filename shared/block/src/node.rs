@@ -26,8 +26,8 @@ pub(crate) use users::{ResizeListener, User, Users};
 use crate::bitmap::BitmapSet;
 use crate::debug::Event;
 use crate::driver::{
-    BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Resize, StatusExtent, WriteFlags,
-    ZeroFlags,
+    BackingReference, BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Resize,
+    StatusExtent, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind};
 use crate::naming::Origin;
@@ -289,9 +289,7 @@ impl Node {
     /// Changes the length and tells the users of the node. The caller holds the `resize`
     /// permission through a root.
     pub async fn resize(&self, resize: Resize) -> crate::error::Result<()> {
-        if self.options.read_only {
-            return Err(Error::new(ErrorKind::Invalid, "Image is read-only"));
-        }
+        self.check_changeable()?;
         let old = self.length();
         if resize.length > old {
             self.bitmaps.resize(resize.length)?;
@@ -302,6 +300,16 @@ impl Node {
         }
         self.child_resized();
         Ok(())
+    }
+    /// See [`Driver::refer_to_backing`].
+    pub async fn refer_to_backing(&self, to: BackingReference) -> crate::error::Result<()> {
+        self.check_changeable()?;
+        self.driver.refer_to_backing(to).await
+    }
+    /// See [`Driver::make_empty`].
+    pub async fn make_empty(&self) -> crate::error::Result<()> {
+        self.check_changeable()?;
+        self.driver.make_empty().await
     }
     /// Which host file its bytes are in; see [`Driver::identity`].
     pub fn identity(&self) -> Option<ImageIdentity> {
@@ -347,6 +355,13 @@ impl Node {
             self.length.fetch_max(end, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    fn check_changeable(&self) -> crate::error::Result<()> {
+        match self.options.read_only {
+            true => Err(Error::new(ErrorKind::Invalid, "Image is read-only")),
+            false => Ok(()),
+        }
     }
 
     fn check_write(&self, range: ByteRange) -> Result<(), Errno> {

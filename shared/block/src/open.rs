@@ -185,7 +185,7 @@ impl OpenRequest<'_> {
     /// # Errors
     /// `NotFound`, `Invalid` when it is no text.
     pub fn secret(&self, id: &str) -> Result<Secret> {
-        self.from_user("a secret")?;
+        self.only_for_users("a secret")?;
         self.graph.secrets().text(id)
     }
     /// Takes a string option.
@@ -249,7 +249,7 @@ impl OpenRequest<'_> {
                 return Ok(Some(None));
             }
             Some(Value::String(node)) => {
-                self.from_user("a node")?;
+                self.only_for_users("a node")?;
                 self.graph.find(&node)?
             }
             Some(Value::Object(options)) => self.open_inline(name, role, options).await?,
@@ -421,7 +421,7 @@ impl OpenRequest<'_> {
     }
 
     /// Refuses what only a user may refer to.
-    fn from_user(&self, what: &str) -> Result<()> {
+    fn only_for_users(&self, what: &str) -> Result<()> {
         match &self.place.source {
             Source::User => Ok(()),
             Source::Image { name, .. } => Err(names::forbidden(

@@ -4,8 +4,10 @@ use super::SECTOR;
 use super::status::{Above, above, backing_of};
 use super::walk::Backed;
 use crate::driver::ByteRange;
+use crate::node::Node;
 use crate::root::{Root, RootHandle};
 use executor::{Buffer, Errno};
+use std::sync::Arc;
 
 /// Disks that are read one after the other, on the thread that made this.
 pub struct Sources {
@@ -22,6 +24,8 @@ pub(super) struct Part {
     pub(super) length: u64,
     /// Its node takes requests of this alignment without reading more.
     pub(super) alignment: u64,
+    /// The image of its chain that it ends above.
+    base: Option<Arc<Node>>,
 }
 
 impl Sources {
@@ -37,10 +41,21 @@ impl Sources {
                 start: length,
                 length: own,
                 alignment: u64::from(root.node().driver().limits().request_alignment),
+                base: None,
             });
             length = length.checked_add(own)?;
         }
         Some(Self { parts, length })
+    }
+
+    /// The disk below `root`, told apart from what `base` shows, an image of its chain: with
+    /// [`Backed::Alike`], what only `base` and the images behind it hold is left alone.
+    pub fn above(root: &Root, base: &Arc<Node>) -> Option<Self> {
+        let mut sources = Self::new([root])?;
+        for part in &mut sources.parts {
+            part.base = Some(Arc::clone(base));
+        }
+        Some(sources)
     }
 
     /// All bytes.
@@ -91,9 +106,10 @@ impl Part {
     pub(super) async fn status(&self, range: ByteRange, backed: Backed) -> Result<Known, Errno> {
         let visit = self.handle.visit().await;
         let node = visit.node();
-        let base = match backed {
-            Backed::No => None,
-            Backed::Alike { .. } => backing_of(node),
+        let base = match (backed, &self.base) {
+            (Backed::No, _) => None,
+            (Backed::Alike { .. }, Some(base)) => Some(&**base),
+            (Backed::Alike { .. }, None) => backing_of(node),
         };
         let Above { length, status, .. } = above(node, base, range).await?;
         Ok(Known {

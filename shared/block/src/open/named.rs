@@ -6,7 +6,9 @@
 //! ```
 
 use super::names::{self, Access, FileId};
-use super::{ChildRole, Definition, DriverEntry, FILE_PROTOCOL, Inherited, Place, Source, as_map};
+use super::{
+    ChildRole, Definition, DriverEntry, FILE_PROTOCOL, Inherited, Options, Place, Source, as_map,
+};
 use crate::check::Purpose;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Graph, NamePolicy};
@@ -80,6 +82,8 @@ impl Graph {
             );
             return Err(Error::new(ErrorKind::Invalid, message));
         }
+        let read_only = self.read_only_of(&options)?;
+        let inherited = inherited.with_read_only(read_only.unwrap_or(inherited.is_read_only()));
         place.chain.extend(files_of(image));
         if has_protocol(name) {
             let directory = image.base_directory().unwrap_or_default();
@@ -99,7 +103,8 @@ impl Graph {
                 .await;
         }
         let directory = image.base_directory()?;
-        let found = names::resolve(&directory, (name, Access::Read), &self.policy())?;
+        let access = Access::of(&inherited);
+        let found = names::resolve(&directory, (name, access), &self.policy())?;
         place.enter(found.id, name)?;
         let mut file_place = place.clone();
         file_place.path.push_str("file.");
@@ -126,6 +131,12 @@ impl Graph {
             file: Some(file),
         })
         .await
+    }
+
+    /// Whether the options of a node say that it is only read.
+    fn read_only_of(&self, options: &Map<String, Value>) -> Result<Option<bool>> {
+        let mut options = Options::new(options.clone(), String::new());
+        options.take_bool("read-only")
     }
 
     /// What the names of drivers mean.
@@ -180,7 +191,8 @@ impl Definition {
                 let path = std::path::absolute(filename.unwrap_or_default());
                 let path = path.map_err(|_| names::forbidden(name, "it is not a file name"))?;
                 let path = path.display().to_string();
-                let found = names::resolve(directory, (&path, Access::Read), policy)?;
+                let access = self.inherited.as_ref().map_or(Access::Read, Access::of);
+                let found = names::resolve(directory, (&path, access), policy)?;
                 self.place.enter(found.id, &path)?;
                 self.descriptor = Some(found.descriptor);
                 Ok(())

@@ -10,6 +10,7 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::NamePolicy;
+use crate::open::Inherited;
 use executor::Errno;
 use nix::fcntl::{FcntlArg, OFlag, OpenHow, ResolveFlag, fcntl, openat2};
 use nix::sys::stat::{SFlag, fstat};
@@ -43,6 +44,16 @@ impl FileId {
 pub(crate) enum Access {
     Read,
     ReadWrite,
+}
+
+impl Access {
+    /// What a node with these options does.
+    pub(crate) fn of(inherited: &Inherited) -> Self {
+        match inherited.is_read_only() {
+            true => Self::Read,
+            false => Self::ReadWrite,
+        }
+    }
 }
 
 /// A file that a name was allowed to open.

@@ -233,6 +233,16 @@ impl Inherited {
         }
     }
 
+    /// The same for a node that is written to, or not.
+    pub(crate) fn with_read_only(self, read_only: bool) -> Self {
+        Self { read_only, ..self }
+    }
+
+    /// Whether the node is only read.
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
     /// What an inline child in `role` gets from its parent.
     pub(crate) fn of(parent: &NodeOptions, role: ChildRole) -> Self {
         let backing = role == ChildRole::Backing;

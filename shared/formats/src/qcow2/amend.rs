@@ -4,7 +4,7 @@
 //!   replay of the redo log · version 3 · refcount width · names and features · size · version 2
 //! ```
 //!
-//! Everything is checked before anything is changed. Each step leaves a consistent image on disk,
+//! Everything is checked before anything is changed, but for snapshots of other sizes, which depend on the new size. Each step leaves a consistent image on disk,
 //! with the old or the new state of what it changes, wherever a power cut interrupts it: structures
 //! are written beside the old ones, and the header's first sector switches. Steps that need the
 //! driver open the image for themselves and close it again, so that none has to follow what another
@@ -242,9 +242,6 @@ impl Amended {
 
     async fn make(mut self, wanted: &Wanted, changes: &mut AmendRequest<'_>) -> Result<(), Error> {
         let version = wanted.version.unwrap_or(self.header.version);
-        if version < self.header.version {
-            self = self.check_snapshots(wanted).await?;
-        }
         if version > self.header.version {
             self.edit(upgrade).await?;
         }
@@ -265,6 +262,8 @@ impl Amended {
             self = self.resize(length).await?;
         }
         if version < self.header.version {
+            // The snapshots may have the new size and not the old one.
+            self = self.check_snapshots().await?;
             self.downgrade(changes).await?;
         }
         Ok(())
@@ -327,8 +326,8 @@ impl Amended {
     }
 
     /// Version 2 knows neither the machine state's full size nor the disk's size of a snapshot.
-    async fn check_snapshots(self, wanted: &Wanted) -> Result<Self, Error> {
-        let size = wanted.size.unwrap_or(self.header.size);
+    async fn check_snapshots(self) -> Result<Self, Error> {
+        let size = self.header.size;
         let checked = self.with_driver(OpenOptions::default(), async |node| {
             match node.format().has_snapshot_beyond_version_2(size) {
                 true => invalid("Internal snapshots prevent downgrade of image"),

@@ -144,24 +144,24 @@ impl Document {
         found.map(|known| known.data.as_slice())
     }
 
-    /// Adds, replaces (where it stands) or removes an extension.
+    /// Adds, replaces or removes an extension. Those that QEMU knows come first, in its order; the
+    /// others stay in theirs.
     pub(super) fn set_extension(&mut self, kind: u32, data: Option<Vec<u8>>) {
-        let at = self.extensions.iter().position(|known| known.kind == kind);
-        match (at, data) {
-            (Some(at), Some(data)) => self.extensions[at].data = data,
-            (None, Some(data)) => self.extensions.push(Extension { kind, data }),
-            (Some(at), None) => {
-                self.extensions.remove(at);
-            }
-            (None, None) => {}
-        }
+        // An image may have several, of which the last counts.
+        self.extensions.retain(|known| known.kind != kind);
+        self.extensions
+            .extend(data.map(|data| Extension { kind, data }));
+        self.extensions.sort_by_key(|known| rank(known.kind));
     }
 
     /// Sets or removes the backing file's name.
     pub(super) fn set_backing_name(&mut self, name: Option<&str>) -> Result<(), Error> {
         let name = name.unwrap_or_default().as_bytes();
         if name.len() > MAX_BACKING_NAME as usize {
-            return Err(Error::new(ErrorKind::Invalid, "Backing file name too long"));
+            return Err(Error {
+                errno: Some(Errno::EINVAL),
+                ..Error::new(ErrorKind::Invalid, "Backing file name too long")
+            });
         }
         if name != self.backing_name {
             self.backing_name = name.to_vec();
@@ -183,7 +183,10 @@ impl Document {
         without_names.set_extension(extension::FEATURE_NAMES, None);
         without_names.lay_out(cluster_size).ok_or_else(|| {
             let message = "The names in the image's header do not fit into its first cluster";
-            Error::new(ErrorKind::Invalid, message)
+            Error {
+                errno: Some(Errno::ENOSPC),
+                ..Error::new(ErrorKind::Invalid, message)
+            }
         })
     }
 
@@ -283,6 +286,21 @@ pub(super) async fn edit(
         true => Ok(()),
         false => replace(file, &old, &new).await.map_err(failed),
     }
+}
+
+/// Where an extension stands among the others.
+fn rank(kind: u32) -> usize {
+    let order = [
+        extension::BACKING_FORMAT,
+        extension::DATA_FILE,
+        extension::CRYPTO,
+        extension::FEATURE_NAMES,
+        extension::BITMAPS,
+    ];
+    order
+        .iter()
+        .position(|known| *known == kind)
+        .unwrap_or(order.len())
 }
 
 fn word(bytes: &[u8], at: usize) -> u32 {

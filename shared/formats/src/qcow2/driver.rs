@@ -6,8 +6,9 @@ use super::reclaim::{RECLAIM_PER_FLUSH, Requests};
 use super::write::Token;
 use block::cipher::SECTOR;
 use block::{
-    Buffer, ByteRange, CheckOptions, CheckResult, CheckSink, Edge, Encoded, Errno, Error,
-    ErrorKind, Extent, Format, Limits, Lookup, Repair, Resize, SectorCipher, WritePlan, ZeroFlags,
+    BackingReference, Buffer, ByteRange, CheckOptions, CheckResult, CheckSink, Edge, Encoded,
+    Errno, Error, ErrorKind, Extent, Format, Limits, Lookup, Repair, Resize, SectorCipher,
+    WritePlan, ZeroFlags,
 };
 use serde_json::{Map, Value, json};
 use std::sync::atomic::Ordering::Acquire;
@@ -122,6 +123,14 @@ impl Format for Qcow2 {
         self.resize_disk(resize).await
     }
 
+    async fn refer_to_backing(&self, to: BackingReference) -> Result<(), Error> {
+        self.set_backing_reference(to).await
+    }
+
+    async fn make_empty(&self) -> Result<(), Error> {
+        self.drop_content().await
+    }
+
     async fn close(&self) -> Result<(), Errno> {
         if !self.writable {
             return Ok(());
@@ -222,10 +231,11 @@ impl Format for Qcow2 {
         if let Some(snapshots) = self.state().snapshots.describe(self.disk_size()) {
             members.insert("snapshots".into(), snapshots);
         }
-        if let Some(name) = &header.backing_name {
+        let backing = self.backing_reference();
+        if let Some(name) = backing.name {
             members.insert("backing-filename".into(), json!(name));
         }
-        if let Some(format) = &header.backing_format {
+        if let Some(format) = backing.format {
             members.insert("backing-filename-format".into(), json!(format));
         }
         let dirty = header.incompatible & incompatible::DIRTY != 0;

@@ -1,7 +1,9 @@
 //! Turning zero clusters into what version 2 has: data, or no mapping where nothing would show.
 
 use super::Qcow2;
-use super::tables::{COPIED, ClusterRun, HostOffset, L2Entry, L2Kind, OFFSET_MASK, ZERO};
+use super::tables::{
+    COPIED, ClusterRun, GuestCluster, HostOffset, L2Entry, L2Kind, OFFSET_MASK, ZERO,
+};
 use super::{read_bytes, write_to};
 use block::{ByteRange, Errno, Error, Format, Mapping, Preallocation, ZeroFlags};
 use std::collections::BTreeMap;
@@ -15,47 +17,67 @@ impl Qcow2 {
     }
 }
 
-/// Replaces every zero cluster of the disk and of its snapshots; durable when it resolves.
+/// Replaces every zero cluster of the disk and of its snapshots; durable when it resolves. Progress is
+/// told in entries of L1 tables.
 pub(super) async fn zero_clusters(
     image: &Qcow2,
     progress: &mut impl FnMut(u64, u64),
 ) -> Result<(), Error> {
-    flatten_disk(image, progress).await?;
+    let snapshots = snapshot_tables(image).await?;
+    let disk = image.l1.len();
+    let total = disk + snapshots.len() as u64;
+    for index in 0..disk {
+        flatten_entry(image, index).await?;
+        progress(index + 1, total);
+    }
+    image.reach_host_end().await?;
     image.flush_metadata().await.map_err(failed)?;
-    for (table, references) in snapshot_tables(image).await? {
-        flatten_table(image, table, references)
-            .await
-            .map_err(failed)?;
+    let mut references = BTreeMap::new();
+    for &table in &snapshots {
+        *references.entry(table).or_insert(0) += 1;
+    }
+    // Those that the disk uses too have no zero clusters any more: they were copied to change them.
+    references.remove(&0);
+    for entry in image.l1.iter() {
+        references.remove(&(entry & OFFSET_MASK));
+    }
+    for (done, table) in (disk + 1..).zip(snapshots) {
+        if let Some(references) = references.remove(&table) {
+            let flattened = flatten_table(image, table, references).await;
+            flattened.map_err(failed)?;
+        }
+        progress(done, total);
     }
     image.file.node().flush().await.map_err(failed)
 }
 
-async fn flatten_disk(image: &Qcow2, progress: &mut impl FnMut(u64, u64)) -> Result<(), Error> {
-    let cluster_size = image.geometry.cluster_size();
+/// Replaces the zero clusters of the disk that one entry of the L1 table covers.
+async fn flatten_entry(image: &Qcow2, l1_index: u64) -> Result<(), Error> {
+    let geometry = &image.geometry;
     let size = image.disk_size();
-    let mut at = 0;
-    while at < size {
-        progress(at, size);
-        let range = ByteRange::new(at, size - at);
+    let first = |index: u64| geometry.guest_offset(GuestCluster(index << geometry.l2_bits()));
+    let mut at = first(l1_index);
+    let covered = first(l1_index + 1).min(size);
+    while at < covered {
+        let range = ByteRange::new(at, covered - at);
         let extent = image.resolve(range).await.map_err(failed)?;
-        let end = (at + extent.length).next_multiple_of(cluster_size);
+        let end = (at + extent.length).next_multiple_of(geometry.cluster_size());
         if let Mapping::Zero(storage) = extent.mapping {
             if storage.is_some() || image.backing.is_some() {
                 let mapped = image.map_zeroed(at..end.min(size), Preallocation::Metadata);
                 mapped.await.map_err(failed)?;
             } else {
-                let clusters = image.geometry.guest_cluster(at)..image.geometry.guest_cluster(end);
+                let clusters = geometry.guest_cluster(at)..geometry.guest_cluster(end);
                 image.unmap(clusters).await.map_err(failed)?;
             }
         }
         at = end;
     }
-    image.reach_host_end().await
+    Ok(())
 }
 
-/// The L2 tables that snapshots refer to, with the number of references. Those that the disk uses
-/// too have no zero clusters any more: they were copied to change them.
-async fn snapshot_tables(image: &Qcow2) -> Result<BTreeMap<u64, u64>, Error> {
+/// The L2 tables of the snapshots' L1 tables, one for each entry; 0 where there is none.
+async fn snapshot_tables(image: &Qcow2) -> Result<Vec<u64>, Error> {
     let l1_tables: Vec<_> = {
         let state = image.state();
         let entries = state.snapshots.entries.iter();
@@ -64,21 +86,19 @@ async fn snapshot_tables(image: &Qcow2) -> Result<BTreeMap<u64, u64>, Error> {
             .collect()
     };
     let file_length = image.host_end.load(std::sync::atomic::Ordering::Acquire);
-    let mut tables = BTreeMap::new();
+    let mut tables = Vec::new();
     for (offset, entries) in l1_tables {
         let bytes = read_bytes(&image.file, offset.0, entries as usize * 8)
             .await
             .map_err(failed)?;
-        for word in words(&bytes) {
+        tables.extend(words(&bytes).map(|word| {
             let table = word & OFFSET_MASK;
             let end = table + image.geometry.cluster_size();
-            if table != 0 && image.geometry.is_aligned(table) && end <= file_length {
-                *tables.entry(table).or_insert(0) += 1;
+            match image.geometry.is_aligned(table) && end <= file_length {
+                true => table,
+                false => 0,
             }
-        }
-    }
-    for entry in image.l1.iter() {
-        tables.remove(&(entry & OFFSET_MASK));
+        }));
     }
     Ok(tables)
 }

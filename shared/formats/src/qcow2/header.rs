@@ -11,7 +11,7 @@ use super::compressed::Codec;
 use super::tables::{
     Geometry, HostOffset, MAX_HOST_OFFSET, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES,
 };
-use block::{Error, ErrorKind};
+use block::{BackingReference, Error, ErrorKind};
 
 /// "QFI\xfb"
 pub(super) const MAGIC: u32 = 0x5146_49fb;
@@ -228,6 +228,14 @@ impl Header {
         Ok(header)
     }
 
+    /// What the image says about its backing file.
+    pub(super) fn backing_reference(&self) -> BackingReference {
+        BackingReference {
+            name: self.backing_name.clone(),
+            format: self.backing_format.clone(),
+        }
+    }
+
     /// Reads the fields that version 2 lacks; answers with the header's length.
     fn parse_version_3(&mut self, raw: &Raw<'_>) -> Result<u32, Error> {
         if self.version < 3 {
@@ -343,13 +351,9 @@ impl Header {
             | incompatible::EXTENDED_L2;
         let unknown = self.incompatible & !supported;
         if unknown != 0 {
-            let listed: Vec<String> = (0..64)
-                .filter(|bit| unknown >> bit & 1 != 0)
-                .map(|bit| names.incompatible(bit))
-                .collect();
             return Err(unsupported(format!(
                 "Unsupported qcow2 feature(s): {}",
-                listed.join(", ")
+                names.incompatible(unknown).join(", ")
             )));
         }
         Ok(())
@@ -398,6 +402,9 @@ impl Header {
             return Err(invalid("Active L1 table too large"));
         }
         table("L1 table", self.l1_offset, l1_bytes)?;
+        if geometry.l1_entries_for(self.size) > i32::MAX as u64 {
+            return Err(invalid("Image is too big"));
+        }
         if self.size > i64::MAX as u64 || geometry.l1_entries_for(self.size) > self.l1_entries {
             return Err(invalid("L1 table is too small"));
         }
@@ -450,19 +457,22 @@ fn bitmaps_extension(data: &[u8]) -> Result<Extension, Error> {
 struct FeatureNames<'b>(&'b [u8]);
 
 impl FeatureNames<'_> {
-    fn incompatible(&self, bit: u8) -> String {
-        let entry = self
-            .0
-            .chunks_exact(48)
-            .find(|entry| entry[0] == 0 && entry[1] == bit);
-        match entry {
-            Some(entry) => {
+    /// The names of `bits` in the order of the table, then the bits that it does not name.
+    fn incompatible(&self, mut bits: u64) -> Vec<String> {
+        let mut names = Vec::new();
+        for entry in self.0.chunks(48).filter(|entry| entry.len() > 2) {
+            let bit = 1_u64.checked_shl(u32::from(entry[1])).unwrap_or(0);
+            if entry[0] == 0 && bits & bit != 0 {
                 let name = entry[2..].split(|&byte| byte == 0).next();
                 let name = String::from_utf8_lossy(name.unwrap_or_default());
-                name.chars().filter(|c| !c.is_control()).collect()
+                names.push(name.chars().filter(|c| !c.is_control()).collect());
+                bits &= !bit;
             }
-            None => format!("Unknown incompatible feature: {:x}", 1_u64 << bit),
         }
+        if bits != 0 {
+            names.push(format!("Unknown incompatible feature: {bits:x}"));
+        }
+        names
     }
 }
 

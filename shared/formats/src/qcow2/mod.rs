@@ -4,6 +4,7 @@
 //!   lookup / resolve      mapping.rs   guest offset → host offset, from cached L2 slices
 //!   prepare, commit       write.rs     allocation of clusters, mapping changes
 //!   compressed clusters   compressed/  read, packed and written as the format encodes them
+//!   the backing's name    backing.rs   changed, and all content dropped in its favour
 //!   zeroes, discard       zero.rs      mapping changes without data
 //!   subclusters           cluster.rs   what an L2 entry says, one or two words of it
 //!   allocation            alloc.rs     free clusters, new refcount blocks, a larger refcount table
@@ -26,6 +27,7 @@
 
 mod alloc;
 mod amend;
+mod backing;
 mod bitmaps;
 mod cache;
 mod check;
@@ -69,9 +71,9 @@ pub use reclaim::DiscardPolicy;
 
 use alloc::Allocator;
 use bitmaps::Bitmaps;
-use block::Edge;
 use block::events::{Corruption, Reporter};
 use block::redo_log::RedoLog;
+use block::{BackingReference, Edge};
 use cache::{Claim, Pinned, TableCache};
 use cluster::PairSequence;
 use compressed::{Inflated, Packing};
@@ -107,6 +109,8 @@ pub struct Qcow2 {
     data_file: Option<Edge>,
     backing: Option<Edge>,
     header: Header,
+    /// What the image says about its backing now.
+    backing_reference: Mutex<BackingReference>,
     writable: bool,
     /// Bytes of the virtual disk.
     virtual_size: AtomicU64,

@@ -174,6 +174,7 @@ impl Qcow2 {
                 flushes: 0,
                 flush_under_way: false,
             }),
+            backing_reference: Mutex::new(header.backing_reference()),
             header,
             structure: AsyncMutex::new(()),
             flushing: AsyncMutex::new(Default::default()),
@@ -311,13 +312,13 @@ async fn repaired_if_dirty(file: &Edge, header: Header) -> Result<Header, Error>
         return Ok(header);
     }
     let name = file.node().name();
-    tracing::warn!(file = name, "qcow2 image was not closed cleanly; repairing");
+    tracing::info!(file = name, "qcow2 image was not closed cleanly; repairing");
     let context = |error: Error| error.context("Could not repair dirty image");
     let mut messages = Vec::new();
     let options = CheckOptions::repairing(Repair::All);
     let checked = super::check::check(file, options, &mut messages).await;
     for message in messages.iter().take(MAX_REPAIR_MESSAGES) {
-        tracing::info!(file = name, "{message}");
+        tracing::warn!(file = name, "{message}");
     }
     let result = checked.map_err(context)?;
     tracing::info!(file = name, ?result, "qcow2 image repaired");

@@ -39,10 +39,18 @@ pub(super) enum DiscardKind {
     Other,
     /// Their place was taken by a write, or they were never used: the space is wanted again soon.
     Never,
+    /// The disk became smaller, or gave all of its content up.
+    Always,
 }
 
 impl DiscardKind {
-    const ALL: [Self; 4] = [Self::Other, Self::Request, Self::Snapshot, Self::Never];
+    const ALL: [Self; 5] = [
+        Self::Other,
+        Self::Request,
+        Self::Snapshot,
+        Self::Never,
+        Self::Always,
+    ];
 
     /// For the redo log.
     pub(super) fn number(self) -> u64 {
@@ -89,6 +97,7 @@ impl DiscardPolicy {
             DiscardKind::Snapshot => self.snapshot,
             DiscardKind::Other => self.other,
             DiscardKind::Never => false,
+            DiscardKind::Always => true,
         }
     }
 }

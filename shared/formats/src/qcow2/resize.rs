@@ -150,7 +150,7 @@ impl Qcow2 {
 
     /// Frees the L2 tables from an L1 entry on. They map nothing, nothing can be mapped in them,
     /// and none of their slices is dirty.
-    async fn drop_l2_tables(&self, first_index: u64) -> Result<(), Errno> {
+    pub(super) async fn drop_l2_tables(&self, first_index: u64) -> Result<(), Errno> {
         let _structure = self.structure.lock().await;
         for index in first_index..self.l1.len() {
             let table = self.l1.entry(index) & OFFSET_MASK;

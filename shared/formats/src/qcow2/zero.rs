@@ -34,6 +34,23 @@ enum Erase {
     Discard,
     /// Whole clusters lose their mapping, whatever they read as then.
     Unmap,
+    /// As `Unmap`, of clusters that the disk does not have any more: their space is given back always.
+    Drop,
+}
+
+impl Erase {
+    /// Whether nothing stays mapped.
+    fn unmaps_all(self) -> bool {
+        matches!(self, Self::Unmap | Self::Drop)
+    }
+
+    /// Why the clusters are given up.
+    fn discard_kind(self) -> DiscardKind {
+        match self {
+            Self::Drop => DiscardKind::Always,
+            _ => DiscardKind::Request,
+        }
+    }
 }
 
 impl Qcow2 {
@@ -76,7 +93,7 @@ impl Qcow2 {
     pub(super) async fn unmap(&self, clusters: Range<GuestCluster>) -> Result<(), Errno> {
         let offset = |cluster| self.geometry.guest_offset(cluster);
         let whole = offset(clusters.start)..offset(clusters.end);
-        self.erase(whole, Erase::Unmap).await
+        self.erase(whole, Erase::Drop).await
     }
 
     async fn erase(&self, mut whole: Range<u64>, erase: Erase) -> Result<(), Errno> {
@@ -105,8 +122,12 @@ impl Qcow2 {
         let first = geometry.guest_cluster(range.start);
         let l1_index = geometry.l1_index(first);
         let shows_something = self.backing.is_some() || self.is_raw_data_file();
-        if self.l1.entry(l1_index) & OFFSET_MASK == 0 && (!shows_something || erase == Erase::Unmap)
-        {
+        let needs_mark = match erase {
+            Erase::Discard => shows_something,
+            Erase::ZeroKeeping | Erase::ZeroUnmapping => true,
+            Erase::Unmap | Erase::Drop => false,
+        };
+        if self.l1.entry(l1_index) & OFFSET_MASK == 0 && !needs_mark {
             let covered_end = GuestCluster((l1_index + 1) << geometry.l2_bits());
             return Ok(range.end.min(geometry.guest_offset(covered_end)));
         }
@@ -115,7 +136,7 @@ impl Qcow2 {
         let end = GuestCluster(range.end.div_ceil(geometry.cluster_size()));
         let lock = geometry.guest_offset(first)..geometry.guest_offset(end);
         let _locked = self.guest_locks.lock(lock).await;
-        if erase != Erase::Unmap {
+        if !erase.unmaps_all() {
             self.may_map(geometry.guest_offset(first))?;
         }
         self.make_room().await?;
@@ -125,14 +146,15 @@ impl Qcow2 {
         if !self.erase_data(&changes.range, erase).await? {
             return Ok(changes.range.end);
         }
-        let records = changes.records();
+        let pass = erase.discard_kind();
+        let records = changes.records(pass);
         if !records.is_empty() {
             let changed = self.log_change(&records, |state| {
                 for &entry in &changes.entries {
                     self.set_entry(state, &slice, entry);
                 }
                 for &run in &changes.freed {
-                    state.free(run, DiscardKind::Request);
+                    state.free(run, pass);
                 }
             });
             changed.await?;
@@ -189,7 +211,7 @@ impl Qcow2 {
 
     /// The entry that takes the place of `old` when `touched` subclusters are erased.
     fn erased(&self, old: &Cluster, touched: u32, erase: Erase) -> Result<EntryWords, Errno> {
-        if erase == Erase::Unmap {
+        if erase.unmaps_all() {
             return Ok(EntryWords::default());
         }
         let is_whole = touched == self.geometry.all_subclusters();
@@ -202,10 +224,11 @@ impl Qcow2 {
             },
             Cluster::Standard(old) => *old,
         };
-        // What is unallocated reads as zeroes anyway when there is nothing below.
-        let marked = match self.backing {
-            Some(_) => touched,
-            None => touched & (old.allocated | old.zero),
+        // What is unallocated reads as zeroes anyway when there is nothing below: enough for a discard. Who
+        // asks for zeroes means them, whatever becomes the backing later.
+        let marked = match (&self.backing, erase) {
+            (None, Erase::Discard) => touched & (old.allocated | old.zero),
+            _ => touched,
         };
         let mut new = Subclusters {
             allocated: old.allocated & !touched,
@@ -231,7 +254,7 @@ impl Qcow2 {
         let is_raw = self.is_raw_data_file();
         let unmaps = erase != Erase::ZeroKeeping;
         let is_wanted = is_raw || (unmaps && self.discards.request);
-        if bytes.length == 0 || erase == Erase::Unmap || !is_wanted {
+        if bytes.length == 0 || erase.unmaps_all() || !is_wanted {
             return Ok(true);
         }
         let flags = ZeroFlags {
@@ -294,7 +317,7 @@ impl Changes {
     }
 
     /// The redo records, runs of equal entries as one.
-    fn records(&self) -> SmallVec<[RedoRecord; 16]> {
+    fn records(&self, pass: DiscardKind) -> SmallVec<[RedoRecord; 16]> {
         let mut records: SmallVec<[RedoRecord; 16]> = SmallVec::new();
         for &(cluster, new) in &self.entries {
             if let Some(RedoRecord::L2(run)) = records.last_mut()
@@ -309,7 +332,6 @@ impl Changes {
                 contiguous: false,
             }));
         }
-        let pass = DiscardKind::Request;
         let freed = self.freed.iter().map(|&run| RedoRecord::Free { run, pass });
         records.extend(freed);
         records

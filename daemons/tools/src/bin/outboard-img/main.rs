@@ -14,10 +14,12 @@
 mod amend;
 mod bitmap;
 mod check;
+mod commit;
 mod create;
 mod help;
 mod info;
 mod map;
+mod rebase;
 mod resize;
 mod snapshot;
 mod text;
@@ -47,9 +49,11 @@ pub(crate) const COMMANDS: &[Command] = &[
     amend::COMMAND,
     bitmap::COMMAND,
     check::COMMAND,
+    commit::COMMAND,
     create::COMMAND,
     info::COMMAND,
     map::COMMAND,
+    rebase::COMMAND,
     resize::COMMAND,
     snapshot::COMMAND,
 ];

@@ -228,6 +228,9 @@ impl Layout {
         table("Active L1 table", self.l1, MAX_L1_BYTES)?;
         let coverage = self.cluster_size() * (self.cluster_size() / self.l2_entry_bytes());
         let needed = self.size.div_ceil(coverage).saturating_mul(8);
+        if needed / 8 > i32::MAX as u64 {
+            return Err(invalid("Image is too big"));
+        }
         if self.size > i64::MAX as u64 || needed > self.l1.bytes {
             return Err(invalid("L1 table is too small"));
         }

@@ -254,9 +254,9 @@ impl<'a> Check<'a> {
             if overflow != 0 {
                 let at = cluster << self.layout.cluster_bits;
                 self.report.say(format_args!(
-                    "ERROR: overflow cluster offset={at:#x}: more references than refcounts of \
-                     {} bits can express (qemu-img amend widens them)",
-                    1 << self.layout.refcount_order
+                    "ERROR: overflow cluster offset={at:#x}\nUse qemu-img amend to increase the \
+                     refcount entry width or qemu-img convert to create a clean copy if the image \
+                     cannot be opened for writing"
                 ));
                 self.result.corruptions += overflow;
             }

@@ -39,6 +39,7 @@ impl Check<'_> {
     /// `reserve` clusters to spare. What is still wrong afterwards is in the result.
     pub(super) async fn rebuild_and_recount(&mut self, reserve: u64) -> Result<Rebuilt, Errno> {
         let old = self.result;
+        let old_structure = std::mem::take(&mut self.refcount_clusters);
         self.result = CheckResult {
             leaks_fixed: old.leaks_fixed,
             corruptions_fixed: old.corruptions_fixed,
@@ -58,6 +59,7 @@ impl Check<'_> {
         }
         self.write_structure(&plan).await?;
         self.refcounts = Refcounts::Usable;
+        self.tell_of_old_structure(old_structure);
         let result = &mut self.result;
         result.corruptions_fixed += old.corruptions.saturating_sub(result.corruptions);
         result.leaks_fixed += old.leaks;
@@ -65,6 +67,20 @@ impl Check<'_> {
             end: HostCluster(plan.table.end()),
             reserved: plan.reserved.first,
         })
+    }
+
+    /// The clusters of the old refcount structure are leaks, which are repaired with it.
+    fn tell_of_old_structure(&mut self, mut old: Vec<HostCluster>) {
+        old.retain(|cluster| cluster.0 < self.references.clusters());
+        old.sort_unstable();
+        for same in old.chunk_by(|one, other| one == other) {
+            let used = self.references.get(same[0]);
+            self.report.say(format_args!(
+                "Repairing cluster {} refcount={} reference={used}",
+                same[0].0,
+                used + same.len() as u64
+            ));
+        }
     }
 
     /// Finds how many blocks and how large a table are needed, their own clusters included.
