@@ -35,6 +35,15 @@ removed over QMP while the daemon runs.
                          what is read from backing files is kept in the image
       throttle           file=<node or definition>,throttle-group=<id>
                          requests wait for the limits of a group
+      preallocate        file=<node or definition>[,prealloc-size=<bytes>]
+                         [,prealloc-align=<bytes>]
+      quorum             children.<i>=<node or definition>,vote-threshold=<n>
+                         [,read-pattern=quorum|fifo][,rewrite-corrupted=on|off]
+                         [,blkverify=on|off]
+      blkverify          raw=<node or definition>,test=<node or definition>
+      blklogwrites       file=<node or definition>,log=<node or definition>
+                         [,log-sector-size=<bytes>][,log-append=on|off]
+                         [,log-super-update-interval=<n>]
 
   --object iothread,id=<id>[,poll-max-ns=<n>]
                          add a thread for queues of exports (QMP: object-add);

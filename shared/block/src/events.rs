@@ -9,6 +9,7 @@
 //! QMP.
 
 use crate::driver::ByteRange;
+use executor::Errno;
 use std::sync::Arc;
 
 /// An image makes no sense.
@@ -24,10 +25,47 @@ pub struct ImageCorrupted {
     pub fatal: bool,
 }
 
+/// What a quorum asked of a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QuorumOperation {
+    /// To read.
+    Read,
+    /// To write.
+    Write,
+    /// To flush.
+    Flush,
+}
+
+/// A copy of a quorum failed, or differs from the others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QuorumBad {
+    /// The copy's node.
+    pub node_name: String,
+    /// What was asked of it.
+    pub operation: QuorumOperation,
+    /// Where.
+    pub range: ByteRange,
+    /// How it failed; `None` when it differs.
+    pub error: Option<Errno>,
+}
+
+/// Too few copies of a quorum agree.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QuorumFailed {
+    /// The quorum's node.
+    pub node_name: String,
+    /// Where.
+    pub range: ByteRange,
+}
+
 /// Hears of events; called on any thread, queue threads included. Must not block.
 pub trait NodeEvents: Send + Sync {
     /// An image was found to be corrupt. Once per image and severity.
     fn image_corrupted(&self, event: ImageCorrupted);
+    /// A copy is bad. As often as it is asked for something.
+    fn quorum_bad(&self, event: QuorumBad);
+    /// A request found no quorum.
+    fn quorum_failed(&self, event: QuorumFailed);
 }
 
 /// One node's way to report.
@@ -61,6 +99,21 @@ impl Reporter {
         Self {
             node_name: node_name.to_owned(),
             events,
+        }
+    }
+
+    /// Reports a bad copy of this node's content.
+    pub fn quorum_bad(&self, event: QuorumBad) {
+        if let Some(events) = &self.events {
+            events.quorum_bad(event);
+        }
+    }
+
+    /// Reports that too few copies of this node's content agree on `range`.
+    pub fn quorum_failed(&self, range: ByteRange) {
+        if let Some(events) = &self.events {
+            let node_name = self.node_name.clone();
+            events.quorum_failed(QuorumFailed { node_name, range });
         }
     }
 

@@ -21,7 +21,7 @@ use crate::edge::{Edge, EdgeSpec};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::Reporter;
 use crate::graph::Graph;
-use crate::naming::Protocol;
+use crate::naming::{Names, Protocol};
 use crate::node::{Node, NodeOptions};
 use crate::redo_log::RedoLog;
 use crate::secret::Secret;
@@ -31,11 +31,30 @@ use names::Access;
 pub(crate) use names::FileId;
 pub(crate) use options::{Inherited, Options};
 use serde_json::{Map, Value};
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Longest chain of images, backing files included, and deepest nesting of inline children.
 pub const MAX_CHAIN: usize = 200;
+
+/// Most children in one list.
+const MAX_CHILDREN: usize = 64;
+
+/// The name of a child in a list. Names live as long as the process: there are few.
+fn child_name(list: &str, index: usize) -> &'static str {
+    static NAMES: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
+    let name = format!("{list}.{index}");
+    let mut names = NAMES.lock().unwrap_or_else(PoisonError::into_inner);
+    match names.get(name.as_str()) {
+        Some(known) => known,
+        None => {
+            let name: &'static str = name.leak();
+            names.insert(name);
+            name
+        }
+    }
+}
 
 /// The protocol that plain file names are opened with.
 pub(crate) const FILE_PROTOCOL: &str = "file";
@@ -217,12 +236,28 @@ impl OpenRequest<'_> {
         self.options.missing(name)
     }
     /// The object `id`, when it is a `T`.
-    pub fn object<T: std::any::Any + Send + Sync>(&self, id: &str) -> Option<Arc<T>> {
-        self.graph.objects().find(id)
+    ///
+    /// # Errors
+    /// `Forbidden` to images.
+    pub fn object<T: std::any::Any + Send + Sync>(&self, id: &str) -> Result<Option<Arc<T>>> {
+        self.only_for_users("an object")?;
+        Ok(self.graph.objects().find(id))
     }
     /// The node called `name`, when there is one.
-    pub fn find_node(&self, name: &str) -> Option<Arc<Node>> {
-        self.graph.node(name)
+    ///
+    /// # Errors
+    /// `Forbidden` to images.
+    pub fn find_node(&self, name: &str) -> Result<Option<Arc<Node>>> {
+        self.only_for_users("a node")?;
+        Ok(self.graph.node(name))
+    }
+    /// What file names mean.
+    pub fn names(&self) -> Names<'_> {
+        self.graph.names()
+    }
+    /// Gives a child, or another option, that was not given.
+    pub fn give(&mut self, name: &str, value: Value) {
+        self.options.put(name, value);
     }
     /// A descriptor that was opened for this node already, by whoever checked its name: to be
     /// used instead of opening `filename`.
@@ -267,6 +302,26 @@ impl OpenRequest<'_> {
             }
             _ => Err(self.missing(name)),
         }
+    }
+    /// The children in the list under option `name`: node names or inline definitions. They are
+    /// called `name.0`, `name.1` and so on.
+    pub async fn children(&mut self, name: &str, role: ChildRole) -> Result<Vec<Edge>> {
+        let list = match self.options.take(name) {
+            None => Vec::new(),
+            Some(Value::Array(list)) if list.len() <= MAX_CHILDREN => list,
+            Some(Value::Array(_)) => {
+                let message = format!("more than {MAX_CHILDREN} children of one node");
+                return Err(Error::new(ErrorKind::Invalid, message));
+            }
+            Some(_) => return Err(self.options.wrong_type(name, "array")),
+        };
+        let mut edges = Vec::with_capacity(list.len());
+        for (index, child) in list.into_iter().enumerate() {
+            let name = child_name(name, index);
+            self.options.put(name, child);
+            edges.push(self.required_child(name, role).await?);
+        }
+        Ok(edges)
     }
     /// The backing of the image in `image_file`, which itself names `named`: what the user gave
     /// under "backing", else what the image names, when policy allows (see [`crate::open`]). Without
@@ -421,7 +476,10 @@ impl OpenRequest<'_> {
     }
 
     /// Refuses what only a user may refer to.
-    fn only_for_users(&self, what: &str) -> Result<()> {
+    ///
+    /// # Errors
+    /// `Forbidden` to images.
+    pub fn only_for_users(&self, what: &str) -> Result<()> {
         match &self.place.source {
             Source::User => Ok(()),
             Source::Image { name, .. } => Err(names::forbidden(

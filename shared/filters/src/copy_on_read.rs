@@ -54,7 +54,7 @@ async fn open(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>> {
 
 fn find_bottom(request: &OpenRequest<'_>, file: &Edge, name: &str) -> Result<Weak<Node>> {
     let invalid = |message| Err(Error::new(ErrorKind::Invalid, message));
-    let Some(bottom) = request.find_node(name) else {
+    let Some(bottom) = request.find_node(name)? else {
         return invalid(format!("Bottom node '{name}' not found"));
     };
     if bottom.driver().filtered().is_some() {

@@ -77,6 +77,7 @@ impl Daemon {
                     redo_dir: None,
                     fds: Default::default(),
                     version: Version::announced("test"),
+                    chardevs: Default::default(),
                 });
                 let export = json!({"type": "vhost-user-blk", "id": "e", "node-name": "n",
                     "iothread": "io", "writable": true,

@@ -27,6 +27,9 @@ impl Above<'_> {
 
 /// The image behind `node`, filters in front of it left out.
 pub fn backing_of(node: &Node) -> Option<&Node> {
+    if let Some(child) = node.driver().filtered() {
+        return backing_of(child.node());
+    }
     let edges = node.driver().edges();
     let backing = edges.iter().find(|(name, _)| *name == "backing");
     if let Some((_, backing)) = backing {
@@ -74,6 +77,14 @@ pub async fn above<'a>(
     }
 }
 
+/// The image below filters.
+fn unfiltered(node: &Node) -> &Node {
+    match node.driver().filtered() {
+        Some(child) => unfiltered(child.node()),
+        None => node,
+    }
+}
+
 /// The status in one image. Storage that is a hole in the file below reads as zeroes.
 async fn in_image(node: &Node, range: ByteRange) -> Result<Above<'_>, Errno> {
     let extent = node.block_status(range).await?;
@@ -83,6 +94,8 @@ async fn in_image(node: &Node, range: ByteRange) -> Result<Above<'_>, Errno> {
         depth: 0,
         storage: None,
     };
+    // A filter's status is its child's.
+    let node = unfiltered(node);
     let edges = node.driver().edges();
     let find = |name: &str| edges.iter().find(|(role, _)| *role == name);
     let Some(offset) = found.status.offset else {

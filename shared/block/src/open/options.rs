@@ -77,6 +77,10 @@ impl Options {
         self.values.get_mut(name)
     }
 
+    pub(crate) fn put(&mut self, name: &str, value: Value) {
+        self.values.insert(name.to_owned(), value);
+    }
+
     pub(crate) fn take(&mut self, name: &str) -> Option<Value> {
         self.values.shift_remove(name)
     }

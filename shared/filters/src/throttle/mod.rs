@@ -25,7 +25,8 @@ use block::{
 use group::Member;
 
 /// The table line of `throttle`.
-pub const ENTRY: DriverEntry = DriverEntry::new("throttle", |request| Box::pin(open(request)));
+pub const ENTRY: DriverEntry = DriverEntry::new("throttle", |request| Box::pin(open(request)))
+    .with_strong_options(&["throttle-group"]);
 
 /// The filter.
 struct Throttle {
@@ -38,7 +39,7 @@ async fn open(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>> {
     let id = request
         .take_str("throttle-group")?
         .ok_or_else(|| request.missing("throttle-group"))?;
-    let group = request.object::<ThrottleGroup>(&id).ok_or_else(|| {
+    let group = request.object::<ThrottleGroup>(&id)?.ok_or_else(|| {
         let message = format!("Throttle group '{id}' does not exist");
         Error::new(ErrorKind::NotFound, message)
     })?;

@@ -137,6 +137,49 @@ fn throttle() -> Subject {
     }
 }
 
+/// Every change is logged.
+fn logged() -> Subject {
+    let log = "/simulated/log";
+    let definition = json!({"driver": "blklogwrites", "node-name": "subject", "discard": "unmap",
+        "file": {"driver": "file", "filename": IMAGE}, "log": {"driver": "file", "filename": log}});
+    let files = [(IMAGE, noise(LENGTH)), (log, Vec::new())];
+    let files = files.map(|(name, bytes)| (PathBuf::from(name), bytes));
+    subject("blklogwrites", Image::from(files), definition)
+}
+
+/// The file of an image is longer than it needs to be.
+fn preallocated() -> Subject {
+    let mut subject = qcow2("preallocate", "cluster_size=4k", false);
+    subject.definition["file"] = json!({"driver": "preallocate", "prealloc-size": 256 << 10,
+        "prealloc-align": 64 << 10, "file": {"driver": "file", "filename": IMAGE}});
+    subject
+}
+
+/// Three copies.
+fn quorum() -> Subject {
+    let names = ["/simulated/0", "/simulated/1", "/simulated/2"];
+    let children = names.map(|name| json!({"driver": "file", "filename": name}));
+    let definition = json!({"driver": "quorum", "node-name": "subject", "vote-threshold": 2,
+        "rewrite-corrupted": true, "discard": "unmap", "children": children});
+    let files = names.map(|name| (PathBuf::from(name), noise(LENGTH)));
+    subject("quorum", Image::from(files), definition)
+}
+
+/// An image and a file that must always be alike.
+fn verified() -> Subject {
+    let mut subject = qcow2("blkverify", "cluster_size=4k", false);
+    let mut image = std::mem::take(&mut subject.definition);
+    image.remove("node-name");
+    let raw = "/simulated/raw";
+    subject.files.insert(PathBuf::from(raw), vec![0; LENGTH]);
+    let definition = json!({"driver": "blkverify", "node-name": "subject",
+        "raw": {"driver": "file", "filename": raw}, "test": image});
+    if let Value::Object(definition) = definition {
+        subject.definition = definition;
+    }
+    subject
+}
+
 /// Leaked clusters are no error.
 fn qemu_img_check(files: &Image) -> Result<(), String> {
     let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
@@ -191,8 +234,22 @@ conformance! {
     compressed: compress("cluster_size=4k");
     compressed_zstd: compress("cluster_size=16k,compression_type=zstd");
     throttled: throttle();
+    logging_writes: logged();
+    preallocating: preallocated();
     copying_on_read: copy_on_read();
     qcow2_version_2_overlay: qcow2("qcow2 v2 overlay", "compat=0.10,cluster_size=4k", true);
+}
+
+#[test]
+fn copies_see_the_writes_of_requests_side_by_side() {
+    let subject = quorum();
+    seeds(8).for_each(|seed| concurrent_requests(&subject, seed));
+}
+
+#[test]
+fn an_image_under_verification_is_like_its_file() {
+    let subject = verified();
+    seeds(8).for_each(|seed| concurrent_requests(&subject, seed));
 }
 
 #[test]

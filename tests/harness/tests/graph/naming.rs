@@ -118,3 +118,35 @@ fn options_in_an_image_obey_the_policy_for_names() {
     );
     assert!(open("json:{\"file\": {\"driver\": \"null-co\"}}", allowed()).is_ok());
 }
+
+#[test]
+fn filters_have_a_name_only_with_a_syntax_of_their_own() {
+    let dir = images();
+    let file = json!({"driver": "file", "filename": "DIR/base.raw"});
+    let below = "\"file\": {\"driver\": \"file\", \"filename\": \"DIR/base.raw\"}";
+    let preallocate = json!({"driver": "preallocate", "file": file});
+    assert_eq!(
+        name_of(&dir, preallocate),
+        format!("json:{{\"driver\": \"preallocate\", {below}}}")
+    );
+    let zeroes = json!({"driver": "null-co", "size": 65536, "read-zeroes": true});
+    let verify = json!({"driver": "blkverify", "raw": file, "test": file});
+    assert_eq!(name_of(&dir, verify), "blkverify:DIR/base.raw:DIR/base.raw");
+    let nameless = json!({"driver": "blkverify", "raw": zeroes, "test": file});
+    assert!(name_of(&dir, nameless).starts_with("json:{\"test\": {"));
+    let quorum = json!({"driver": "quorum", "vote-threshold": 1, "children": [file, file]});
+    assert!(name_of(&dir, quorum).starts_with("json:{\"children\": [{\"driver\": \"file\""));
+    run(async {
+        let graph = graph(NamePolicy::default()).with_probing();
+        let directory = dir.path().display();
+        std::fs::copy(dir.path().join("base.raw"), dir.path().join("copy.raw")).unwrap();
+        let name = format!("blkverify:{directory}/base.raw:{directory}/copy.raw");
+        let mut definition = graph.definition_of(&name).unwrap();
+        definition.insert("driver".into(), "raw".into());
+        definition.insert("node-name".into(), "top".into());
+        let node = graph.add(definition).await.unwrap();
+        let handle = open_root(&node).attach();
+        assert_eq!(read(&handle, 512, 512).await.unwrap(), [7; 512]);
+        assert_eq!(node.filename(), name);
+    });
+}
