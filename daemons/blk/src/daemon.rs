@@ -27,7 +27,9 @@ pub(crate) enum StepKind {
     Blockdev,
     /// An export.
     Export,
-    /// An iothread or a secret.
+    /// The server for exports of type `nbd`.
+    NbdServer,
+    /// An iothread, a secret or the like.
     Object,
 }
 
@@ -92,6 +94,7 @@ impl Daemon for Blkd {
         let command = match kind {
             StepKind::Blockdev => "blockdev-add",
             StepKind::Export => "block-export-add",
+            StepKind::NbdServer => "nbd-server-start",
             StepKind::Object => "object-add",
         };
         self.engine.run(command, arguments).await.map(drop)

@@ -74,6 +74,15 @@ removed over QMP while the daemon runs.
                          an inherited descriptor by number, or one of systemd
                          socket activation by its FileDescriptorName=
 
+  --nbd-server addr.type=unix,addr.path=<path>
+  --nbd-server addr.type=inet,addr.host=<host>,addr.port=<port>
+               [,tls-creds=<id>][,tls-authz=<id>][,max-connections=<n>]
+                         serve the exports of type nbd that follow (QMP:
+                         nbd-server-start)
+  --export [type=]nbd,id=<id>,node-name=<node-name>[,name=<name>]
+           [,writable=on|off][,bitmaps.0=<bitmap>...][,iothread=<id>]
+                         export a node over NBD
+
   --chardev socket,id=<id>,path=<path>,server=on[,wait=on|off]
   --chardev socket,id=<id>,fd=<number or name>,server=on[,wait=on|off]
                          listen for clients of a monitor, one at a time; with

@@ -41,6 +41,11 @@ const PROGRAM: Program<StepKind> = Program {
             kind: StepKind::Export,
         },
         StepOption {
+            name: "nbd-server",
+            implied_key: "",
+            kind: StepKind::NbdServer,
+        },
+        StepOption {
             name: "object",
             implied_key: "qom-type",
             kind: StepKind::Object,

@@ -227,6 +227,10 @@ pub trait Driver: Send + Sync {
     }
     /// Fills `buffer` from `offset`.
     fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_>;
+    /// Whether it shows a backing where it has nothing, if it is given one.
+    fn takes_backing(&self) -> bool {
+        false
+    }
     /// Whether writes may ask to be stored compressed.
     fn compresses(&self) -> bool {
         false

@@ -19,6 +19,7 @@
 )]
 
 use crate::error::Result;
+use crate::graph::DrainedAbove;
 use crate::node::{Node, ResizeListener, User};
 use crate::open::ChildRole;
 use crate::root::Drained;
@@ -311,6 +312,27 @@ impl Edge {
         self.spec.role
     }
 
+    /// The number under which it is registered with its child.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Claims nothing any more, until [`Edge::update`] says otherwise.
+    pub(crate) fn park(&self) {
+        let child = self.child();
+        if let Err(error) = child.users().change(child, self.id, Claim::IDLE) {
+            tracing::warn!(node = child.name(), %error, "could not give permissions back");
+        }
+    }
+
+    /// Points the edge at `new` as [`Edge::replace`] does.
+    pub(crate) fn point_at(&self, new: &Arc<Node>, drained: &DrainedAbove) -> Result<Arc<Node>> {
+        assert!(drained.covers(self.child()), "an edge above is not drained");
+        // SAFETY: every root above the child is drained, so no request is below this edge; the control thread alone
+        // changes the graph, and holds no reference from the edge here.
+        unsafe { self.redirect(new) }
+    }
+
     /// Points the edge at `new`, taking the same permissions there, and gives the old child back.
     /// On an error nothing has changed.
     ///
@@ -319,6 +341,13 @@ impl Edge {
     /// for the one root it comes from; every other root above must be drained too), and no thread
     /// may be using this edge or a reference that [`Edge::node`] or [`Edge::child`] gave.
     pub unsafe fn replace(&self, new: &Arc<Node>, _proof: &Drained) -> Result<Arc<Node>> {
+        // SAFETY: the caller's promise.
+        unsafe { self.redirect(new) }
+    }
+
+    /// # Safety
+    /// As for [`Edge::replace`].
+    unsafe fn redirect(&self, new: &Arc<Node>) -> Result<Arc<Node>> {
         let _changing = changing();
         let users = self.child().users();
         let (user, claim, listener) = users

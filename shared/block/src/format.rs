@@ -125,6 +125,10 @@ pub trait Format: Send + Sync + 'static {
     fn file(&self) -> &Edge;
     /// The child that `Mapping::Data` refers to (mostly [`Format::file`]).
     fn data(&self) -> &Edge;
+    /// Whether it shows a backing where it has nothing, if it is given one.
+    fn takes_backing(&self) -> bool {
+        false
+    }
     /// The backing child.
     fn backing(&self) -> Option<&Edge>;
     /// Maps the start of `range` from cached metadata; never blocks, never allocates.

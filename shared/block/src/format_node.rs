@@ -336,6 +336,9 @@ impl<F: Format> Driver for FormatNode<F> {
             _ => IoFuture::boxed(self.read_pieces(offset, target)),
         }
     }
+    fn takes_backing(&self) -> bool {
+        self.format.takes_backing()
+    }
     fn compresses(&self) -> bool {
         self.format.can_encode()
     }

@@ -5,6 +5,13 @@
 //! a node in use is not removed; parents close before their children. Must not know: concrete
 //! drivers.
 
+mod change;
+mod reopen;
+
+pub use reopen::{Reopen, Undo};
+
+pub(crate) use change::DrainedAbove;
+
 use crate::amend::{self, AmendRequest};
 use crate::check::Purpose;
 use crate::driver::{BoxFuture, Driver};
@@ -50,6 +57,16 @@ struct Entry {
     node: Arc<Node>,
     /// Added by the user, who has to remove it.
     owned: bool,
+    origin: OpenedFrom,
+}
+
+/// What a node was opened from, for whoever opens it anew.
+#[derive(Clone)]
+struct OpenedFrom {
+    options: Map<String, Value>,
+    /// Present for inline children.
+    inherited: Option<Inherited>,
+    place: Place,
 }
 
 /// All nodes of a process. Used by the control thread only.
@@ -243,13 +260,19 @@ impl Graph {
     /// been tried. Roots must be gone.
     pub async fn close_all(&self) -> Result<()> {
         let mut result = Ok(());
-        // A parent is always younger than its children.
-        for node in self.nodes() {
+        loop {
+            // Mostly the newest; but a node may have got a younger child since it was opened.
+            let nodes = self.nodes();
+            let has_no_parent = |node: &&Arc<Node>| !node.has_parent_node();
+            let next = nodes.iter().find(has_no_parent).or(nodes.first());
+            let Some(node) = next.cloned() else {
+                return result;
+            };
+            drop(nodes);
             let closed = self.close(&node).await;
             result = result.and(closed);
             self.forget(&node);
         }
-        result
     }
 
     pub(crate) fn policy(&self) -> Ref<'_, NamePolicy> {
@@ -338,6 +361,10 @@ impl Graph {
         let mut node = options.take_node(definition.inherited.unwrap_or_default())?;
         node.node_name = match options.take_node_name()? {
             Some(name) => name,
+            None if definition.place.successor_of.is_some() => {
+                let name = definition.place.successor_of.take();
+                name.unwrap_or_default()
+            }
             None if owned => {
                 let message = "'node-name' must be specified for the root node";
                 return Err(Error::new(ErrorKind::Invalid, message));
@@ -400,6 +427,11 @@ impl Graph {
 
     async fn open_one(&self, definition: Definition) -> Result<Arc<Node>> {
         let owned = definition.inherited.is_none();
+        let origin = OpenedFrom {
+            options: definition.options.clone(),
+            inherited: definition.inherited,
+            place: definition.place.clone(),
+        };
         let (mut request, entry) = self.request(definition).await?;
         let driver = (entry.open)(&mut request).await?;
         let free = self
@@ -413,6 +445,7 @@ impl Graph {
         self.entries.borrow_mut().push(Entry {
             node: Arc::clone(&node),
             owned,
+            origin,
         });
         Ok(node)
     }

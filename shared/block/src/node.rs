@@ -21,7 +21,7 @@ mod tracker;
 mod users;
 
 pub use tracker::{Serialised, TrackedWrite, WriteGuard, WriteTracker};
-pub(crate) use users::{ResizeListener, User, Users};
+pub(crate) use users::{Parent, ResizeListener, User, Users};
 
 use crate::bitmap::BitmapSet;
 use crate::debug::Event;
@@ -29,12 +29,14 @@ use crate::driver::{
     BackingReference, BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Resize,
     StatusExtent, WriteFlags, ZeroFlags,
 };
+use crate::edge::{Edge, Permissions};
 use crate::error::{Error, ErrorKind};
 use crate::naming::Origin;
+use crate::open::ChildRole;
 use crate::redo_log::ImageIdentity;
 use executor::{Buffer, Errno};
 use flush::FlushState;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 /// `discard=`
@@ -86,6 +88,24 @@ pub struct NodeOptions {
     pub origin: Origin,
 }
 
+impl NodeOptions {
+    /// Whether a node with the one behaves as one with the other.
+    pub(crate) fn same_as(&self, other: &Self) -> bool {
+        let all = |options: &Self| {
+            (
+                options.read_only,
+                options.auto_read_only,
+                options.cache_direct,
+                options.cache_no_flush,
+                options.discard,
+                options.detect_zeroes,
+                options.force_share,
+            )
+        };
+        all(self) == all(other)
+    }
+}
+
 /// A node. What a request that fits reads comes first and is in one cache line.
 #[repr(C, align(64))]
 pub struct Node {
@@ -105,6 +125,8 @@ pub struct Node {
     flush: FlushState,
     options: NodeOptions,
     users: Users,
+    /// Another node has taken its place: it claims nothing any more.
+    retired: AtomicBool,
     this: Weak<Node>,
 }
 
@@ -131,6 +153,7 @@ impl Node {
             flush: FlushState::default(),
             bitmaps: bitmaps::of_driver(&*driver),
             users: Users::default(),
+            retired: AtomicBool::new(false),
             this: this.clone(),
             options,
             driver,
@@ -329,6 +352,45 @@ impl Node {
         self.this.clone()
     }
 
+    /// The node that it is the backing of.
+    pub fn backing_of(&self) -> Option<String> {
+        let parents = self.users.parents().into_iter();
+        let mut above = parents.filter_map(|(id, parent)| match parent? {
+            Parent::Node(node) => {
+                let edges = node.driver().edges();
+                let is_backing = |edge: &Edge| edge.id() == id && edge.role() == ChildRole::Backing;
+                let found = edges.iter().any(|(_, edge)| is_backing(edge));
+                found.then(|| node.name().to_owned())
+            }
+            Parent::Root(_) => None,
+        });
+        above.next()
+    }
+
+    /// Gives back all that it claims of others, children and locks, and claims no more.
+    pub(crate) fn retire(&self) {
+        self.retired.store(true, Ordering::Relaxed);
+        for (_, edge) in self.driver.edges() {
+            edge.park();
+        }
+        let none = self
+            .driver
+            .set_permissions(Permissions::NONE, Permissions::ALL);
+        if let Err(error) = none {
+            tracing::warn!(node = self.name(), %error, "could not give permissions back");
+        }
+    }
+
+    /// Takes up again what [`Node::retire`] gave back.
+    pub(crate) fn come_back(&self) -> crate::error::Result<()> {
+        self.retired.store(false, Ordering::Relaxed);
+        users::claim_again(self)
+    }
+
+    pub(crate) fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn users(&self) -> &Users {
         &self.users
     }
@@ -373,6 +435,9 @@ impl Node {
 }
 
 impl ResizeListener for Node {
+    fn as_parent(&self) -> Option<Parent> {
+        self.this.upgrade().map(Parent::Node)
+    }
     fn child_resized(&self) {
         let length = self.driver.length();
         if self.length.swap(length, Ordering::Relaxed) != length {

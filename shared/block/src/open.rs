@@ -154,6 +154,8 @@ pub(crate) struct Place {
     pub(crate) chain: Vec<FileId>,
     /// Who defines the node.
     pub(crate) source: Source,
+    /// The name of the node that it takes the place of.
+    pub(crate) successor_of: Option<String>,
 }
 
 /// Who says what is to be opened.
@@ -496,6 +498,7 @@ impl OpenRequest<'_> {
             purpose: Purpose::Serve,
             chain: self.place.chain.clone(),
             source: self.place.source.clone(),
+            successor_of: None,
         };
         if place.depth > MAX_CHAIN {
             let message = format!("more than {MAX_CHAIN} nodes below each other");

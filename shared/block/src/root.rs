@@ -35,7 +35,7 @@ pub use request::{RootFuture, RootHandle, Visit};
 
 use crate::edge::{Claim, Edge, EdgeSpec, Permissions};
 use crate::error::Result;
-use crate::node::{Node, ResizeListener};
+use crate::node::{Node, Parent, ResizeListener};
 use crate::open::ChildRole;
 use drain::Threads;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -57,6 +57,7 @@ struct Shared {
     permissions: Permissions,
     threads: Threads,
     callbacks: Mutex<Vec<ResizeCallback>>,
+    this: Weak<Shared>,
 }
 
 impl Root {
@@ -83,11 +84,12 @@ impl Root {
             read_only: !permissions.write,
         };
         let edge = Edge::attach_claim(node, spec, (label, claim))?;
-        let shared = Arc::new(Shared {
+        let shared = Arc::new_cyclic(|this| Shared {
             edge,
             permissions,
             threads: Threads::default(),
             callbacks: Mutex::default(),
+            this: this.clone(),
         });
         let listener: Weak<Shared> = Arc::downgrade(&shared);
         shared.edge.listen(listener);
@@ -132,6 +134,10 @@ impl Shared {
 }
 
 impl ResizeListener for Shared {
+    fn as_parent(&self) -> Option<Parent> {
+        let shared = self.this.upgrade()?;
+        Some(Parent::Root(Root { shared }))
+    }
     fn child_resized(&self) {
         let callbacks = self.callbacks().clone();
         let length = self.edge.node().length();

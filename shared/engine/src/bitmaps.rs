@@ -1,6 +1,6 @@
 //! Commands on dirty bitmaps: `block-dirty-bitmap-*`, `x-debug-block-dirty-bitmap-sha256`.
 
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
 use block::Node;
@@ -10,6 +10,7 @@ use serde::Deserialize;
 
 use crate::engine::Engine;
 use crate::error::from_block;
+use crate::transaction::{self, Context, Prepared};
 
 /// What names a bitmap.
 #[derive(Deserialize)]
@@ -34,9 +35,26 @@ fn node(engine: &Engine, name: &str) -> Result<Arc<Node>> {
     found.ok_or_else(|| Error::generic(format!("Node '{name}' not found")))
 }
 
-pub(crate) async fn add(engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {
-    let request: Add = arguments.parse()?;
-    let node = crate::nodes::find(engine, Some(&request.node), Some(&request.node))?;
+macro_rules! alone {
+    ($($command:ident => $prepare:ident,)*) => {
+        $(pub(crate) async fn $command(engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {
+            transaction::alone(engine, arguments, |context, data| Box::pin($prepare(context, data))).await
+        })*
+    };
+}
+
+alone! {
+    add => prepare_add,
+    remove => prepare_remove,
+    clear => prepare_clear,
+    enable => prepare_enable,
+    disable => prepare_disable,
+    merge => prepare_merge,
+}
+
+pub(crate) async fn prepare_add(context: &Context, data: Arguments) -> Result<Prepared> {
+    let request: Add = data.parse()?;
+    let node = crate::nodes::find(&context.engine, Some(&request.node), Some(&request.node))?;
     let granularity = match request.granularity.map(u32::try_from) {
         None => None,
         Some(Ok(bytes)) => Some(bytes),
@@ -48,45 +66,110 @@ pub(crate) async fn add(engine: &Rc<Engine>, arguments: Arguments) -> Result<Val
         persistent: request.persistent,
         disabled: request.disabled,
     };
+    let named = Named::new(&context.engine, &node, new.name.clone());
     ops::add(&node, new).map_err(from_block)?;
-    Ok(json!({}))
+    Ok(Prepared::done(async move {
+        named.with(|node, bitmap| node.bitmaps().detach(bitmap));
+    }))
 }
 
-pub(crate) async fn remove(engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {
+/// A bitmap by name: a snapshot in the same transaction opens its node anew, and loads what is stored of it.
+struct Named {
+    engine: Weak<Engine>,
+    node: String,
+    bitmap: String,
+}
+
+impl Named {
+    fn new(engine: &Rc<Engine>, node: &Node, bitmap: String) -> Self {
+        Self {
+            engine: Rc::downgrade(engine),
+            node: node.name().to_owned(),
+            bitmap,
+        }
+    }
+
+    fn with(&self, work: impl FnOnce(&Node, &Arc<DirtyBitmap>)) {
+        let engine = self.engine.upgrade();
+        let node = engine.and_then(|engine| engine.graph.node(&self.node));
+        let Some(node) = node else { return };
+        match node.bitmaps().find(&self.bitmap) {
+            Some(bitmap) => work(&node, &bitmap),
+            None => tracing::error!(
+                node = self.node,
+                bitmap = self.bitmap,
+                "a change of a bitmap could not be completed"
+            ),
+        }
+    }
+}
+
+/// The bitmap of an action that takes no more than its name, and how to find it later.
+fn named(context: &Context, data: Arguments) -> Result<(Arc<Node>, Arc<DirtyBitmap>, Named)> {
     let BlockDirtyBitmap {
         node: name,
         name: bitmap,
-    } = arguments.parse()?;
-    let node = node(engine, &name)?;
-    ops::remove(&node, &bitmap).await.map_err(from_block)?;
-    Ok(json!({}))
+    } = data.parse()?;
+    let node = node(&context.engine, &name)?;
+    let found = ops::find(&node, &bitmap).map_err(from_block)?;
+    let named = Named::new(&context.engine, &node, bitmap);
+    Ok((node, found, named))
 }
 
-/// Runs one of the operations that are done at once.
-fn change(
-    engine: &Engine,
-    arguments: Arguments,
-    operation: impl FnOnce(&Node, &str) -> block::error::Result<()>,
-) -> Result<Value> {
-    let BlockDirtyBitmap {
-        node: name,
-        name: bitmap,
-    } = arguments.parse()?;
-    let node = node(engine, &name)?;
-    operation(&node, &bitmap).map_err(from_block)?;
-    Ok(json!({}))
+pub(crate) async fn prepare_remove(context: &Context, data: Arguments) -> Result<Prepared> {
+    let (node, bitmap, name) = named(context, data)?;
+    ops::check_remove(&bitmap).map_err(from_block)?;
+    // Nobody else uses it from here on; it records until it is gone.
+    if !bitmap.try_take() {
+        return Err(from_block(ops::busy(&bitmap)));
+    }
+    if let Err(error) = ops::forget_stored(&node, &bitmap).await {
+        bitmap.give_back();
+        return Err(from_block(error));
+    }
+    let was_persistent = bitmap.is_persistent();
+    bitmap.set_persistent(false);
+    let kept = Arc::clone(&bitmap);
+    Ok(Prepared::new(
+        move || name.with(|node, bitmap| node.bitmaps().detach(bitmap)),
+        async move {
+            kept.set_persistent(was_persistent);
+            kept.give_back();
+        },
+    ))
 }
 
-pub(crate) async fn clear(engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {
-    change(engine, arguments, ops::clear)
+pub(crate) async fn prepare_clear(context: &Context, data: Arguments) -> Result<Prepared> {
+    let (_, bitmap, name) = named(context, data)?;
+    ops::check_change(&bitmap).map_err(from_block)?;
+    let saved = bitmap.clear_all();
+    Ok(Prepared::done(async move {
+        name.with(|_, bitmap| bitmap.restore(&saved));
+    }))
 }
 
-pub(crate) async fn enable(engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {
-    change(engine, arguments, ops::enable)
+pub(crate) async fn prepare_enable(context: &Context, data: Arguments) -> Result<Prepared> {
+    let (_, bitmap, name) = named(context, data)?;
+    ops::check_use(&bitmap).map_err(from_block)?;
+    let before = bitmap.is_recording();
+    bitmap.enable();
+    Ok(Prepared::done(async move {
+        if !before {
+            name.with(|_, bitmap| bitmap.disable());
+        }
+    }))
 }
 
-pub(crate) async fn disable(engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {
-    change(engine, arguments, ops::disable)
+pub(crate) async fn prepare_disable(context: &Context, data: Arguments) -> Result<Prepared> {
+    let (_, bitmap, name) = named(context, data)?;
+    ops::check_use(&bitmap).map_err(from_block)?;
+    let before = bitmap.is_recording();
+    bitmap.disable();
+    Ok(Prepared::done(async move {
+        if before {
+            name.with(|_, bitmap| bitmap.enable());
+        }
+    }))
 }
 
 #[derive(Deserialize)]
@@ -96,7 +179,8 @@ struct Merge {
     bitmaps: Vec<Value>,
 }
 
-pub(crate) async fn merge(engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {
+pub(crate) async fn prepare_merge(context: &Context, arguments: Arguments) -> Result<Prepared> {
+    let engine = &context.engine;
     let syntax = arguments.syntax();
     let request: Merge = arguments.parse()?;
     let target_node = node(engine, &request.node)?;
@@ -119,8 +203,16 @@ pub(crate) async fn merge(engine: &Rc<Engine>, arguments: Arguments) -> Result<V
         };
         sources.push(ops::find(&source_node, &name).map_err(from_block)?);
     }
+    let saved = target.saved();
     ops::merge(&target, &sources).map_err(from_block)?;
-    Ok(json!({}))
+    let name = Named::new(engine, &target_node, target.name().to_owned());
+    // Nothing was written since: the roots of all nodes are drained.
+    Ok(Prepared::done(async move {
+        name.with(|_, bitmap| {
+            bitmap.clear_all();
+            bitmap.restore(&saved);
+        });
+    }))
 }
 
 pub(crate) async fn sha256(engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {

@@ -7,7 +7,7 @@ use qmp::{Arguments, Command, CommandTable, Result, Value, json};
 
 use crate::engine::Engine;
 use crate::jobs::{self, commands as job_commands};
-use crate::{bitmaps, chardevs, exports, nodes, objects, qom, snapshots};
+use crate::{bitmaps, chardevs, exports, nodes, objects, overlays, qom, snapshots, transaction};
 
 /// What runs a command. The future runs on the control thread.
 pub type Handler = for<'a> fn(&'a Rc<Engine>, Arguments) -> BoxFuture<'a, Result<Value>>;
@@ -42,12 +42,15 @@ const COMMANDS: &[Command<Handler>] = commands! {
     "blockdev-add" => nodes::blockdev_add,
     "blockdev-create" => jobs::blockdev_create,
     "blockdev-del" => nodes::blockdev_del,
+    "blockdev-reopen" => overlays::blockdev_reopen,
+    "blockdev-snapshot" => overlays::snapshot,
     "blockdev-snapshot-delete-internal-sync" => snapshots::delete,
     "blockdev-snapshot-internal-sync" => snapshots::create,
     "chardev-add" => chardevs::add,
     "chardev-change" => chardevs::change,
     "chardev-remove" => chardevs::remove,
     "chardev-send-break" => chardevs::send_break,
+    "blockdev-snapshot-sync" => overlays::snapshot_sync,
     "job-cancel" => job_commands::cancel,
     "job-complete" => job_commands::complete,
     "job-dismiss" => job_commands::dismiss,
@@ -78,6 +81,7 @@ const COMMANDS: &[Command<Handler>] = commands! {
     "qom-set" => qom::set,
     "ringbuf-read" => chardevs::ringbuf_read,
     "ringbuf-write" => chardevs::ringbuf_write,
+    "transaction" => transaction::transaction,
     "x-debug-block-dirty-bitmap-sha256" => bitmaps::sha256,
     "x-block-export-set-iothread" => exports::set_iothread,
 };

@@ -10,9 +10,7 @@
 use std::cell::RefCell;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::sync::Arc;
 
-use block::Node;
 use executor::sync::Notify;
 use exports::nbd::NbdExport;
 use exports::{VhostUserBlk, VhostUserBlkOptions};
@@ -53,13 +51,22 @@ impl Export {
             Export::Nbd(_) => "nbd",
         }
     }
+
+    /// The name of the node that it shows; `None` while that is not to be told.
+    fn node_name(&self) -> Option<String> {
+        match self {
+            Export::VhostUserBlk(export) => export.node_name(),
+            Export::Nbd(export) => Some(export.node_name()),
+        }
+    }
 }
 
 /// An export by id.
 struct Entry {
     id: String,
     type_name: &'static str,
-    node: Arc<Node>,
+    /// The node's name when it was last known: a snapshot puts another one there.
+    node_name: RefCell<String>,
     /// `None` while it is shutting down.
     running: Option<Export>,
     /// The socket that it made in the file system.
@@ -156,7 +163,7 @@ pub(crate) async fn block_export_add(
     engine.exports.entries.borrow_mut().push(Entry {
         id: common.id,
         type_name: running.type_name(),
-        node,
+        node_name: RefCell::new(common.node_name),
         running: Some(running),
         socket_path,
         iothreads,
@@ -364,8 +371,11 @@ pub(crate) async fn query_block_exports(
     arguments.finish()?;
     let entries = engine.exports.entries.borrow();
     let described = entries.iter().rev().map(|entry| {
+        if let Some(name) = entry.running.as_ref().and_then(|export| export.node_name()) {
+            entry.node_name.replace(name);
+        }
         json!({
-            "node-name": entry.node.name(),
+            "node-name": *entry.node_name.borrow(),
             "shutting-down": entry.running.is_none(),
             "type": entry.type_name,
             "id": entry.id,

@@ -26,8 +26,10 @@ pub mod jobs;
 mod node_events;
 mod nodes;
 pub mod objects;
+mod overlays;
 mod qom;
 mod snapshots;
+mod transaction;
 
 pub use block::graph::NamePolicy;
 pub use engine::{Engine, EngineOptions};

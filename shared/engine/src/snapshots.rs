@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use crate::engine::Engine;
 use crate::nodes;
+use crate::transaction::{self, Context, Prepared};
 
 const NANOSECONDS: u64 = 1_000_000_000;
 
@@ -37,6 +38,14 @@ fn root_node(engine: &Engine, device: &str) -> Result<Arc<Node>> {
 }
 
 pub(crate) async fn create(engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {
+    transaction::alone(engine, arguments, |context, data| {
+        Box::pin(prepare_create(context, data))
+    })
+    .await
+}
+
+pub(crate) async fn prepare_create(context: &Context, arguments: Arguments) -> Result<Prepared> {
+    let engine = &context.engine;
     let Create { device, name } = arguments.parse()?;
     let node = root_node(engine, &device)?;
     if node.options().read_only {
@@ -65,7 +74,7 @@ pub(crate) async fn create(engine: &Rc<Engine>, arguments: Arguments) -> Result<
     // Without a guest, its clock is the host's.
     new.vm_clock_ns = u64::from(new.date_seconds) * NANOSECONDS + u64::from(new.date_ns);
     let created = snapshots.create(new).await;
-    created.map_err(|error| {
+    let created = created.map_err(|error| {
         let reason = error
             .errno
             .map_or(error.message, |errno| errno.desc().to_owned());
@@ -73,7 +82,19 @@ pub(crate) async fn create(engine: &Rc<Engine>, arguments: Arguments) -> Result<
         Error::generic(what)
     })?;
     tracing::info!(node = device, snapshot = name, "snapshot taken");
-    Ok(json!({}))
+    let engine = Rc::downgrade(engine);
+    Ok(Prepared::done(async move {
+        // By name: the node may have been opened anew.
+        let engine = engine.upgrade();
+        let Some(node) = engine.and_then(|engine| engine.graph.node(&device)) else {
+            return;
+        };
+        if let Some(snapshots) = node.driver().snapshots()
+            && let Err(error) = snapshots.delete(&created.id).await
+        {
+            tracing::error!(node = node.name(), %error, "a snapshot stays");
+        }
+    }))
 }
 
 fn list(snapshots: &dyn Snapshots) -> Result<Vec<SnapshotInfo>> {

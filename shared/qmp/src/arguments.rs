@@ -69,6 +69,13 @@ impl Arguments {
         Self::new(members, Syntax::Json)
     }
 
+    /// The same arguments as the content of the member `path`, for the texts of errors.
+    #[must_use]
+    pub fn below(mut self, path: &str) -> Self {
+        self.prefix = format!("{path}.");
+        self
+    }
+
     /// Reads all of them as a `T`.
     pub fn parse<T: DeserializeOwned>(mut self) -> Result<T> {
         let parsed = self.take()?;

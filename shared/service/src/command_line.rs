@@ -18,7 +18,7 @@ use crate::trace::{self, Trace};
 pub struct StepOption<K: 'static> {
     /// Its name without dashes.
     pub name: &'static str,
-    /// The key of a first part without `=`.
+    /// The key of a first part without `=`; empty when there is none.
     pub implied_key: &'static str,
     /// What it is to the daemon.
     pub kind: K,
@@ -125,7 +125,10 @@ impl<K> Step<K> {
             StepKind::Chardev if !is_json => {
                 keyval::parse_flags(&self.text, Some(self.implied_key))
             }
-            _ => keyval::parse(&self.text, Some(self.implied_key)),
+            _ => {
+                let implied = Some(self.implied_key).filter(|key| !key.is_empty());
+                keyval::parse(&self.text, implied)
+            }
         }
     }
 

@@ -74,7 +74,7 @@ impl Unusable {
     };
 }
 
-/// The bits that a bitmap had before it was cleared.
+/// The bits that a bitmap had at some time.
 pub struct SavedBits {
     /// Words that were not zero, by index.
     words: Vec<(u64, u64)>,
@@ -198,6 +198,13 @@ impl DirtyBitmap {
         let taken = (0..self.word_count()).map(|index| (index, self.words.take(index)));
         SavedBits {
             words: taken.filter(|(_, word)| *word != 0).collect(),
+        }
+    }
+    /// What is dirty now, to be brought back later.
+    pub fn saved(&self) -> SavedBits {
+        let words = (0..self.word_count()).map(|index| (index, self.words.get(index)));
+        SavedBits {
+            words: words.filter(|(_, word)| *word != 0).collect(),
         }
     }
     /// What was dirty before is dirty again, besides what became dirty since.
@@ -352,10 +359,7 @@ impl DirtyBitmap {
     pub fn check(&self, unusable: Unusable) -> Result<()> {
         let name = self.name();
         if unusable.busy && self.is_busy() {
-            let message = format!(
-                "Bitmap '{name}' is currently in use by another operation and cannot be used"
-            );
-            return Err(Error::new(ErrorKind::Busy, message));
+            return Err(super::ops::busy(self));
         }
         if unusable.read_only && self.is_read_only() {
             let message = format!("Bitmap '{name}' is readonly and cannot be modified");

@@ -101,14 +101,53 @@ pub fn add(node: &Node, new: NewBitmap) -> Result<Arc<DirtyBitmap>> {
 /// `NotFound`; what keeps it from being removed; `Io`.
 pub async fn remove(node: &Node, name: &str) -> Result<()> {
     let bitmap = find(node, name)?;
-    bitmap.check(Unusable::BUSY_OR_READ_ONLY)?;
-    if bitmap.is_persistent()
-        && let Some(store) = node.driver().bitmap_store()
-    {
-        store.remove(name).await?;
-    }
+    check_remove(&bitmap)?;
+    forget_stored(node, &bitmap).await?;
     node.bitmaps().detach(&bitmap);
     Ok(())
+}
+
+/// Removes what an image stores of a bitmap.
+///
+/// # Errors
+/// `Io`.
+pub async fn forget_stored(node: &Node, bitmap: &DirtyBitmap) -> Result<()> {
+    match node.driver().bitmap_store() {
+        Some(store) if bitmap.is_persistent() => store.remove(bitmap.name()).await,
+        _ => Ok(()),
+    }
+}
+
+/// What keeps a bitmap from being removed.
+///
+/// # Errors
+/// That.
+pub fn check_remove(bitmap: &DirtyBitmap) -> Result<()> {
+    bitmap.check(Unusable::BUSY_OR_READ_ONLY)
+}
+
+/// What keeps a bitmap from being changed.
+///
+/// # Errors
+/// That.
+pub fn check_change(bitmap: &DirtyBitmap) -> Result<()> {
+    bitmap.check(Unusable::ANY)
+}
+
+/// What keeps a bitmap from being used.
+///
+/// # Errors
+/// That.
+pub fn check_use(bitmap: &DirtyBitmap) -> Result<()> {
+    bitmap.check(Unusable::BUSY_OR_INCONSISTENT)
+}
+
+/// The error for a bitmap that somebody uses.
+pub fn busy(bitmap: &DirtyBitmap) -> Error {
+    let name = bitmap.name();
+    let message =
+        format!("Bitmap '{name}' is currently in use by another operation and cannot be used");
+    Error::new(ErrorKind::Busy, message)
 }
 
 /// Makes everything clean.
@@ -117,7 +156,7 @@ pub async fn remove(node: &Node, name: &str) -> Result<()> {
 /// `NotFound`; what keeps it from being changed.
 pub fn clear(node: &Node, name: &str) -> Result<()> {
     let bitmap = find(node, name)?;
-    bitmap.check(Unusable::ANY)?;
+    check_change(&bitmap)?;
     bitmap.clear_all();
     Ok(())
 }
@@ -128,7 +167,7 @@ pub fn clear(node: &Node, name: &str) -> Result<()> {
 /// `NotFound`; what keeps it from being used.
 pub fn enable(node: &Node, name: &str) -> Result<()> {
     let bitmap = find(node, name)?;
-    bitmap.check(Unusable::BUSY_OR_INCONSISTENT)?;
+    check_use(&bitmap)?;
     bitmap.enable();
     Ok(())
 }
@@ -139,7 +178,7 @@ pub fn enable(node: &Node, name: &str) -> Result<()> {
 /// `NotFound`; what keeps it from being used.
 pub fn disable(node: &Node, name: &str) -> Result<()> {
     let bitmap = find(node, name)?;
-    bitmap.check(Unusable::BUSY_OR_INCONSISTENT)?;
+    check_use(&bitmap)?;
     bitmap.disable();
     Ok(())
 }
@@ -147,8 +186,18 @@ pub fn disable(node: &Node, name: &str) -> Result<()> {
 /// Adds what is dirty in `sources` to the bitmap `target`: all of them or none.
 ///
 /// # Errors
-/// What keeps a bitmap from being used; `Invalid` when the lengths differ.
+/// As of [`check_merge`].
 pub fn merge(target: &DirtyBitmap, sources: &[Arc<DirtyBitmap>]) -> Result<()> {
+    check_merge(target, sources)?;
+    sources.iter().for_each(|source| target.merge(source));
+    Ok(())
+}
+
+/// What keeps `sources` from being merged into `target`.
+///
+/// # Errors
+/// What keeps a bitmap from being used; `Invalid` when the lengths differ.
+pub fn check_merge(target: &DirtyBitmap, sources: &[Arc<DirtyBitmap>]) -> Result<()> {
     target.check(Unusable::ANY)?;
     for source in sources {
         source.check(Unusable::BUSY_OR_INCONSISTENT)?;
@@ -161,6 +210,5 @@ pub fn merge(target: &DirtyBitmap, sources: &[Arc<DirtyBitmap>]) -> Result<()> {
             )));
         }
     }
-    sources.iter().for_each(|source| target.merge(source));
     Ok(())
 }

@@ -8,12 +8,24 @@
 use super::Node;
 use crate::edge::{Claim, Permissions};
 use crate::error::{Error, ErrorKind, Result};
-use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
+use crate::root::Root;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// Hears that a child's length may have changed.
 pub(crate) trait ResizeListener: Send + Sync {
     /// The child's length may have changed.
     fn child_resized(&self);
+    /// Itself, for whoever gives it another child.
+    fn as_parent(&self) -> Option<Parent>;
+}
+
+/// Who holds an edge.
+#[derive(Clone)]
+pub(crate) enum Parent {
+    /// A node.
+    Node(Arc<Node>),
+    /// A root.
+    Root(Root),
 }
 
 /// Does not keep the user alive.
@@ -103,6 +115,36 @@ impl Users {
         Some((entry.user.clone(), entry.claim, entry.listener.clone()))
     }
 
+    /// Who uses the node, each with the number of the edge; `None` for one who cannot be given another child.
+    pub(crate) fn parents(&self) -> Vec<(u64, Option<Parent>)> {
+        let listed: Vec<_> = {
+            let list = self.list();
+            let entries = list.iter();
+            entries
+                .map(|entry| (entry.user.id, entry.listener.clone()))
+                .collect()
+        };
+        let parent = |listener: Option<Listener>| listener?.upgrade()?.as_parent();
+        listed
+            .into_iter()
+            .map(|(id, listener)| (id, parent(listener)))
+            .collect()
+    }
+
+    /// Whether somebody writes, beside the nodes `but`.
+    pub(crate) fn writes_beside(&self, but: &[Arc<Node>]) -> bool {
+        let writers: Vec<_> = {
+            let list = self.list();
+            let writing = list.iter().filter(|entry| entry.claim.permissions.write);
+            writing.map(|entry| entry.listener.clone()).collect()
+        };
+        let parent = |listener: Option<Listener>| listener?.upgrade()?.as_parent();
+        writers.into_iter().any(|writer| match parent(writer) {
+            Some(Parent::Node(node)) => !but.iter().any(|other| Arc::ptr_eq(other, &node)),
+            _ => true,
+        })
+    }
+
     /// Whether nobody uses the node.
     pub(crate) fn is_empty(&self) -> bool {
         self.list().is_empty()
@@ -188,7 +230,7 @@ fn conflict(node: &str, refused: Permissions, (wants, refuses): (&User, &User)) 
 
 /// Grants a changed sum of claims below `node`.
 fn pass_on(node: &Node, before: Claim, after: Claim) -> Result<()> {
-    if before == after {
+    if before == after || node.is_retired() {
         return Ok(());
     }
     for (_, edge) in node.driver().edges() {
@@ -196,6 +238,15 @@ fn pass_on(node: &Node, before: Claim, after: Claim) -> Result<()> {
     }
     node.driver()
         .set_permissions(after.permissions, after.shared)
+}
+
+/// Claims below `node` what its users claim.
+pub(super) fn claim_again(node: &Node) -> Result<()> {
+    let sum = node.users().sum();
+    for (_, edge) in node.driver().edges() {
+        edge.update(sum)?;
+    }
+    node.driver().set_permissions(sum.permissions, sum.shared)
 }
 
 /// Takes a grant back, which nobody can refuse.

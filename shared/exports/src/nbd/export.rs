@@ -103,6 +103,11 @@ impl NbdExport {
         })
     }
 
+    /// The name of the node that it shows.
+    pub fn node_name(&self) -> String {
+        self.core.root.node().name().to_owned()
+    }
+
     /// The name that clients ask for.
     pub fn name(&self) -> &str {
         &self.core.name

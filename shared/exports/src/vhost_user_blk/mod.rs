@@ -189,6 +189,13 @@ impl VhostUserBlk {
         moved.map_err(|error| Error::new(ErrorKind::Invalid, error.to_string()))
     }
 
+    /// The name of the node that it shows; `None` while it stops or moves.
+    pub fn node_name(&self) -> Option<String> {
+        let served = self.served.try_lock()?;
+        let served = served.as_ref()?;
+        Some(served.disk.root().node().name().to_owned())
+    }
+
     /// Ends the front-end's session, completes every request in flight, releases the node.
     pub async fn stop(&self) {
         if let Some(Served { server, disk }) = self.served.lock().await.take() {

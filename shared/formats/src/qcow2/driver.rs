@@ -45,6 +45,10 @@ impl Format for Qcow2 {
         self.data_file.as_ref().unwrap_or(&self.file)
     }
 
+    fn takes_backing(&self) -> bool {
+        true
+    }
+
     fn backing(&self) -> Option<&Edge> {
         self.backing.as_ref()
     }
