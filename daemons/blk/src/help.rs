@@ -23,6 +23,10 @@ removed over QMP while the daemon runs.
              [,driver specific parameters...]
                          add a block node (QMP: blockdev-add)
       file               filename=<path>[,locking=auto|on|off][,drop-cache=on|off]
+      nbd                server.type=unix,server.path=<path> or
+                         server.type=inet,server.host=<host>,server.port=<port>
+                         [,export=<name>][,reconnect-delay=<s>]
+                         [,open-timeout=<s>][,x-dirty-bitmap=<context>]
       null-co, null-aio  size=<bytes>[,read-zeroes=on|off][,latency-ns=<n>]
       raw                file=<node or definition>[,offset=<n>][,size=<n>]
       qcow2              file=<node or definition>[,backing=<node or definition>]

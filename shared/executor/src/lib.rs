@@ -47,7 +47,7 @@ pub use file::{File, FileOp, OpenOptions};
 pub use hold::{Hold, hold_open};
 pub use iothread::{IoThread, IoThreadOptions};
 pub use nix::errno::Errno;
-pub use op::after_abandoned;
+pub use op::{Unfinished, after_abandoned, unfinished};
 pub use pool::TaskPool;
 pub use runtime::{Config, Executor, Handle, JoinHandle, Poller, spawn};
 pub use shared_memory::SharedMemory;

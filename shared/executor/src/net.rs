@@ -219,6 +219,14 @@ impl Stream {
         Ok(Stream { socket })
     }
 
+    /// A connection on the socket that the process was started with under this number.
+    pub fn duplicate(number: RawFd) -> io::Result<Stream> {
+        // SAFETY: the number is only handed to system calls, which check it.
+        let inherited = unsafe { BorrowedFd::borrow_raw(number) };
+        getsockopt(&inherited, nix::sys::socket::sockopt::SockType)?;
+        Self::from_fd(inherited.try_clone_to_owned()?)
+    }
+
     /// Connects to a unix socket.
     pub async fn connect_unix(path: &Path) -> Result<Stream, Errno> {
         let address = UnixAddr::new(path)?;

@@ -360,6 +360,26 @@ pub fn after_abandoned(callback: impl FnOnce() + 'static) {
     });
 }
 
+/// Work for a request whose future was dropped, done by others on this thread: it counts among the
+/// abandoned operations ([`after_abandoned`]) while this lives.
+pub struct Unfinished {
+    executor: Rc<Inner>,
+}
+
+/// Counts work that goes on though its caller went away; `None` outside of an executor.
+pub fn unfinished() -> Option<Unfinished> {
+    let executor = with_current(|executor| executor.map(Rc::clone))?;
+    executor.ops.borrow_mut().abandoned += 1;
+    Some(Unfinished { executor })
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        self.executor.ops.borrow_mut().abandoned -= 1;
+        self.executor.call_after_abandoned();
+    }
+}
+
 /// An operation in flight. Dropping it leaves the slot to the kernel.
 pub(crate) struct InFlight {
     executor: Rc<Inner>,

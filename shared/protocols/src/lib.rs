@@ -4,9 +4,10 @@
 //! catalogue takes. Must not know: formats, other protocols, who reads and writes.
 
 pub mod file;
+pub mod nbd;
 pub mod null;
 
 use block::DriverEntry;
 
 /// The drivers of this crate.
-pub static DRIVERS: &[DriverEntry] = &[file::ENTRY, null::ENTRY, null::AIO_ENTRY];
+pub static DRIVERS: &[DriverEntry] = &[file::ENTRY, nbd::ENTRY, null::ENTRY, null::AIO_ENTRY];

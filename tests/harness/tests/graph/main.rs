@@ -13,6 +13,7 @@ mod log_writes;
 mod memory;
 mod names;
 mod naming;
+mod nbd;
 mod preallocate;
 mod quorum;
 mod rig;

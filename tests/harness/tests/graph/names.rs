@@ -84,7 +84,7 @@ fn names_that_lead_elsewhere_are_refused() {
         "./../images/../other/other.raw",
         "fifo",
         ".",
-        "json:{\"driver\":\"file\",\"filename\":\"base.raw\"}",
+        "json:{\"file\":{\"driver\":\"file\",\"filename\":\"base.raw\"}}",
         "nbd://localhost/x",
         "file:base.raw",
         "/dev/zero",

@@ -1,0 +1,248 @@
+//! Which export a node is on, how it is reached, and what becomes of a lost connection.
+
+use block::error::Result;
+use block::{Error, ErrorKind, OpenRequest};
+use executor::net::Stream;
+use executor::{Errno, workers};
+use nbd::limits::MAX_STRING;
+use serde_json::{Map, Value};
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::Duration;
+
+/// The port that IANA gave NBD.
+pub(super) const DEFAULT_PORT: u16 = 10809;
+
+/// Where a server listens.
+pub(super) enum Address {
+    Unix(PathBuf),
+    Inet {
+        host: String,
+        port: String,
+    },
+    Vsock {
+        cid: u32,
+        port: u32,
+    },
+    /// A socket that is connected already; it serves once.
+    Descriptor(Mutex<Option<Stream>>),
+}
+
+/// An export of a server.
+pub(super) struct Target {
+    pub(super) address: Address,
+    pub(super) export: String,
+    /// The metadata context that takes the place of `base:allocation`.
+    pub(super) dirty_bitmap: Option<String>,
+    /// How long requests wait for a lost connection to come back.
+    pub(super) reconnect_delay: Duration,
+    /// How long opening waits for a server that is not there.
+    pub(super) open_timeout: Duration,
+}
+
+fn invalid(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Invalid, message)
+}
+
+impl Target {
+    /// Takes the options of a request.
+    pub(super) fn take(request: &mut OpenRequest<'_>) -> Result<Self> {
+        let address = take_address(request)?;
+        let export = request.take_str("export")?.unwrap_or_default();
+        if export.len() > MAX_STRING {
+            return Err(invalid("export name too long to send to server"));
+        }
+        let dirty_bitmap = request.take_str("x-dirty-bitmap")?;
+        if dirty_bitmap
+            .as_ref()
+            .is_some_and(|it| it.len() > MAX_STRING)
+        {
+            return Err(invalid("x-dirty-bitmap query too long to send to server"));
+        }
+        let mut seconds = |name: &str| -> Result<Duration> {
+            let seconds = request.take_size(name)?.unwrap_or(0);
+            match u32::try_from(seconds) {
+                Ok(seconds) => Ok(Duration::from_secs(seconds.into())),
+                Err(_) => Err(invalid(format!("{name} is too large"))),
+            }
+        };
+        Ok(Self {
+            address,
+            export,
+            dirty_bitmap,
+            reconnect_delay: seconds("reconnect-delay")?,
+            open_timeout: seconds("open-timeout")?,
+        })
+    }
+
+    /// A connection to the server.
+    ///
+    /// # Errors
+    /// `Io` naming the address.
+    pub(super) async fn connect(&self) -> Result<Stream> {
+        match &self.address {
+            Address::Unix(path) => {
+                let failed = |errno| failed_to_connect(&path.display().to_string(), errno);
+                Stream::connect_unix(path).await.map_err(failed)
+            }
+            Address::Inet { host, port } => connect_inet(host, port).await,
+            Address::Vsock { cid, port } => {
+                let name = format!("{cid}:{port}");
+                let connected = workers::offload({
+                    let (cid, port) = (*cid, *port);
+                    move || connect_vsock(cid, port)
+                });
+                let fd = connected.await;
+                let stream =
+                    fd.and_then(|fd| Stream::from_fd(fd).map_err(|error| to_errno(&error)));
+                stream.map_err(|errno| failed_to_connect(&name, errno))
+            }
+            Address::Descriptor(fd) => {
+                let stream = fd.lock().ok().and_then(|mut fd| fd.take());
+                stream.ok_or_else(|| failed_to_connect("the given socket", Errno::ENOTCONN))
+            }
+        }
+    }
+}
+
+fn to_errno(error: &std::io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+fn failed_to_connect(name: &str, errno: Errno) -> Error {
+    Error::io(format!("Failed to connect to '{name}'"), errno)
+}
+
+async fn connect_inet(host: &str, port: &str) -> Result<Stream> {
+    let name = format!("{host}:{port}");
+    let (lookup_host, lookup_port) = (host.to_owned(), port.to_owned());
+    let addresses = workers::offload(move || resolve(&lookup_host, &lookup_port)).await;
+    let addresses = addresses.map_err(|reason| {
+        let message = format!("address resolution failed for {name}: {reason}");
+        Error::new(ErrorKind::Io, message)
+    })?;
+    let mut last = Errno::EADDRNOTAVAIL;
+    for address in addresses {
+        match Stream::connect_tcp(address).await {
+            Ok(stream) => return Ok(stream),
+            Err(errno) => last = errno,
+        }
+    }
+    Err(failed_to_connect(&name, last))
+}
+
+/// Asks the resolver, which blocks.
+fn resolve(host: &str, port: &str) -> std::result::Result<Vec<SocketAddr>, String> {
+    let Ok(port) = port.parse::<u16>() else {
+        return Err("Servname not supported for ai_socktype".to_owned());
+    };
+    let found = (host, port).to_socket_addrs().map_err(|error| {
+        let text = error.to_string();
+        let reason = text.rsplit(": ").next().unwrap_or(&text);
+        reason.to_owned()
+    });
+    found.map(Iterator::collect)
+}
+
+fn connect_vsock(cid: u32, port: u32) -> std::result::Result<OwnedFd, Errno> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, connect, socket};
+    use std::os::fd::AsRawFd;
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let fd = socket(AddressFamily::Vsock, SockType::Stream, flags, None)?;
+    connect(fd.as_raw_fd(), &VsockAddr::new(cid, port))?;
+    Ok(fd)
+}
+
+/// `server`, or the older `path`, `host` and `port`.
+fn take_address(request: &mut OpenRequest<'_>) -> Result<Address> {
+    let path = request.take_str("path")?;
+    let host = request.take_str("host")?;
+    let port = request.take_str("port")?;
+    let server = match request.take("server") {
+        None => None,
+        Some(Value::Object(server)) => Some(server),
+        Some(_) => {
+            return Err(invalid(
+                "Invalid parameter type for 'server', expected: object",
+            ));
+        }
+    };
+    match (path, host, port, server) {
+        (Some(_), Some(_), ..) => Err(invalid("path and host may not be used at the same time")),
+        (Some(path), ..) => Ok(Address::Unix(path.into())),
+        (None, Some(host), port, _) => Ok(Address::Inet {
+            host,
+            port: port.unwrap_or_else(|| DEFAULT_PORT.to_string()),
+        }),
+        (None, None, Some(_), _) => Err(invalid("port may not be used without host")),
+        (None, None, None, Some(server)) if !server.is_empty() => address_of(server),
+        _ => Err(invalid("NBD server address missing")),
+    }
+}
+
+/// QMP's `SocketAddress`.
+fn address_of(mut server: Map<String, Value>) -> Result<Address> {
+    let mut text = |name: &str| match server.shift_remove(name) {
+        Some(Value::String(text)) => Some(text),
+        Some(Value::Number(number)) => Some(number.to_string()),
+        _ => None,
+    };
+    let missing = |name: &str| invalid(format!("Parameter '{name}' is missing"));
+    let address = match text("type").as_deref() {
+        Some("unix") => Address::Unix(text("path").ok_or_else(|| missing("path"))?.into()),
+        Some("inet") => Address::Inet {
+            host: text("host").ok_or_else(|| missing("host"))?,
+            port: text("port").ok_or_else(|| missing("port"))?,
+        },
+        Some("vsock") => {
+            let mut number = |name: &str| -> Result<u32> {
+                let text = text(name).ok_or_else(|| missing(name))?;
+                text.parse()
+                    .map_err(|_| invalid(format!("Parameter '{name}' expects a number")))
+            };
+            Address::Vsock {
+                cid: number("cid")?,
+                port: number("port")?,
+            }
+        }
+        Some("fd") => {
+            let name = text("str").ok_or_else(|| missing("str"))?;
+            Address::Descriptor(Mutex::new(Some(inherited(&name)?)))
+        }
+        Some(other) => {
+            let message = format!("Parameter 'server.type' does not accept value '{other}'");
+            return Err(invalid(message));
+        }
+        None => return Err(missing("type")),
+    };
+    // What the peer takes too, and what a connection from here does not depend on.
+    for name in [
+        "keep-alive",
+        "ipv4",
+        "ipv6",
+        "to",
+        "numeric",
+        "mptcp",
+        "tight",
+        "abstract",
+    ] {
+        server.shift_remove(name);
+    }
+    match server.keys().next() {
+        None => Ok(address),
+        Some(name) => Err(invalid(format!("Parameter 'server.{name}' is unexpected"))),
+    }
+}
+
+/// A socket that the process was started with, by number.
+fn inherited(name: &str) -> Result<Stream> {
+    let unknown = || {
+        invalid(format!(
+            "File descriptor '{name}' is not a socket of this process"
+        ))
+    };
+    let number: i32 = name.parse().map_err(|_| unknown())?;
+    Stream::duplicate(number).map_err(|_| unknown())
+}
