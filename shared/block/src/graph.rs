@@ -8,6 +8,7 @@
 mod change;
 mod reopen;
 
+pub use change::{Quiet, User, UserKind};
 pub use reopen::{Reopen, Undo};
 
 pub(crate) use change::DrainedAbove;

@@ -7,7 +7,10 @@ use qmp::{Arguments, Command, CommandTable, Result, Value, json};
 
 use crate::engine::Engine;
 use crate::jobs::{self, commands as job_commands};
-use crate::{bitmaps, chardevs, exports, nodes, objects, overlays, qom, snapshots, transaction};
+use crate::{
+    bitmaps, chardevs, exports, graph_query, nodes, objects, overlays, qom, schema, snapshots,
+    transaction,
+};
 
 /// What runs a command. The future runs on the control thread.
 pub type Handler = for<'a> fn(&'a Rc<Engine>, Arguments) -> BoxFuture<'a, Result<Value>>;
@@ -22,6 +25,7 @@ macro_rules! commands {
     };
 }
 
+/// What each takes and answers is in `schema/commands.schema`; a test holds the two together.
 const COMMANDS: &[Command<Handler>] = commands! {
     "block-dirty-bitmap-add" => bitmaps::add,
     "block-dirty-bitmap-clear" => bitmaps::clear,
@@ -72,6 +76,7 @@ const COMMANDS: &[Command<Handler>] = commands! {
     "query-iothreads" => objects::query_iothreads,
     "query-jobs" => job_commands::query_jobs,
     "query-named-block-nodes" => nodes::query_named_block_nodes,
+    "query-qmp-schema" => schema::query,
     "query-version" => query_version,
     "quit" => quit,
     "qom-get" => qom::get,
@@ -82,7 +87,9 @@ const COMMANDS: &[Command<Handler>] = commands! {
     "ringbuf-read" => chardevs::ringbuf_read,
     "ringbuf-write" => chardevs::ringbuf_write,
     "transaction" => transaction::transaction,
+    "x-blockdev-set-iothread" => graph_query::set_iothread,
     "x-debug-block-dirty-bitmap-sha256" => bitmaps::sha256,
+    "x-debug-query-block-graph" => graph_query::debug_graph,
     "x-block-export-set-iothread" => exports::set_iothread,
 };
 

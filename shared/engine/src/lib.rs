@@ -22,12 +22,14 @@ pub mod commands;
 mod engine;
 mod error;
 mod exports;
+mod graph_query;
 pub mod jobs;
 mod node_events;
 mod nodes;
 pub mod objects;
 mod overlays;
 mod qom;
+mod schema;
 mod snapshots;
 mod transaction;
 

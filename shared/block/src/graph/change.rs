@@ -1,7 +1,7 @@
 //! Changing what edges point at while the requests above wait.
 
 use super::Graph;
-use crate::edge::Edge;
+use crate::edge::{Edge, Permissions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::node::{Node, Parent};
 use crate::root::{Drained, Root};
@@ -64,6 +64,54 @@ impl Graph {
     /// Drains every root above any node of the graph: one moment for all of them.
     pub async fn drain_all(&self) -> Quiet {
         Quiet(DrainedAbove::new(self.nodes()).await)
+    }
+}
+
+/// Somebody who uses a node.
+pub struct User {
+    /// What it is.
+    pub kind: UserKind,
+    /// What it calls the node.
+    pub edge: &'static str,
+    /// What it does.
+    pub permissions: Permissions,
+    /// What it lets others do.
+    pub shared: Permissions,
+}
+
+/// Kinds of users.
+pub enum UserKind {
+    /// An export, a job, a tool.
+    Root,
+    /// A node above.
+    Node(Arc<Node>),
+    /// Work on the node that is under way.
+    Other,
+}
+
+impl Node {
+    /// Who uses the node, oldest first.
+    pub fn users_of(&self) -> Vec<User> {
+        let users = self.users();
+        let mut list: Vec<_> = users
+            .parents()
+            .into_iter()
+            .filter_map(|(id, parent)| {
+                let (user, claim, _) = users.get(id)?;
+                Some(User {
+                    kind: match parent {
+                        Some(Parent::Root(_)) => UserKind::Root,
+                        Some(Parent::Node(node)) => UserKind::Node(node),
+                        None => UserKind::Other,
+                    },
+                    edge: user.edge(),
+                    permissions: claim.permissions,
+                    shared: claim.shared,
+                })
+            })
+            .collect();
+        list.reverse();
+        list
     }
 }
 

@@ -17,7 +17,7 @@ use super::change::{DrainedAbove, move_users};
 use super::{Entry, Graph, OpenedFrom};
 use crate::error::{Error, ErrorKind, Result};
 use crate::node::Node;
-use crate::open::{ChildRole, Definition, Inherited, Options};
+use crate::open::{ChildRole, Definition, Inherited, Options, Source};
 use serde_json::{Map, Value};
 use std::sync::Arc;
 
@@ -348,6 +348,8 @@ impl Graph {
     async fn open_successor(&self, old: &Arc<Node>, origin: OpenedFrom) -> Result<Arc<Node>> {
         let mut place = origin.place;
         place.successor_of = Some(old.name().to_owned());
+        // What an image named has been checked and is open; its options refer to nodes by now.
+        place.source = Source::User;
         let definition = Definition {
             options: origin.options,
             // An owned node is one that inherits nothing.

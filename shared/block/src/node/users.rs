@@ -44,6 +44,11 @@ impl User {
         Self { id, label, name }
     }
 
+    /// What it calls the node.
+    pub(crate) fn edge(&self) -> &'static str {
+        self.name
+    }
+
     fn describe(&self, node: &str) -> String {
         format!(
             "{} (uses node '{node}' as '{}' child)",
