@@ -13,11 +13,13 @@ use executor::net::Listener;
 use exports::nbd::{NbdExport, NbdExportOptions, NbdServer, NbdServerOptions, find_bitmap};
 use qmp::{Arguments, Error, Result, Value, json};
 use serde::Deserialize;
+use transport::Endpoint;
 
 use super::{Common, DeleteMode, Exports, handles};
 use crate::engine::Engine;
 use crate::error::from_block;
 use crate::nodes;
+use crate::objects;
 
 /// Clients that a server has at a time unless told otherwise.
 const DEFAULT_MAX_CONNECTIONS: u32 = 100;
@@ -96,18 +98,20 @@ pub(crate) async fn start(engine: &Rc<Engine>, mut arguments: Arguments) -> Resu
     if engine.exports.nbd.borrow().is_some() {
         return Err(Error::generic("NBD server already running"));
     }
-    if let Some(id) = tls_creds {
-        let message = format!("No TLS credentials with id '{id}'");
-        return Err(Error::generic(message));
-    }
-    if tls_authz.is_some() {
-        return Err(Error::generic("TLS authorization needs TLS credentials"));
-    }
     let limit = max_connections.unwrap_or(DEFAULT_MAX_CONNECTIONS);
     let mut options = NbdServerOptions {
         max_connections: (limit > 0).then_some(limit),
         ..NbdServerOptions::default()
     };
+    if let Some(id) = &tls_creds {
+        options.credentials = Some(objects::credentials(&engine.graph, id, Endpoint::Server)?);
+    }
+    if let Some(id) = &tls_authz {
+        if tls_creds.is_none() {
+            return Err(Error::generic("TLS authorization needs TLS credentials"));
+        }
+        options.authorization = Some(objects::authorization(&engine.graph, id)?);
+    }
     if let Some(seconds) = handshake_max_seconds {
         let limit = std::time::Duration::from_secs(u64::from(seconds));
         options.handshake_timeout = (seconds > 0).then_some(limit);

@@ -9,9 +9,11 @@
 //! used once; an object that somebody uses stays. Must not know: who uses an object, which finds it
 //! where its type puts it (the graph, the iothreads).
 
+mod authz;
 mod iothread;
 mod secret;
 mod throttle_group;
+mod tls_creds;
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -77,13 +79,26 @@ pub trait Object {
     fn release(&self, home: &Home<'_>, id: &str) -> Result<()>;
 }
 
+pub use authz::find as authorization;
+pub use tls_creds::find as credentials;
+
 /// The error for an object that has users.
 pub fn in_use(id: &str) -> Error {
     Error::generic(format!("object '{id}' is in use, can not be deleted"))
 }
 
 /// Every type, in the order of their names.
-pub const TYPES: &[&ObjectType] = &[&iothread::TYPE, &secret::TYPE, &throttle_group::TYPE];
+pub const TYPES: &[&ObjectType] = &[
+    &authz::LIST,
+    &authz::LIST_FILE,
+    &authz::SIMPLE,
+    &iothread::TYPE,
+    &secret::TYPE,
+    &throttle_group::TYPE,
+    &tls_creds::ANONYMOUS,
+    &tls_creds::PRE_SHARED,
+    &tls_creds::X509,
+];
 
 /// The type `name`.
 pub fn type_named(name: &str) -> Option<&'static ObjectType> {

@@ -19,7 +19,8 @@ use ::nbd::{
 use executor::Buffer;
 use executor::net::Part;
 use std::rc::Rc;
-use transport::Connection;
+use std::sync::Arc;
+use transport::{Connection, Credentials};
 
 /// Options that a client may send: more than any that is in earnest.
 const MAX_OPTIONS: u32 = 4096;
@@ -54,6 +55,8 @@ pub(super) struct Agreed {
 /// What follows an option.
 enum Next {
     Option,
+    /// A handshake of TLS, and options again.
+    Tls(Arc<Credentials>),
     Transmission(Rc<NbdExport>),
     Over,
 }
@@ -82,23 +85,18 @@ pub(super) async fn negotiate(
     };
     let flags = flags.try_into().map_err(|_| "short flags".to_owned())?;
     let flags = ClientFlags::decode(flags).map_err(|error| error.to_string())?;
-    let mut handshake = Handshake {
-        connection,
-        server,
-        flags,
-        terms: Terms {
-            replies: ReplyStyle::Simple,
-            contexts: Vec::new(),
-            keeps_blocks: false,
-        },
-        contexts_of: None,
-    };
+    let mut handshake = Handshake::new(connection, server, flags);
     for _ in 0..MAX_OPTIONS {
         let Some(header) = receive(&handshake.connection, OptionHeader::SIZE).await? else {
             return Ok(None);
         };
         match handshake.option(&header).await? {
             Next::Option => {}
+            Next::Tls(credentials) => {
+                // Nothing that was said before counts: anybody may have said it.
+                let secured = server.secure(handshake.connection, &credentials).await?;
+                handshake = Handshake::new(secured, server, flags);
+            }
             Next::Over => return Ok(None),
             Next::Transmission(export) => {
                 let Handshake {
@@ -133,7 +131,21 @@ async fn receive(connection: &Connection, length: usize) -> Result<Option<Vec<u8
     }
 }
 
-impl Handshake<'_> {
+impl<'a> Handshake<'a> {
+    fn new(connection: Connection, server: &'a State, flags: ClientFlags) -> Self {
+        Self {
+            connection,
+            server,
+            flags,
+            terms: Terms {
+                replies: ReplyStyle::Simple,
+                contexts: Vec::new(),
+                keeps_blocks: false,
+            },
+            contexts_of: None,
+        }
+    }
+
     async fn option(&mut self, header: &[u8]) -> Result<Next, String> {
         let header = header.try_into().map_err(|_| "short option".to_owned())?;
         let header = OptionHeader::decode(header).map_err(|error| error.to_string())?;
@@ -152,6 +164,17 @@ impl Handshake<'_> {
         let Some(data) = data.or((header.length == 0).then(Vec::new)) else {
             return Err("unexpected end of stream".to_owned());
         };
+        let unsecured = self.server.credentials().is_some() && !self.connection.is_secure();
+        if unsecured && !matches!(kind, OptionKind::StartTls | OptionKind::Abort) {
+            let message = format!("Option {:#x} not permitted before TLS", kind.to_wire());
+            return match kind {
+                OptionKind::ExportName => Err(message),
+                _ => {
+                    self.refuse(kind, ReplyErrorKind::TlsRequired, &message)
+                        .await
+                }
+            };
+        }
         match ClientOption::decode(kind, &data) {
             Ok(option) => self.answer(option).await,
             Err(error) if kind == OptionKind::ExportName => Err(error.to_string()),
@@ -186,10 +209,7 @@ impl Handshake<'_> {
                 }
                 self.acknowledge(kind).await
             }
-            ClientOption::StartTls => {
-                let message = "TLS not configured";
-                self.refuse(kind, ReplyErrorKind::Policy, message).await
-            }
+            ClientOption::StartTls => self.start_tls(kind).await,
             ClientOption::Info(query) | ClientOption::Go(query) => self.info(kind, query).await,
             ClientOption::StructuredReply => self.structured(kind).await,
             ClientOption::ExtendedHeaders => {
@@ -209,6 +229,19 @@ impl Handshake<'_> {
                     .await
             }
         }
+    }
+
+    async fn start_tls(&self, kind: OptionKind) -> Result<Next, String> {
+        if self.connection.is_secure() {
+            let message = "TLS already enabled";
+            return self.refuse(kind, ReplyErrorKind::Invalid, message).await;
+        }
+        let Some(credentials) = self.server.credentials() else {
+            let message = "TLS not configured";
+            return self.refuse(kind, ReplyErrorKind::Policy, message).await;
+        };
+        self.reply(kind, OptionReply::Ack).await?;
+        Ok(Next::Tls(Arc::clone(credentials)))
     }
 
     async fn structured(&mut self, kind: OptionKind) -> Result<Next, String> {

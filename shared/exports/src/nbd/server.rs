@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
-use transport::Connection;
+use transport::{Authorization, Connection, Credentials};
 
 /// How long a client may take from its connection to its first request.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -25,6 +25,10 @@ pub struct NbdServerOptions {
     pub max_connections: Option<u32>,
     /// How long the handshake may take; `None`: no limit.
     pub handshake_timeout: Option<Duration>,
+    /// What the server proves itself with; clients have to use TLS then.
+    pub credentials: Option<Arc<Credentials>>,
+    /// Which of the clients that have proved a name may come in.
+    pub authorization: Option<Arc<Authorization>>,
 }
 
 impl Default for NbdServerOptions {
@@ -32,6 +36,8 @@ impl Default for NbdServerOptions {
         Self {
             max_connections: None,
             handshake_timeout: Some(HANDSHAKE_TIMEOUT),
+            credentials: None,
+            authorization: None,
         }
     }
 }
@@ -252,6 +258,28 @@ impl State {
         let exports = self.exports.borrow();
         let found = exports.get(export.name());
         found.is_some_and(|found| Rc::ptr_eq(found, export))
+    }
+
+    pub(super) fn credentials(&self) -> Option<&Arc<Credentials>> {
+        self.options.credentials.as_ref()
+    }
+
+    /// Secures a client's connection, and lets in whom it may.
+    pub(super) async fn secure(
+        &self,
+        connection: Connection,
+        credentials: &Credentials,
+    ) -> Result<Connection, String> {
+        let secured = connection.accept_tls(credentials).await;
+        let connection = secured.map_err(|error| error.to_string())?;
+        let Some(authorization) = &self.options.authorization else {
+            return Ok(connection);
+        };
+        let name = connection.peer_name().unwrap_or_default();
+        match !name.is_empty() && authorization.allows(&name) {
+            true => Ok(connection),
+            false => Err(format!("TLS x509 authz check for {name} is denied")),
+        }
     }
 
     pub(super) fn find(&self, name: &str) -> Option<Rc<NbdExport>> {

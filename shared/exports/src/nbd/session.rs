@@ -85,7 +85,7 @@ pub(super) async fn run(
     });
     let ended = session.receive().await;
     session.budget.settled().await;
-    session.connection.shutdown();
+    session.connection.close().await;
     ended
 }
 

@@ -58,6 +58,14 @@ impl Address {
         self.socket.as_deref()
     }
 
+    /// The host whose certificate the server has to have; `None` for a unix socket.
+    pub(crate) fn host(&self) -> Option<&str> {
+        match self.socket {
+            Some(_) => None,
+            None => Some(self.host.as_deref().unwrap_or(ANY)),
+        }
+    }
+
     fn port(&self) -> u16 {
         self.port.unwrap_or(DEFAULT_PORT)
     }

@@ -8,7 +8,7 @@ use nbd::{
     OptionReplyHeader, ProtocolError, ReplyErrorKind,
 };
 use tools::failure::Failure;
-use transport::Connection;
+use transport::{Connection, Credentials};
 
 /// The most exports, and contexts of one, that are listed.
 const MAX_LISTED: usize = 10_000;
@@ -85,6 +85,23 @@ impl Client {
         Ok(Greeted::Options(client))
     }
 
+    /// Goes on over TLS.
+    pub(crate) async fn secure(
+        mut self,
+        credentials: &Credentials,
+        hostname: Option<&str>,
+    ) -> Result<Self, Failure> {
+        let replies = self.ask(&ClientOption::StartTls).await?;
+        if let Some(OptionReply::Error(error)) = replies.last() {
+            return Err(refused(OptionKind::StartTls, error));
+        }
+        let secured = self.connection.connect_tls(credentials, hostname).await;
+        Ok(Self {
+            connection: secured.map_err(|error| Failure::message(error.to_string()))?,
+            structured: false,
+        })
+    }
+
     /// Asks for structured replies, without which there are no contexts.
     pub(crate) async fn ask_for_structure(&mut self) -> Result<(), Failure> {
         let replies = self.ask(&ClientOption::StructuredReply).await?;
@@ -157,7 +174,7 @@ impl Client {
     /// Says goodbye.
     pub(crate) async fn leave(self) {
         let _ = self.send(ClientOption::Abort.encode()).await;
-        self.connection.shutdown();
+        self.connection.close().await;
     }
 
     /// The connection, for transmission.

@@ -3,11 +3,12 @@
 use crate::client::{Client, Export, Greeted};
 use crate::help::print;
 use crate::options::ListOptions;
+use crate::serve::credentials as credentials_of;
 use nbd::ExportFlags;
 use std::fmt::Write;
 use tools::failure::{Failure, Outcome};
 use tools::image::Tool;
-use transport::Connection;
+use transport::{Connection, Endpoint};
 
 /// Flags with their names, in the order of their bits.
 const FLAGS: [(ExportFlags, &str); 11] = [
@@ -33,10 +34,21 @@ pub(crate) async fn run(tool: &Tool, options: &ListOptions) -> Outcome {
         let message = "TLS authorization is incompatible with export list";
         return Err(Failure::message(message));
     }
+    let tls = &options.tls;
+    let credentials = tls.creds.as_deref();
+    let credentials = credentials.map(|id| credentials_of(tool, id, Endpoint::Client));
+    let credentials = credentials.transpose()?;
     let stream = options.address.connect().await?;
     let exports = match Client::greet(Connection::plain(stream)).await? {
+        Greeted::Oldstyle(_) if credentials.is_some() => {
+            return Err(Failure::message("Server does not support STARTTLS"));
+        }
         Greeted::Oldstyle(export) => vec![export],
         Greeted::Options(mut client) => {
+            if let Some(credentials) = credentials {
+                let hostname = tls.hostname.as_deref().or(options.address.host());
+                client = client.secure(&credentials, hostname).await?;
+            }
             client.ask_for_structure().await?;
             let exports = client.list().await?;
             client.leave().await;

@@ -21,6 +21,7 @@ use std::task::Poll;
 use std::time::Duration;
 use tools::failure::{Failure, Outcome};
 use tools::image::Tool;
+use transport::{Credentials, Endpoint};
 use vhost_daemon::notify::{Background, activation_fds, claim_inherited};
 
 /// Serves until a signal comes, or the last client has left. The pid file is for the caller to keep until all is closed.
@@ -32,11 +33,12 @@ pub(crate) async fn run(
     for object in &options.objects {
         tool.add_object(object)?;
     }
+    let how = server_options(tool, options)?;
     let signals = Signals::block()?;
     let device = options.device.as_deref().map(kernel::open).transpose()?;
     let export = export(tool, options).await?;
     let (listeners, socket) = listen(options)?;
-    let server = NbdServer::start(listeners, server_options(options));
+    let server = NbdServer::start(listeners, how);
     server.add(Rc::clone(&export));
     if let Some(path) = &options.pid_file {
         *pid_file = Some(PidFile::create(path)?);
@@ -65,7 +67,7 @@ pub(crate) async fn run(
     outcome.map(|()| 0)
 }
 
-fn server_options(options: &ServeOptions) -> NbdServerOptions {
+fn server_options(tool: &Tool, options: &ServeOptions) -> Result<NbdServerOptions, Failure> {
     let mut server = NbdServerOptions {
         max_connections: (options.shared > 0).then_some(options.shared),
         ..NbdServerOptions::default()
@@ -73,7 +75,25 @@ fn server_options(options: &ServeOptions) -> NbdServerOptions {
     if let Some(seconds) = options.handshake_limit {
         server.handshake_timeout = (seconds > 0).then(|| Duration::from_secs(seconds));
     }
-    server
+    let tls = &options.tls;
+    if let Some(id) = &tls.creds {
+        server.credentials = Some(credentials(tool, id, Endpoint::Server)?);
+    }
+    if let Some(id) = &tls.authz {
+        let found = engine::objects::authorization(tool.graph(), id);
+        server.authorization = Some(found.map_err(|error| Failure::message(error.desc))?);
+    }
+    Ok(server)
+}
+
+/// The credentials `id`.
+pub(crate) fn credentials(
+    tool: &Tool,
+    id: &str,
+    endpoint: Endpoint,
+) -> Result<Arc<Credentials>, Failure> {
+    let found = engine::objects::credentials(tool.graph(), id, endpoint);
+    found.map_err(|error| Failure::message(format!("Failed to get TLS creds: {}", error.desc)))
 }
 
 async fn export(tool: &Tool, options: &ServeOptions) -> Result<Rc<NbdExport>, Failure> {
