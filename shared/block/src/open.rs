@@ -221,6 +221,10 @@ impl OpenRequest<'_> {
     pub fn take_size(&mut self, name: &str) -> Result<Option<u64>> {
         self.options.take_size(name)
     }
+    /// Takes an integer option.
+    pub fn take_int(&mut self, name: &str) -> Result<Option<i64>> {
+        self.options.take_int(name)
+    }
     /// Takes an option that is one of `values`; resolves to the value's index.
     pub fn take_choice(&mut self, name: &str, values: &[&str]) -> Result<Option<usize>> {
         self.options.take_choice(name, values)
@@ -260,6 +264,18 @@ impl OpenRequest<'_> {
     /// Gives a child, or another option, that was not given.
     pub fn give(&mut self, name: &str, value: Value) {
         self.options.put(name, value);
+    }
+    /// The error for a mandatory option that is not there: tools have words of their own for some.
+    pub fn missing_or(&self, name: &str, words: &str) -> Error {
+        match self.graph.probes() {
+            true => Error::new(ErrorKind::Invalid, words),
+            false => self.missing(name),
+        }
+    }
+    /// How many children the list under option `name` has.
+    pub fn count(&self, name: &str) -> usize {
+        let list = self.options.get(name).and_then(Value::as_array);
+        list.map_or(0, Vec::len)
     }
     /// A descriptor that was opened for this node already, by whoever checked its name: to be
     /// used instead of opening `filename`.

@@ -171,7 +171,7 @@ fn image(node: &Node, flat: bool) -> Value {
         }
         insert_backing(&mut image, depth, info);
         depth += 1;
-        current = if flat { None } else { backing(node) };
+        current = if flat { None } else { below(node) };
     }
     Value::Object(image)
 }
@@ -193,6 +193,12 @@ fn backing(node: &Node) -> Option<&Node> {
     edge.map(|(_, edge)| edge.node())
 }
 
+/// The next image or filter of the chain.
+fn below(node: &Node) -> Option<&Node> {
+    let filtered = node.driver().filtered();
+    filtered.map(|edge| edge.node()).or_else(|| backing(node))
+}
+
 fn backing_depth(node: &Node) -> usize {
-    std::iter::successors(backing(node), |node| backing(node)).count()
+    std::iter::successors(below(node), |node| below(node)).count()
 }

@@ -14,6 +14,7 @@
 //! and no other user of the child writes); a read that cannot be kept fails. Must not know: formats.
 
 use crate::filter::{Filter, FilterNode};
+use block::debug::Event;
 use block::error::Result;
 use block::node::WriteTracker;
 use block::open::{ChildRole, DriverEntry};
@@ -214,6 +215,7 @@ impl CopyOnRead {
                 None => Ok(()),
             },
             Action::CopyZeroes => {
+                self.child().event(Event::CorWrite).await;
                 self.keep_zeroes(range).await?;
                 part.iter().for_each(|part| part.fill(0));
                 Ok(())
@@ -227,6 +229,7 @@ impl CopyOnRead {
                     let start = (shared.start - range.start) as usize;
                     part.copy_from(&bounce.slice(start..start + part.len()));
                 }
+                self.child().event(Event::CorWrite).await;
                 match bounce.is_zero() {
                     true => self.keep_zeroes(range).await,
                     false => {

@@ -87,10 +87,9 @@ fn open(
     driver: &'static str,
 ) -> block::error::Result<Box<dyn Driver>> {
     let size = request.take_size("size")?;
-    let latency_ns = request.take_size("latency-ns")?.unwrap_or(0);
-    if i64::try_from(latency_ns).is_err() {
-        return Err(Error::new(ErrorKind::Invalid, "latency-ns is invalid"));
-    }
+    let latency_ns = request.take_int("latency-ns")?.unwrap_or(0);
+    let latency_ns = u64::try_from(latency_ns)
+        .map_err(|_| Error::new(ErrorKind::Invalid, "latency-ns is invalid"))?;
     let read_zeroes = request.take_bool("read-zeroes")?;
     let is_default = size.is_none() && read_zeroes.is_none();
     let size = size.unwrap_or(DEFAULT_SIZE);

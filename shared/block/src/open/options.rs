@@ -123,6 +123,25 @@ impl Options {
         }
     }
 
+    pub(crate) fn take_int(&mut self, name: &str) -> Result<Option<i64>> {
+        match self.take(name) {
+            None => Ok(None),
+            // As in QEMU a number beyond is a negative one.
+            Some(Value::Number(value)) => match value
+                .as_i64()
+                .or_else(|| value.as_u64().map(u64::cast_signed))
+            {
+                Some(value) => Ok(Some(value)),
+                None => Err(self.wrong_type(name, "integer")),
+            },
+            Some(Value::String(value)) => match value.parse() {
+                Ok(value) => Ok(Some(value)),
+                Err(_) => Err(self.expects(name, "integer")),
+            },
+            Some(_) => Err(self.wrong_type(name, "integer")),
+        }
+    }
+
     pub(crate) fn take_choice(&mut self, name: &str, values: &[&str]) -> Result<Option<usize>> {
         let Some(value) = self.take_str(name)? else {
             return Ok(None);

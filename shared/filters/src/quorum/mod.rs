@@ -72,37 +72,12 @@ fn invalid<T>(message: &str) -> Result<T> {
 }
 
 async fn open(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>> {
-    let threshold = request.take_size("vote-threshold")?.unwrap_or(0);
-    let pattern = request.take_str("read-pattern")?;
-    let blkverify = request.take_bool("blkverify")?.unwrap_or(false);
-    let rewrite = request.take_bool("rewrite-corrupted")?.unwrap_or(false);
-    let votes = match pattern.as_deref() {
-        None | Some("quorum") => true,
-        Some("fifo") => false,
-        Some(_) => return invalid("Please set read-pattern as fifo or quorum"),
-    };
-    if blkverify {
-        request.only_for_users("the end")?;
-    }
-    let role = match votes && rewrite {
-        true => ChildRole::RepairedCopy,
-        false => ChildRole::Copy,
+    let (threshold, reads) = take_rules(request)?;
+    let role = match reads {
+        Reads::Vote(Losers::Rewritten) => ChildRole::RepairedCopy,
+        _ => ChildRole::Copy,
     };
     let children = request.children("children", role).await?;
-    if children.is_empty() {
-        return invalid("Number of provided children must be 1 or more");
-    }
-    if threshold == 0 {
-        return invalid("Parameter 'vote-threshold' expects a value >= 1");
-    }
-    if threshold > children.len() as u64 {
-        return invalid("threshold may not exceed children count");
-    }
-    let threshold = threshold as usize;
-    let reads = match votes {
-        false => Reads::First,
-        true => Reads::Vote(losers((blkverify, rewrite), (children.len(), threshold))?),
-    };
     let lengths = children.iter().map(|child| child.node().length());
     if lengths.clone().min() != lengths.max() {
         let what = "Could not refresh total sector count";
@@ -114,6 +89,39 @@ async fn open(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>> {
         reads,
         reporter: request.reporter(),
     }))
+}
+
+/// How many copies must agree, and what is read how.
+fn take_rules(request: &mut OpenRequest<'_>) -> Result<(usize, Reads)> {
+    let children = request.count("children");
+    if children == 0 {
+        let words = "Number of provided children must be 1 or more";
+        return Err(request.missing_or("children", words));
+    }
+    let too_low = "Parameter 'vote-threshold' expects a value >= 1";
+    let threshold = match request.take_int("vote-threshold")? {
+        Some(threshold) => threshold,
+        None => return Err(request.missing_or("vote-threshold", too_low)),
+    };
+    if threshold < 1 {
+        return invalid(too_low);
+    }
+    let threshold = usize::try_from(threshold).unwrap_or(usize::MAX);
+    if threshold > children {
+        return invalid("threshold may not exceed children count");
+    }
+    let pattern = request.take_str("read-pattern")?;
+    let blkverify = request.take_bool("blkverify")?.unwrap_or(false);
+    let rewrite = request.take_bool("rewrite-corrupted")?.unwrap_or(false);
+    if blkverify {
+        request.only_for_users("the end")?;
+    }
+    let reads = match pattern.as_deref() {
+        None | Some("quorum") => Reads::Vote(losers((blkverify, rewrite), (children, threshold))?),
+        Some("fifo") => Reads::First,
+        Some(_) => return invalid("Please set read-pattern as fifo or quorum"),
+    };
+    Ok((threshold, reads))
 }
 
 fn losers(

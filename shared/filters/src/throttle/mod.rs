@@ -38,7 +38,7 @@ async fn open(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>> {
     let file = request.required_child("file", ChildRole::Filtered).await?;
     let id = request
         .take_str("throttle-group")?
-        .ok_or_else(|| request.missing("throttle-group"))?;
+        .ok_or_else(|| request.missing_or("throttle-group", "Please specify a throttle group"))?;
     let group = request.object::<ThrottleGroup>(&id)?.ok_or_else(|| {
         let message = format!("Throttle group '{id}' does not exist");
         Error::new(ErrorKind::NotFound, message)

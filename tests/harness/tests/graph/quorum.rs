@@ -232,11 +232,7 @@ fn definitions_that_make_no_sense_are_refused_with_the_peers_words() {
     let twofold =
         "blkverify=on can only be set if there are exactly two files and vote-threshold is 2";
     let cases = [
-        (
-            &two[..0],
-            json!({}),
-            "Number of provided children must be 1 or more",
-        ),
+        (&two[..0], json!({}), "Parameter 'children' is missing"),
         (
             &two[..],
             json!({"vote-threshold": 0}),
