@@ -10,8 +10,8 @@ from pathlib import Path
 # QEMU's name -> (the environment variable that overrides it, ours). None: we have no such program, QEMU's is used.
 PROGRAMS = {
     "qemu-img": ("IMG", "outboard-img"),
-    "qemu-io": ("IO", None),
-    "qemu-nbd": ("NBD", None),
+    "qemu-io": ("IO", "outboard-io"),
+    "qemu-nbd": ("NBD", "outboard-nbd"),
     "qemu-storage-daemon": ("QSD", "outboard-blkd"),
 }
 

@@ -280,7 +280,7 @@ impl Inherited {
     }
 }
 
-/// A number with an optional binary suffix.
+/// A number with an optional binary suffix, and before that a fraction.
 fn parse_size(text: &str) -> Option<u64> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match &text[digits.len()..] {
@@ -293,10 +293,17 @@ fn parse_size(text: &str) -> Option<u64> {
         "E" | "e" => 60,
         _ => return None,
     };
-    if !digits.bytes().all(|b| b.is_ascii_digit()) {
+    let (whole, fraction) = digits.split_once('.').unwrap_or((digits, "0"));
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    if !is_number(whole) || !is_number(fraction) {
         return None;
     }
-    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+    let part: f64 = format!("0.{fraction}").parse().ok()?;
+    if shift == 0 && part != 0.0 {
+        return None;
+    }
+    let bytes = whole.parse::<u64>().ok()?.checked_mul(1 << shift)?;
+    bytes.checked_add((part * (1_u64 << shift) as f64).round() as u64)
 }
 
 #[cfg(test)]
@@ -309,9 +316,12 @@ mod tests {
         assert_eq!(parse_size("64k"), Some(65536));
         assert_eq!(parse_size("1G"), Some(1 << 30));
         assert_eq!(parse_size("15E"), Some(15 << 60));
+        assert_eq!(parse_size("1.25M"), Some(5 << 18));
         for bad in [
             "",
             "k",
+            "0.5",
+            ".5k",
             "-1",
             "+1",
             "1x",

@@ -243,6 +243,10 @@ impl Amended {
     async fn make(mut self, wanted: &Wanted, changes: &mut AmendRequest<'_>) -> Result<(), Error> {
         let version = wanted.version.unwrap_or(self.header.version);
         if version > self.header.version {
+            let completed = self.with_driver(OpenOptions::default(), async |node| {
+                node.format().complete_snapshots().await
+            });
+            self = completed.await?.1;
             self.edit(upgrade).await?;
         }
         if let Some(bits) = wanted.refcount_bits {

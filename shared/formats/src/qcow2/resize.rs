@@ -22,7 +22,7 @@ use super::tables::{
     REFCOUNT_BLOCK_MASK,
 };
 use super::{Qcow2, cache, header};
-use block::{ByteRange, Error, ErrorKind, Preallocation, Resize, ZeroFlags};
+use block::{ByteRange, Error, ErrorKind, Mapping, Preallocation, Resize, ZeroFlags};
 use executor::Errno;
 use std::ops::Range;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
@@ -116,9 +116,22 @@ impl Qcow2 {
                 .map_err(failed)?;
         }
         if preallocation != Preallocation::Off || self.is_raw_data_file() {
+            let start = match self.is_tail_unmapped(added.start).await.map_err(failed)? {
+                true => added.start / cluster_size * cluster_size,
+                false => start,
+            };
             self.preallocate(start..added.end, preallocation).await?;
         }
         self.flush_metadata().await.map_err(failed)
+    }
+
+    /// Whether the disk's last cluster, of which growing uses the rest, holds nothing and shows nothing.
+    async fn is_tail_unmapped(&self, old: u64) -> Result<bool, Errno> {
+        if self.backing.is_some() || old.is_multiple_of(self.geometry.cluster_size()) {
+            return Ok(false);
+        }
+        let tail = self.resolve_mapping(ByteRange::new(old, 1)).await?;
+        Ok(tail.mapping == Mapping::Unallocated && !self.geometry.extended_l2)
     }
 
     async fn set_size(&self, length: u64) -> Result<(), Errno> {

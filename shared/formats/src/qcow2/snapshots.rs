@@ -140,6 +140,21 @@ impl SnapshotEntry {
         }
     }
 
+    /// The entry with all that version 3 needs of it; `disk_size` in bytes where it does not tell.
+    pub(super) fn completed(&self, disk_size: u64) -> Self {
+        let mut entry = self.clone();
+        let complete = Self::new(&self.info(disk_size)).extra;
+        if let Some(missing) = complete.get(entry.extra.len()..) {
+            entry.extra.extend_from_slice(missing);
+        }
+        entry
+    }
+
+    /// Whether version 3 needs more of it.
+    pub(super) fn is_incomplete(&self) -> bool {
+        self.extra.len() < field::EXTRA_ICOUNT
+    }
+
     /// The value of an identifier that is a number.
     fn numeric_id(&self) -> u64 {
         let text = String::from_utf8_lossy(&self.id);

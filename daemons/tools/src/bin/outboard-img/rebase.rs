@@ -174,8 +174,16 @@ impl Request {
         let spec = self.common.image(self.name.clone())?;
         let mut options = tool.prepare(&spec, opening)?;
         if self.mode == Mode::Unsafe {
-            let driver = options.get("driver").and_then(Value::as_str);
-            let entry = driver.and_then(|driver| tool.graph().entry(driver));
+            let driver = match options.get("driver").and_then(Value::as_str) {
+                Some(driver) => driver.to_owned(),
+                None => {
+                    let image = tool.open(&spec, Opening::new(Access::Describe)).await?;
+                    let driver = image.node.driver().driver_name();
+                    tool.close_image(image).await?;
+                    driver.to_owned()
+                }
+            };
+            let entry = tool.graph().entry(&driver);
             let create = entry.and_then(|entry| entry.create.as_ref());
             let has_backing = create.is_some_and(|creator| {
                 creator

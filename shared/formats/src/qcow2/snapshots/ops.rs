@@ -185,6 +185,32 @@ impl Qcow2 {
         self.conclude(done).await
     }
 
+    /// Writes the snapshot table anew when its entries lack what version 3 needs of them.
+    pub(in super::super) async fn complete_snapshots(&self) -> Result<(), Error> {
+        let _one_at_a_time = self.snapshotting.lock().await;
+        let disk_size = self.disk_size();
+        let snapshots = self.state().snapshots.entries.clone();
+        if !snapshots.iter().any(SnapshotEntry::is_incomplete) {
+            return Ok(());
+        }
+        self.check_changeable()?;
+        let quiet = self.quiet().await;
+        let snapshots = snapshots.iter().map(|entry| entry.completed(disk_size));
+        let change = Change {
+            dropped: Vec::new(),
+            added: Vec::new(),
+            active: self.active_l1(),
+            disk_size,
+            snapshots: snapshots.collect(),
+            new_l1: None,
+            old_l1: None,
+            readers: Readers::None,
+        };
+        let done = self.transition(&quiet, change).await;
+        drop(quiet);
+        self.conclude(done).await
+    }
+
     /// Gives back what the old state alone referred to; its failure is none of the operation.
     async fn conclude(&self, done: Result<(), Failure>) -> Result<(), Error> {
         match done {
