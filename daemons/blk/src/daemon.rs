@@ -11,6 +11,7 @@ use executor::Handle;
 use qmp::{Arguments, EventSink, Request, Value};
 use service::{Daemon, Options, Reach, Server, Start};
 use vhost_daemon::notify::NamedFds;
+use vhost_daemon::sandbox::Syscalls;
 
 use crate::redo_dir;
 
@@ -19,6 +20,12 @@ pub(crate) const REDO_DIR: &str = "redo-dir";
 
 /// The option that names drivers which images may ask for.
 pub(crate) const ALLOW_DRIVERS: &str = "allow-drivers";
+
+/// OpenSSL's random numbers ask whether the process was forked.
+const SYSCALLS: Syscalls = Syscalls {
+    plain: &[libc::SYS_getpid],
+    ioctls: &[],
+};
 
 /// What the ordered options make.
 #[derive(Clone, Copy, Debug)]
@@ -110,6 +117,7 @@ impl Daemon for Blkd {
         Reach {
             file_dirs,
             sockets: self.engine.socket_paths(),
+            syscalls: SYSCALLS,
             ..Reach::default()
         }
     }

@@ -82,7 +82,8 @@ removed over QMP while the daemon runs.
   --nbd-server addr.type=inet,addr.host=<host>,addr.port=<port>
                [,tls-creds=<id>][,tls-authz=<id>][,max-connections=<n>]
                          serve the exports of type nbd that follow (QMP:
-                         nbd-server-start)
+                         nbd-server-start). In the sandbox, later servers listen on
+                         unix sockets in directories of earlier ones only
   --export [type=]nbd,id=<id>,node-name=<node-name>[,name=<name>]
            [,writable=on|off][,bitmaps.0=<bitmap>...][,iothread=<id>]
                          export a node over NBD
