@@ -86,11 +86,12 @@ impl Engine {
         &self.table
     }
 
-    /// Runs the command `name`, as a monitor or the command line asks.
+    /// Runs the command `name`, as a monitor or the command line asks. Members of the answer are in QEMU's order.
     pub async fn run(self: &Rc<Self>, name: &str, arguments: Arguments) -> Result<Value> {
         let handler = self.table.find(name)?;
         let _one_at_a_time = self.command.lock().await;
-        handler(self, arguments).await
+        let answer = handler(self, arguments).await?;
+        Ok(qmp::json::ordered(&answer))
     }
 
     /// Sends every later event to `sink` while it lives.

@@ -54,7 +54,9 @@ fn reopened(engine: &Engine, path: &str, options: Map<String, Value>) -> Result<
         }
         None => return Err(Error::generic("node-name not specified")),
     };
-    if let Some(node) = engine.graph.node(&node_name) {
+    let driver = options.get("driver").and_then(Value::as_str);
+    let node = engine.graph.node(&node_name);
+    if let Some(node) = node.filter(|node| driver == Some(node.driver().driver_name())) {
         let edges = node.driver().edges();
         let has_file = edges.iter().any(|(name, _)| *name == "file");
         if has_file && !options.contains_key("file") {

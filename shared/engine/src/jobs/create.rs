@@ -11,6 +11,7 @@ use serde::Deserialize;
 use super::job::{Job, JobKind, JobOptions, Progress, Step, Work};
 use crate::engine::Engine;
 use crate::error::from_block;
+use crate::schema;
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -29,22 +30,21 @@ pub(crate) async fn blockdev_create(
     engine: &Rc<Engine>,
     mut arguments: Arguments,
 ) -> Result<Value> {
-    let mut options = arguments
+    let options = arguments
         .take_object("options")?
         .ok_or_else(|| Error::missing_parameter("options"))?;
     let Identity { job_id } = arguments.parse()?;
-    let driver = match options.take_value("driver") {
+    let mut options = options.into_members();
+    // The work begins when the command has answered: what is wrong with the options is told before.
+    schema::check("BlockdevCreateOptions", &options, "options")?;
+    let driver = match options.shift_remove("driver") {
         Some(Value::String(driver)) => driver,
-        Some(_) => return Err(Error::parameter_type("options.driver", "string")),
-        None => return Err(Error::missing_parameter("options.driver")),
+        _ => return Err(Error::missing_parameter("options.driver")),
     };
-    if engine.graph.entry(&driver).is_none() {
-        return Err(Error::parameter_value("driver", driver));
-    }
     let work = Create {
         engine: Rc::downgrade(engine),
         driver,
-        options: RefCell::new(options.into_members()),
+        options: RefCell::new(options),
     };
     let options = JobOptions {
         id: job_id,

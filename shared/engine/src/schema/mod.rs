@@ -8,7 +8,10 @@
 //! Names of types are masked by numbers, in the order in which the commands and events need them, as QEMU's are: clients follow
 //! references. Owns the description. Promises: each command of the table is described, and nothing else (a test).
 
+mod check;
 mod parse;
+
+pub(crate) use check::check;
 
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -202,6 +205,7 @@ impl<'d> Numbering<'d> {
     }
 
     fn named(&mut self, name: &str) -> String {
+        let name = if name == "size" { "int" } else { name };
         let json_type = match name {
             "str" => "string",
             "int" => "int",

@@ -234,6 +234,18 @@ fn commands_fail_in_the_words_of_the_peer() -> Result<()> {
     ]))
 }
 
+#[test]
+fn graph_changes_jobs_and_devices_are_answered_as_the_peer_does() -> Result<()> {
+    let commands = include_str!("qmp_commands.txt").lines();
+    let commands = commands.filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let inputs = commands.map(|line| {
+        let (name, arguments) = line.split_once(' ').unwrap_or((line, "{}"));
+        Ok(command(name, serde_json::from_str(arguments)?))
+    });
+    let inputs: Result<Vec<_>> = inputs.collect();
+    same_answers(&negotiated(inputs?))
+}
+
 /// What a daemon says about a command line that it refuses, without its name.
 fn refusal(program: Program, arguments: &[&str]) -> Result<String> {
     let mut command = Command::new(program.path()?);
