@@ -23,7 +23,7 @@ use crate::events::Reporter;
 use crate::graph::Graph;
 use crate::naming::{Names, Protocol};
 use crate::node::{Node, NodeOptions};
-use crate::redo_log::RedoLog;
+use crate::redo_log::{Record, RedoLog};
 use crate::secret::Secret;
 pub use named::BackingName;
 use named::{Named, files_of};
@@ -438,21 +438,29 @@ impl OpenRequest<'_> {
         Ok(log)
     }
 
-    /// Refuses an image whose writer was killed and left changes in its redo log: without them the
-    /// file is older than what the guest was told is done, and a repair would give away what they
-    /// refer to.
+    /// What the writer of an image left in its redo log when it was killed: without it the file is
+    /// older than what the guest was told is done.
+    ///
+    /// # Errors
+    /// What opening the log answers.
+    pub fn left_behind(&self, image_file: &Edge) -> Result<Vec<Record>> {
+        match (self.graph.redo_dir(), image_file.node().identity()) {
+            (Some(directory), Some(identity)) => RedoLog::left_behind(directory, &identity),
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    /// Refuses an image whose writer was killed and left changes in its redo log: a check would not
+    /// see them, and a repair would give away what they refer to.
     ///
     /// # Errors
     /// `Busy` naming what to do; what opening the log answers.
     pub fn refuse_left_behind(&self, image_file: &Edge) -> Result<()> {
-        let image = image_file.node();
-        let (Some(directory), Some(identity)) = (self.graph.redo_dir(), image.identity()) else {
-            return Ok(());
-        };
-        let left = RedoLog::left_behind(directory, &identity)?;
+        let left = self.left_behind(image_file)?.len();
         if left == 0 {
             return Ok(());
         }
+        let image = image_file.node();
         let message = format!(
             "the process that served '{}' was killed and left {left} metadata changes in its redo \
              log; start it again, or open the image for writing once, to complete them",

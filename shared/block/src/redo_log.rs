@@ -142,14 +142,14 @@ impl RedoLog {
         Ok(log)
     }
 
-    /// How many changes a process that was killed left for `image`. Makes no log.
+    /// The changes that a process that was killed left for `image`. Makes no log.
     ///
     /// # Errors
     /// As [`RedoLog::open`].
-    pub fn left_behind(directory: &Path, image: &ImageIdentity) -> Result<usize> {
+    pub fn left_behind(directory: &Path, image: &ImageIdentity) -> Result<Vec<Record>> {
         match path_of(directory, image).exists() {
-            true => Ok(Self::open(directory, image)?.recover()?.len()),
-            false => Ok(0),
+            true => Self::open(directory, image)?.recover(),
+            false => Ok(Vec::new()),
         }
     }
 

@@ -104,7 +104,7 @@ pub(super) async fn take_parts(request: &mut OpenRequest<'_>) -> Result<Parts, E
         options.log = request.redo_log(&file)?;
     } else if request.purpose() == Purpose::Serve && !request.node().force_share {
         // With force-share the writer may be alive: what is read is as of its last flush.
-        request.refuse_left_behind(&file)?;
+        options.left_behind = request.left_behind(&file)?;
     }
     Ok(Parts {
         file,

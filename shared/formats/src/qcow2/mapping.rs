@@ -44,8 +44,9 @@ impl Qcow2 {
 
     /// Maps the start of `range`, reading its L2 slice when it is not cached.
     pub(super) async fn resolve_mapping(&self, range: ByteRange) -> Result<Extent, Errno> {
-        let cluster = self.geometry.guest_cluster(range.offset);
-        let slice = self.geometry.entry_position(cluster).slice;
+        let geometry = &self.geometry;
+        let cluster = geometry.guest_cluster(range.offset);
+        let slice = geometry.entry_position(cluster).slice;
         if let Lookup::Hit(extent) = self.lookup_cached(range) {
             return Ok(extent);
         }
@@ -62,7 +63,9 @@ impl Qcow2 {
                 ReadClaim::Vacant(loading) => {
                     let buffer = Buffer::zeroed(self.l2.slice_bytes());
                     self.file.node().read(place.0, buffer.clone()).await?;
-                    let words = loading.complete(&buffer.to_heap());
+                    let mut bytes = buffer.to_heap();
+                    self.overlay.apply(geometry, slice, &mut bytes);
+                    let words = loading.complete(&bytes);
                     return self.extent_or_error(range, words.as_slice()).await;
                 }
                 ReadClaim::Busy => {

@@ -46,6 +46,7 @@ mod l1;
 mod mapping;
 mod open;
 mod overlap;
+mod overlay;
 mod preallocate;
 mod reclaim;
 mod redo;
@@ -83,6 +84,7 @@ use flush::FlushHistory;
 use header::Header;
 use l1::L1Table;
 use overlap::MetadataMap;
+use overlay::Overlay;
 use reclaim::Freed;
 use snapshots::SnapshotTable;
 use std::collections::{BTreeSet, VecDeque};
@@ -104,6 +106,8 @@ pub struct Qcow2 {
     health: Health,
     /// What data is encrypted with.
     crypto: Option<Arc<Crypto>>,
+    /// Changes of L2 entries that the file lacks, in an image that is only read.
+    overlay: Overlay,
     file: Edge,
     /// The external data file.
     data_file: Option<Edge>,
@@ -240,7 +244,11 @@ impl Qcow2 {
                 Claim::Vacant(fill) => {
                     let buffer = Buffer::zeroed(cache.slice_bytes());
                     self.file.node().read(offset.0, buffer.clone()).await?;
-                    return Ok(fill.complete(&buffer.to_heap()));
+                    let mut bytes = buffer.to_heap();
+                    if std::ptr::eq(cache, &*self.l2) {
+                        self.overlay.apply(&self.geometry, index, &mut bytes);
+                    }
+                    return Ok(fill.complete(&bytes));
                 }
                 Claim::Busy => {
                     cache.wait_unless(|cache| cache.is_claimable(index)).await;

@@ -13,6 +13,7 @@ use super::crypto::Crypto;
 use super::header::{CryptMethod, Header, KNOWN_AUTOCLEAR, field, incompatible};
 use super::l1::L1Table;
 use super::overlap::{Fixed, MetadataMap, OverlapChecks, Structure};
+use super::overlay::Overlay;
 use super::reclaim::DiscardPolicy;
 use super::snapshots::SnapshotTable;
 use super::tables::{
@@ -20,7 +21,7 @@ use super::tables::{
 };
 use super::{Qcow2, RefcountTable, State, read_bytes};
 use block::events::Reporter;
-use block::redo_log::RedoLog;
+use block::redo_log::{Record, RedoLog};
 use block::{CheckOptions, Edge, Error, ErrorKind, Repair};
 use executor::sync::{Mutex as AsyncMutex, RangeLock};
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -42,6 +43,8 @@ pub struct OpenOptions {
     pub caches: CacheOptions,
     /// Where metadata changes survive a kill.
     pub log: RedoLog,
+    /// What a writer that was killed left in its log, for an image that is only read.
+    pub left_behind: Vec<Record>,
     /// Which discards reach the host.
     pub discards: DiscardPolicy,
     /// The external data file of an image that has one.
@@ -60,6 +63,7 @@ impl Default for OpenOptions {
             read_only: false,
             caches: CacheOptions::default(),
             log: RedoLog::disabled(),
+            left_behind: Vec::new(),
             discards: DiscardPolicy::default(),
             data_file: None,
             overlap_checks: OverlapChecks::default(),
@@ -136,7 +140,7 @@ impl Qcow2 {
             false => Content::L2Entries { cluster_bits },
         };
         let refcounts = geometry.refcount_slice_bits;
-        let image = Self {
+        let mut image = Self {
             l2: new_cache(geometry.l2_slice_bits, sizes.l2, entries)?,
             refcounts: new_cache(refcounts, sizes.refcounts, Content::Opaque)?,
             pairs: PairSequence::new(),
@@ -191,9 +195,11 @@ impl Qcow2 {
             shows: None,
             reporter: options.reporter,
             crypto: options.crypto,
+            overlay: Overlay::default(),
         };
-        if image.writable {
-            image.prepare_for_writing().await?;
+        match image.writable {
+            true => image.prepare_for_writing().await?,
+            false => image.show_left_behind(&options.left_behind)?,
         }
         image.load_bitmaps().await?;
         Ok(image)

@@ -83,7 +83,7 @@ impl RedoRecord {
         }
     }
 
-    fn decode(record: &Record) -> Option<Self> {
+    pub(super) fn decode(record: &Record) -> Option<Self> {
         let run = ClusterRun {
             first: HostCluster(record.table),
             count: record.index,
@@ -160,6 +160,14 @@ impl L2Run {
     }
 }
 
+/// The error for records that no driver of this image has written.
+pub(super) fn does_not_fit() -> Error {
+    Error::new(
+        ErrorKind::Corrupt,
+        "the redo log does not fit the qcow2 image",
+    )
+}
+
 impl Qcow2 {
     /// Logs `records` and makes the `change` they describe, as one to every flush. False when the
     /// log has no room: flush metadata and try again.
@@ -183,12 +191,7 @@ impl Qcow2 {
         }
         let decoded: Option<Vec<RedoRecord>> = records.iter().map(RedoRecord::decode).collect();
         let decoded = decoded.filter(|records| records.iter().all(|record| self.fits(record)));
-        let Some(records) = decoded else {
-            return Err(Error::new(
-                ErrorKind::Corrupt,
-                "the redo log does not fit the qcow2 image",
-            ));
-        };
+        let records = decoded.ok_or_else(does_not_fit)?;
         tracing::info!(records = records.len(), "replaying metadata changes");
         self.health.replaying.store(true, Release);
         self.replay_tables(&records);
@@ -211,7 +214,7 @@ impl Qcow2 {
         Ok(())
     }
 
-    fn fits(&self, record: &RedoRecord) -> bool {
+    pub(super) fn fits(&self, record: &RedoRecord) -> bool {
         let within = |run: &ClusterRun| {
             let most = super::tables::MAX_HOST_OFFSET >> self.geometry.cluster_bits;
             run.first

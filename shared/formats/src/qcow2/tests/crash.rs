@@ -436,6 +436,19 @@ fn kill_here(case: &Case, seed: u64, operations: u64) -> u64 {
     let world = world.restart(&cut(killed, Subset::All), config);
     Files::new(case, world.files()).sound_content(&context);
     let executor = Executor::simulated(&world);
+    let before = world.log_len();
+    executor.block_on(async {
+        let setup = Setup {
+            left_behind: Some(log.recover().unwrap()),
+            ..case.setup_with(RedoLog::disabled())
+        };
+        let view = Disk::open(Path::new(IMAGE), setup).await.unwrap();
+        let content = view.read_all().await.unwrap();
+        let checked = history.check_kill(&content, &[], killed);
+        checked.unwrap_or_else(|wrong| panic!("{context}, only read: {wrong}"));
+        view.close().await.unwrap();
+    });
+    assert_eq!(world.log_len(), before, "{context}: a reader wrote");
     let disk = executor.block_on(async {
         let disk = Disk::open(Path::new(IMAGE), case.setup_with(log))
             .await

@@ -7,6 +7,7 @@ use crate::qcow2::{CacheOptions, CreateOptions, DiscardPolicy, OpenOptions, Qcow
 use block::edge::{EdgeSpec, Permissions};
 use block::node::Discard;
 use block::open::ChildRole;
+use block::redo_log::Record;
 use block::{
     BlockStatus, BoxFuture, Buffer, ByteRange, Driver, Edge, Errno, Error, FormatNode,
     ImageIdentity, IoFuture, Limits, Node, NodeOptions, RedoLog, Resize, Root, RootHandle,
@@ -221,6 +222,8 @@ pub(super) struct Setup {
     pub(super) l2_entry: Option<u64>,
     /// Opens an encrypted image.
     pub(super) password: Option<&'static str>,
+    /// Opens it to be read only, with what a killed writer left in its log.
+    pub(super) left_behind: Option<Vec<Record>>,
 }
 
 impl Default for Setup {
@@ -233,6 +236,7 @@ impl Default for Setup {
             cache: 1 << 20,
             l2_entry: None,
             password: None,
+            left_behind: None,
         }
     }
 }
@@ -269,7 +273,7 @@ impl Disk {
             None => None,
         };
         let options = OpenOptions {
-            read_only: false,
+            read_only: setup.left_behind.is_some(),
             caches: CacheOptions {
                 l2: Some(setup.cache),
                 l2_entry: setup.l2_entry,
@@ -277,6 +281,7 @@ impl Disk {
                 ..CacheOptions::default()
             },
             log: setup.log,
+            left_behind: setup.left_behind.unwrap_or_default(),
             data_file: setup
                 .data_file
                 .map(|path| edge(&leaf(&path), "data-file", ChildRole::Data)),
@@ -284,15 +289,21 @@ impl Disk {
             crypto,
             ..OpenOptions::default()
         };
+        let read_only = options.read_only;
         let image = Qcow2::open(file, backing, options).await?;
         let stalls = Arc::clone(&image.stalls);
         let options = NodeOptions {
             node_name: "disk".into(),
             discard: Discard::Unmap,
+            read_only,
             ..NodeOptions::default()
         };
         let node = Node::new(options, Box::new(FormatNode::new(image)));
-        let root = Root::new("test", &node, Permissions::ALL, Permissions::ALL)?;
+        let permissions = match read_only {
+            true => Permissions::READ,
+            false => Permissions::ALL,
+        };
+        let root = Root::new("test", &node, permissions, Permissions::ALL)?;
         let root = Rc::new(root.attach());
         let compat = &node.driver().describe()["format-specific"]["data"]["compat"];
         let discard_reads_zero = !has_backing || compat != "0.10";
