@@ -345,7 +345,8 @@ impl Tool {
     }
 }
 
-fn could_not_open(spec: &ImageSpec, error: &block::Error) -> Failure {
+/// The failure of an image that could not be opened.
+pub fn could_not_open(spec: &ImageSpec, error: &block::Error) -> Failure {
     Failure::message(described(&format!("Could not open '{}'", spec.name), error))
 }
 

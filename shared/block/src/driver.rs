@@ -309,6 +309,17 @@ pub trait Driver: Send + Sync {
     ) -> BoxFuture<'a, Result<crate::CheckResult, crate::Error>> {
         Box::pin(async { Err(crate::Error::check_unsupported()) })
     }
+    /// Changes what the image was created with while it serves (key slots of encrypted images). The
+    /// node is not read-only.
+    ///
+    /// # Errors
+    /// `Unsupported` when the driver changes nothing this way; the driver's.
+    fn amend<'a>(
+        &'a self,
+        _changes: &'a mut crate::AmendRequest<'_>,
+    ) -> BoxFuture<'a, Result<(), crate::Error>> {
+        Box::pin(async { Err(crate::amend::unsupported_online()) })
+    }
     /// Driver-specific facts for `query-named-block-nodes` and `info` (an `ImageInfo`-like
     /// object's members: "cluster-size", "format-specific", "backing-filename", ...).
     fn describe(&self) -> serde_json::Map<String, serde_json::Value>;

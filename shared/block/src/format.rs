@@ -202,6 +202,10 @@ pub trait Format: Send + Sync + 'static {
     ) -> Result<crate::CheckResult, crate::Error> {
         Err(crate::Error::check_unsupported())
     }
+    /// See [`crate::Driver::amend`].
+    async fn amend(&self, _changes: &mut crate::AmendRequest<'_>) -> Result<(), crate::Error> {
+        Err(crate::amend::unsupported_online())
+    }
     /// Whether data mappings may refer to holes of the data child (preallocated metadata), so that
     /// whoever wants to know what reads as zeroes has to ask the child too.
     async fn storage_is_sparse(&self) -> bool {

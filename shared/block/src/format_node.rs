@@ -179,7 +179,14 @@ impl<F: Format> FormatNode<F> {
         range: ByteRange,
         flags: ZeroFlags,
     ) -> std::result::Result<(), Errno> {
-        let grain = u64::from(self.format.limits().zero_alignment).max(1);
+        if range.length == 0 {
+            return Ok(());
+        }
+        let grain = match self.format.limits().zero_alignment {
+            // The format knows no zeroes: the node writes them, as much at a time as it likes.
+            0 => return Err(Errno::EOPNOTSUPP),
+            grain => u64::from(grain),
+        };
         let end = range.checked_end().ok_or(Errno::EINVAL)?;
         let mut at = range.offset;
         while at < end {
@@ -219,7 +226,8 @@ impl<F: Format> FormatNode<F> {
         match extent.mapping {
             Mapping::Data(offset) => {
                 status.data = true;
-                status.offset = Some(offset);
+                // What is stored there is not what is read.
+                status.offset = self.format.cipher().is_none().then_some(offset);
             }
             Mapping::Zero(offset) => {
                 status.zero = true;
@@ -428,6 +436,9 @@ impl<F: Format> Driver for FormatNode<F> {
         sink: &'a mut dyn CheckSink,
     ) -> BoxFuture<'a, Result<CheckResult>> {
         Box::pin(self.format.check(options, sink))
+    }
+    fn amend<'a>(&'a self, changes: &'a mut crate::AmendRequest<'_>) -> BoxFuture<'a, Result<()>> {
+        Box::pin(self.format.amend(changes))
     }
     fn describe(&self) -> Map<String, Value> {
         self.format.describe()

@@ -354,7 +354,7 @@ impl Graph {
         let driver = options.take_driver()?;
         let entry = self.entry(&driver).ok_or_else(|| match self.probes() {
             true => unknown_driver(&driver),
-            false => options.unknown_driver(&driver),
+            false => Options::unknown_driver(&driver),
         })?;
         definition.obey(entry, &self.policy())?;
         let mut origin = Origin::new(&driver, &definition.options, entry.strong_options);

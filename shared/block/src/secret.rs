@@ -36,7 +36,7 @@ impl Secrets {
     /// `NotFound`.
     pub fn get(&self, id: &str) -> Result<Secret> {
         let found = self.by_id.borrow().get(id).cloned();
-        found.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("No secret with id '{id}'")))
+        found.ok_or_else(|| not_found(id))
     }
     /// The secret `id`, which is to be a password.
     ///
@@ -50,6 +50,11 @@ impl Secrets {
         }
         Ok(secret)
     }
+}
+
+/// The error for a secret that is not there.
+pub(crate) fn not_found(id: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("No secret with id '{id}'"))
 }
 
 /// The bytes of base64 text, in which white space does not count; `None` when it is none.

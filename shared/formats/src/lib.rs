@@ -10,4 +10,4 @@ pub mod raw;
 use block::DriverEntry;
 
 /// The drivers of this crate.
-pub static DRIVERS: &[DriverEntry] = &[qcow2::ENTRY, raw::ENTRY];
+pub static DRIVERS: &[DriverEntry] = &[luks::ENTRY, qcow2::ENTRY, raw::ENTRY];

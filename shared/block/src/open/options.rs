@@ -51,10 +51,9 @@ impl Options {
         ))
     }
 
-    fn wrong_value(&self, name: &str, value: &str) -> Error {
+    fn wrong_value(name: &str, value: &str) -> Error {
         invalid(format!(
-            "Parameter '{}{name}' does not accept value '{value}'",
-            self.path
+            "Parameter '{name}' does not accept value '{value}'"
         ))
     }
 
@@ -148,7 +147,7 @@ impl Options {
         };
         match values.iter().position(|known| *known == value) {
             Some(index) => Ok(Some(index)),
-            None => Err(self.wrong_value(name, &value)),
+            None => Err(Self::wrong_value(name, &value)),
         }
     }
 
@@ -157,8 +156,8 @@ impl Options {
             .ok_or_else(|| self.missing("driver"))
     }
 
-    pub(crate) fn unknown_driver(&self, driver: &str) -> Error {
-        self.wrong_value("driver", driver)
+    pub(crate) fn unknown_driver(driver: &str) -> Error {
+        Self::wrong_value("driver", driver)
     }
 
     /// Takes the options that every node has, apart from its name.

@@ -12,9 +12,11 @@ pub enum Amend {
         /// `new-secret`
         password: Password,
         /// `keyslot`; the first free one without.
-        slot: Option<u64>,
+        slot: Option<i64>,
         /// `iter-time`
         iter_time: Option<Duration>,
+        /// `--force`: also a slot that is active.
+        force: bool,
     },
     /// `state=inactive`: slots are erased.
     Erase(Select),
@@ -24,7 +26,7 @@ pub enum Amend {
 #[derive(Default)]
 pub struct Select {
     /// `keyslot`
-    pub slot: Option<u64>,
+    pub slot: Option<i64>,
     /// `old-secret`: those that it opens.
     pub password: Option<Password>,
     /// `--force`: also the last one, and whatever its password.
@@ -35,7 +37,7 @@ fn refuse<T>(message: impl Into<String>) -> Result<T, Error> {
     Err(Error::new(ErrorKind::Invalid, message))
 }
 
-fn checked(slot: u64) -> Result<usize, Error> {
+fn checked(slot: i64) -> Result<usize, Error> {
     match usize::try_from(slot) {
         Ok(slot) if slot < SLOTS => Ok(slot),
         _ => refuse(format!(
@@ -56,8 +58,9 @@ impl Volume {
                 password,
                 slot,
                 iter_time,
+                force,
             } => {
-                let number = self.slot_to_fill(slot)?;
+                let number = self.slot_to_fill(slot, force)?;
                 let time = iter_time.unwrap_or(DEFAULT_ITER_TIME);
                 self.add_key(location, number, (&password, time)).await
             }
@@ -65,11 +68,11 @@ impl Volume {
         }
     }
 
-    fn slot_to_fill(&self, slot: Option<u64>) -> Result<usize, Error> {
+    fn slot_to_fill(&self, slot: Option<i64>, force: bool) -> Result<usize, Error> {
         match slot {
             Some(slot) => {
                 let number = checked(slot)?;
-                if self.header.slots[number].active {
+                if self.header.slots[number].active && !force {
                     return refuse(format!(
                         "Refusing to overwrite active keyslot {number} - please erase it first"
                     ));

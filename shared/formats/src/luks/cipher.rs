@@ -9,8 +9,8 @@
 //! speed of its parallel implementation. Keys and round keys are wiped when dropped.
 
 use aes::{Aes128, Aes192, Aes256};
-use block::SectorCipher;
 use block::cipher::{SECTOR, Tweak};
+use block::{Error, ErrorKind, SectorCipher};
 use cipher::consts::U16;
 use cipher::{Array, BlockCipherDecrypt, BlockCipherEncrypt, BlockSizeUser, KeyInit, KeySizeUser};
 use serpent::Serpent;
@@ -115,6 +115,15 @@ impl Algorithm {
         self.line().3
     }
 
+    /// The name in messages.
+    fn spoken_name(self) -> &'static str {
+        match self.header_name() {
+            "aes" => "AES",
+            "serpent" => "Serpent",
+            _ => "Twofish",
+        }
+    }
+
     fn keyed(self, key: &[u8]) -> Option<Box<dyn Blocks>> {
         match self {
             Self::Aes128 => make::<Aes128>(key),
@@ -142,6 +151,8 @@ pub enum Mode {
     Cbc,
     /// Each on its place; takes two keys.
     Xts,
+    /// Not at all: what is encrypted is a counter.
+    Ctr,
 }
 
 impl Mode {
@@ -151,6 +162,7 @@ impl Mode {
             "ecb" => Some(Self::Ecb),
             "cbc" => Some(Self::Cbc),
             "xts" => Some(Self::Xts),
+            "ctr" => Some(Self::Ctr),
             _ => None,
         }
     }
@@ -161,13 +173,14 @@ impl Mode {
             Self::Ecb => "ecb",
             Self::Cbc => "cbc",
             Self::Xts => "xts",
+            Self::Ctr => "ctr",
         }
     }
 
     /// Keys of the block cipher that the mode's key consists of.
     pub(super) const fn keys(self) -> usize {
         match self {
-            Self::Ecb | Self::Cbc => 1,
+            Self::Ecb | Self::Cbc | Self::Ctr => 1,
             Self::Xts => 2,
         }
     }
@@ -212,7 +225,28 @@ impl Spec {
         self.algorithm.key_bytes() * self.mode.keys()
     }
 
-    /// With a key; `None` when the key has another length.
+    /// Whether there is such a cipher.
+    ///
+    /// # Errors
+    /// `Invalid` with the peer's words: ESSIV needs a cipher that takes the hash's digest as its key.
+    pub fn check(&self) -> Result<(), Error> {
+        let IvKind::Essiv(hash) = self.iv else {
+            return Ok(());
+        };
+        match Algorithm::from_header(self.algorithm.header_name(), hash.bytes()) {
+            Some(_) => Ok(()),
+            None => Err(Error::new(
+                ErrorKind::Invalid,
+                format!(
+                    "No {} cipher with key size {} available",
+                    self.algorithm.spoken_name(),
+                    hash.bytes()
+                ),
+            )),
+        }
+    }
+
+    /// With a key; `None` when the key has another length, or there is no such cipher.
     pub fn keyed(&self, key: &[u8], tweak: Tweak) -> Option<Sectors> {
         if key.len() != self.key_bytes() {
             return None;
@@ -233,6 +267,7 @@ impl Spec {
             mode: match self.mode {
                 Mode::Ecb => KeyedMode::Ecb,
                 Mode::Cbc => KeyedMode::Cbc,
+                Mode::Ctr => KeyedMode::Ctr,
                 Mode::Xts => KeyedMode::Xts(self.algorithm.keyed(second_key)?),
             },
             iv,
@@ -244,6 +279,7 @@ impl Spec {
 enum KeyedMode {
     Ecb,
     Cbc,
+    Ctr,
     /// With the cipher of the tweaks.
     Xts(Box<dyn Blocks>),
 }
@@ -288,6 +324,7 @@ impl Sectors {
                 (KeyedMode::Ecb, Direction::Decrypt) => self.data.decrypt(blocks),
                 (KeyedMode::Cbc, Direction::Encrypt) => self.encrypt_cbc(&mut ivs[..count], blocks),
                 (KeyedMode::Cbc, Direction::Decrypt) => self.decrypt_cbc(&ivs[..count], blocks),
+                (KeyedMode::Ctr, _) => self.run_ctr(&ivs[..count], blocks),
                 (KeyedMode::Xts(tweaks), _) => {
                     tweaks.encrypt(&mut ivs[..count]);
                     self.run_xts(&ivs[..count], blocks, direction);
@@ -326,6 +363,22 @@ impl Sectors {
                 Direction::Decrypt => self.data.decrypt(sector),
             }
             mix(sector, &masks);
+        }
+    }
+
+    /// NIST SP 800-38A, the counter a number in network order.
+    fn run_ctr(&self, ivs: &[Block], blocks: &mut [Block]) {
+        let mut masks = [Block::default(); BLOCKS];
+        for (iv, sector) in ivs.iter().zip(blocks.chunks_mut(BLOCKS)) {
+            let mut counter = u128::from_be_bytes(iv.0);
+            for mask in &mut masks {
+                mask.0 = counter.to_be_bytes();
+                counter = counter.wrapping_add(1);
+            }
+            self.data.encrypt(&mut masks);
+            for (block, mask) in sector.iter_mut().zip(&masks) {
+                block.iter_mut().zip(mask).for_each(|(a, b)| *a ^= b);
+            }
         }
     }
 

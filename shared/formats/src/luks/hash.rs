@@ -1,5 +1,6 @@
 //! Hashes by name: digests, and keys from passwords (PBKDF2 with HMAC).
 
+use md5::Md5;
 use pbkdf2::pbkdf2_hmac;
 use ripemd::Ripemd160;
 use sha1::Sha1;
@@ -8,6 +9,8 @@ use sha2::{Digest, Sha224, Sha256, Sha384, Sha512};
 /// A hash function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hash {
+    /// MD5.
+    Md5,
     /// SHA-1.
     Sha1,
     /// SHA-224.
@@ -23,6 +26,7 @@ pub enum Hash {
 }
 
 const NAMES: &[(Hash, &str)] = &[
+    (Hash::Md5, "md5"),
     (Hash::Sha1, "sha1"),
     (Hash::Sha224, "sha224"),
     (Hash::Sha256, "sha256"),
@@ -53,6 +57,7 @@ impl Hash {
     /// The digest of the parts, one behind the other.
     pub(super) fn digest(self, parts: &[&[u8]]) -> Vec<u8> {
         match self {
+            Self::Md5 => digest_of::<Md5>(parts),
             Self::Sha1 => digest_of::<Sha1>(parts),
             Self::Sha224 => digest_of::<Sha224>(parts),
             Self::Sha256 => digest_of::<Sha256>(parts),
@@ -62,9 +67,15 @@ impl Hash {
         }
     }
 
+    /// Bytes of a digest.
+    pub(super) fn bytes(self) -> usize {
+        self.digest(&[]).len()
+    }
+
     /// Fills `key` from a password.
     pub(super) fn derive(self, password: &[u8], salt: &[u8], iterations: u32, key: &mut [u8]) {
         match self {
+            Self::Md5 => pbkdf2_hmac::<Md5>(password, salt, iterations, key),
             Self::Sha1 => pbkdf2_hmac::<Sha1>(password, salt, iterations, key),
             Self::Sha224 => pbkdf2_hmac::<Sha224>(password, salt, iterations, key),
             Self::Sha256 => pbkdf2_hmac::<Sha256>(password, salt, iterations, key),

@@ -155,7 +155,7 @@ impl Header {
         let name = text(bytes, (8, 32), "cipher name")?;
         let mode = text(bytes, (40, 32), "cipher mode")?;
         let hash_name = text(bytes, (72, 32), "hash spec")?;
-        let hash = Hash::from_name(hash_name).ok_or_else(|| unknown("hash", hash_name))?;
+        let hash = hash_called(hash_name)?;
         let header = Self {
             cipher: parse_cipher(name, mode, word(bytes, 108))?,
             hash,
@@ -244,9 +244,13 @@ impl Header {
     }
 }
 
-fn unknown(what: &str, name: &str) -> Error {
-    let message = format!("LUKS: {what} '{name}' is not supported");
+fn unsupported(message: String) -> Error {
     Error::new(ErrorKind::Unsupported, message)
+}
+
+fn hash_called(name: &str) -> Result<Hash, Error> {
+    let hash = Hash::from_name(name);
+    hash.ok_or_else(|| unsupported(format!("Hash algorithm '{name}' not supported")))
 }
 
 fn check_iterations(iterations: u32, whose: impl Fn() -> String) -> Result<(), Error> {
@@ -290,30 +294,47 @@ fn parse_slots(bytes: &[u8]) -> Result<[Slot; SLOTS], Error> {
 
 /// "xts-plain64", "cbc-essiv:sha256", "ecb".
 fn parse_cipher(name: &str, mode_spec: &str, key_bytes: u32) -> Result<Spec, Error> {
+    let unexpected = || {
+        let message = format!("Unexpected cipher mode string format '{mode_spec}'");
+        Error::new(ErrorKind::Corrupt, message)
+    };
     let (mode_name, iv_spec) = match mode_spec.split_once('-') {
-        Some((mode, iv)) => (mode, iv),
+        Some(parts) => parts,
         None if mode_spec == "ecb" => (mode_spec, "plain"),
-        None => return Err(unknown("cipher mode", mode_spec)),
+        None => return Err(unexpected()),
     };
-    let mode = Mode::from_name(mode_name).ok_or_else(|| unknown("cipher mode", mode_spec))?;
-    let (iv_name, iv_hash) = match iv_spec.split_once(':') {
-        Some((name, hash)) => (name, Some(hash)),
-        None => (iv_spec, None),
-    };
-    let iv = match (iv_name, iv_hash.and_then(Hash::from_name)) {
-        ("plain", _) => IvKind::Plain,
-        ("plain64", _) => IvKind::Plain64,
-        ("essiv", Some(hash)) => IvKind::Essiv(hash),
-        _ => return Err(unknown("cipher mode", mode_spec)),
-    };
+    let mode = Mode::from_name(mode_name)
+        .ok_or_else(|| unsupported(format!("Cipher mode '{mode_name}' not supported")))?;
     let one_key = key_bytes as usize / mode.keys();
     let whole = one_key * mode.keys() == key_bytes as usize;
     let algorithm = Algorithm::from_header(name, one_key).filter(|_| whole);
-    let algorithm =
-        algorithm.ok_or_else(|| unknown("cipher", &format!("{name} with {key_bytes} bytes")))?;
-    Ok(Spec {
+    let algorithm = algorithm.ok_or_else(|| {
+        unsupported(format!(
+            "Algorithm '{name}' with key size {one_key} bytes not supported"
+        ))
+    })?;
+    let (iv_name, iv_hash) = match iv_spec.split_once(':') {
+        Some((name, hash)) => (name, Some(hash_called(hash)?)),
+        None => (iv_spec, None),
+    };
+    let iv = match (iv_name, iv_hash) {
+        ("plain", _) => IvKind::Plain,
+        ("plain64", _) => IvKind::Plain64,
+        ("essiv", Some(hash)) => IvKind::Essiv(hash),
+        ("essiv", None) => {
+            let message = "Missing IV generator hash specification";
+            return Err(Error::new(ErrorKind::Corrupt, message));
+        }
+        _ => {
+            let message = format!("IV generator '{iv_name}' not supported");
+            return Err(unsupported(message));
+        }
+    };
+    let spec = Spec {
         algorithm,
         mode,
         iv,
-    })
+    };
+    spec.check()?;
+    Ok(spec)
 }

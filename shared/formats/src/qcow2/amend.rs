@@ -199,8 +199,9 @@ struct Amended {
 
 async fn amend(open: &mut OpenRequest<'_>, changes: &mut AmendRequest<'_>) -> Result<(), Error> {
     let parts = take_parts(open).await?;
-    let keys = take_amendment(open, &parts.header, changes)?;
     open.finish()?;
+    changes.opened();
+    let keys = take_amendment(&parts.header, changes)?;
     if let Some(keys) = keys {
         let crypto = parts.options.crypto.as_deref();
         amend_keys((&parts.file, &parts.header), crypto, keys).await?;

@@ -2,8 +2,8 @@
 
 use super::create::{CreateOptions, create_with_data};
 use super::crypto::take_creation;
+use block::Error;
 use block::create::{CreateRequest, Creator, OptionKind, OptionSpec};
-use block::{Error, ErrorKind};
 
 const fn text(name: &'static str, member: &'static str, help: &'static str) -> OptionSpec {
     OptionSpec::new((name, member), OptionKind::Text, help)
@@ -123,13 +123,6 @@ pub(super) const CREATOR: Creator = Creator {
 
 async fn create_image(request: &mut CreateRequest<'_>) -> Result<(), Error> {
     let options = take_options(request)?;
-    let encrypt = request.take("encrypt");
-    if encrypt.is_some() {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            "qcow2: making encrypted images is not supported",
-        ));
-    }
     let file = request.file().await?;
     let data_file = match &options.data_file {
         Some(name) => Some(request.data_file(name).await?),

@@ -16,36 +16,22 @@ use super::header::{CryptMethod, Header, extension, field};
 use super::open::read_header;
 use super::tables::{ClusterRun, HostCluster};
 use super::{OpenOptions, Qcow2};
-use crate::luks::{
-    self, Algorithm, Hash, IvKind, Location, Mode, Password, Sectors, Volume, legacy_aes,
-};
-use block::amend::{AmendRequest, Force};
+use crate::luks::options::{Members, missing_key};
+use crate::luks::{self, Location, Password, Sectors, Served, Volume, legacy_aes};
+use block::amend::AmendRequest;
 use block::cipher::Tweak;
 use block::create::CreateRequest;
 use block::{Edge, Error, ErrorKind, Format, OpenRequest, Purpose, SectorCipher};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::sync::Arc;
-use std::time::Duration;
+
+/// What comes before the options of a volume in messages.
+const PREFIX: &str = "encrypt.";
 
 /// What an encrypted image is opened with.
 pub struct Crypto {
     cipher: Option<Sectors>,
-    luks: Option<Luks>,
-}
-
-/// A LUKS header, with the key when it was opened.
-enum Luks {
-    Header(luks::Header),
-    Open(Volume),
-}
-
-impl Luks {
-    fn header(&self) -> &luks::Header {
-        match self {
-            Self::Header(header) => header,
-            Self::Open(volume) => &volume.header,
-        }
-    }
+    luks: Option<Served>,
 }
 
 /// How a new image is encrypted.
@@ -96,10 +82,10 @@ impl Crypto {
                 luks: None,
             }),
             CryptMethod::Luks { offset, .. } => {
-                let volume = Volume::open(Location { file, offset }, password).await?;
+                let volume = Served::open(Location { file, offset }, password).await?;
                 Some(Self {
-                    cipher: Some(volume.cipher(Tweak::HostOffset)),
-                    luks: Some(Luks::Open(volume)),
+                    cipher: volume.cipher(Tweak::HostOffset),
+                    luks: Some(volume),
                 })
             }
         })
@@ -132,9 +118,7 @@ impl Crypto {
             }),
             CryptMethod::Luks { offset, .. } => Some(Self {
                 cipher: None,
-                luks: Some(Luks::Header(
-                    luks::Header::read(Location { file, offset }).await?,
-                )),
+                luks: Some(Served::describe_only(Location { file, offset }).await?),
             }),
         })
     }
@@ -147,101 +131,13 @@ impl Crypto {
 
     /// The "encrypt" member of format-specific information.
     pub(super) fn describe(&self) -> Value {
-        let Some(header) = self.luks.as_ref().map(Luks::header) else {
+        let Some(volume) = &self.luks else {
             return json!({"format": "aes"});
         };
-        let slots: Vec<Value> = header.slots.iter().map(describe_slot).collect();
-        let mut described = json!({
-            "ivgen-alg": header.cipher.iv.name(),
-            "hash-alg": header.hash.name(),
-            "cipher-alg": header.cipher.algorithm.option(),
-            "uuid": header.uuid,
-            "format": "luks",
-            "cipher-mode": header.cipher.mode.name(),
-            "slots": slots,
-            "payload-offset": header.payload_offset(),
-            "master-key-iters": header.digest_iterations,
-        });
-        if let IvKind::Essiv(hash) = header.cipher.iv {
-            described["ivgen-hash-alg"] = json!(hash.name());
-        }
-        described
+        let mut described = volume.describe();
+        described.insert("format".into(), json!("luks"));
+        Value::Object(described)
     }
-}
-
-fn describe_slot(slot: &luks::Slot) -> Value {
-    match slot.active {
-        true => json!({
-            "active": true,
-            "iters": slot.iterations,
-            "key-offset": slot.offset(),
-            "stripes": slot.stripes,
-        }),
-        false => json!({"active": false, "key-offset": slot.offset()}),
-    }
-}
-
-/// The members of `encrypt`, taken one by one.
-struct Members(Map<String, Value>);
-
-impl Members {
-    fn new(value: Option<Value>) -> Result<Self, Error> {
-        match value {
-            None => Ok(Self(Map::new())),
-            Some(Value::Object(members)) => Ok(Self(members)),
-            Some(_) => Err(invalid(
-                "Invalid parameter type for 'encrypt', expected: object",
-            )),
-        }
-    }
-
-    fn text(&mut self, name: &str) -> Result<Option<String>, Error> {
-        match self.0.shift_remove(name) {
-            None => Ok(None),
-            Some(Value::String(text)) => Ok(Some(text)),
-            Some(_) => Err(invalid(format!(
-                "Invalid parameter type for 'encrypt.{name}', expected: string"
-            ))),
-        }
-    }
-
-    fn number(&mut self, name: &str) -> Result<Option<u64>, Error> {
-        let expects = || invalid(format!("Parameter 'encrypt.{name}' expects a number"));
-        match self.0.shift_remove(name) {
-            None => Ok(None),
-            Some(Value::Number(number)) => number.as_u64().map(Some).ok_or_else(expects),
-            Some(Value::String(text)) => text.parse().map(Some).map_err(|_| expects()),
-            Some(_) => Err(expects()),
-        }
-    }
-
-    /// A member that names one of many things.
-    fn choice<T>(
-        &mut self,
-        name: &str,
-        of: impl Fn(&str) -> Option<T>,
-    ) -> Result<Option<T>, Error> {
-        let Some(text) = self.text(name)? else {
-            return Ok(None);
-        };
-        let known = of(&text).map(Some);
-        known.ok_or_else(|| {
-            invalid(format!(
-                "Parameter 'encrypt.{name}' does not accept value '{text}'"
-            ))
-        })
-    }
-
-    fn finish(&self) -> Result<(), Error> {
-        match self.0.keys().next() {
-            None => Ok(()),
-            Some(name) => Err(invalid(format!("Parameter 'encrypt.{name}' is unexpected"))),
-        }
-    }
-}
-
-fn missing_key() -> Error {
-    invalid("Parameter 'encrypt.key-secret' is required for cipher")
 }
 
 /// Takes the `encrypt` option of a node and opens the image's key with it.
@@ -249,7 +145,7 @@ pub(super) async fn open_for(
     request: &mut OpenRequest<'_>,
     (file, header): (&Edge, &Header),
 ) -> Result<Option<Crypto>, Error> {
-    let mut members = Members::new(request.take("encrypt"))?;
+    let mut members = Members::of_encrypt(request.take("encrypt"))?;
     let format = members.text("format")?;
     let secret = members.text("key-secret")?;
     members.finish()?;
@@ -267,43 +163,31 @@ pub(super) async fn open_for(
         (_, None) => return Ok(None),
         _ => {}
     }
-    let Some(secret) = secret else {
-        return match request.purpose() {
-            Purpose::Describe => Crypto::describe_only(file, header).await,
-            _ => Err(missing_key()),
-        };
-    };
+    if request.purpose() == Purpose::Describe {
+        return Crypto::describe_only(file, header).await;
+    }
+    let secret = secret.ok_or_else(|| missing_key(PREFIX))?;
     Crypto::open(file, header, &request.secret(&secret)?).await
 }
 
 /// Takes the `encrypt` option of `create`.
 pub(super) fn take_creation(request: &mut CreateRequest<'_>) -> Result<Option<Encryption>, Error> {
-    let mut members = Members::new(request.take("encrypt"))?;
-    let format = members.text("format")?;
-    let legacy = request.take_bool("encryption")? == Some(true);
-    let format = match (format, legacy) {
-        (Some(_), true) => {
-            let message = "Options encryption and encrypt.format are mutually exclusive";
-            return Err(invalid(message));
-        }
-        (None, true) => Some("aes".to_owned()),
-        (format, false) => format,
-    };
-    let Some(format) = format else {
-        members.finish()?;
+    let mut members = Members::of_encrypt(request.take("encrypt"))?;
+    if members.is_empty() {
         return Ok(None);
-    };
-    let secret = members.text("key-secret")?;
-    let password = || match &secret {
-        Some(secret) => request.secret(secret),
-        None => Err(missing_key()),
-    };
+    }
+    let format = members.text("format")?;
+    let format = format.ok_or_else(|| members.missing("format"))?;
     let encryption = match format.as_str() {
-        "aes" => Encryption::Aes(password()?),
-        "luks" => Encryption::Luks(luks_options(&mut members)?, password()?),
+        "aes" => Encryption::Aes(request.secret(&members.key_secret()?)?),
+        "luks" => {
+            let secret = members.key_secret();
+            let options = members.creation()?;
+            Encryption::Luks(options, request.secret(&secret?)?)
+        }
         other => {
             return Err(invalid(format!(
-                "Parameter 'encrypt.format' does not accept value '{other}'"
+                "Parameter 'format' does not accept value '{other}'"
             )));
         }
     };
@@ -311,41 +195,8 @@ pub(super) fn take_creation(request: &mut CreateRequest<'_>) -> Result<Option<En
     Ok(Some(encryption))
 }
 
-fn luks_options(members: &mut Members) -> Result<luks::CreateOptions, Error> {
-    let mut options = luks::CreateOptions::default();
-    if let Some(algorithm) = members.choice("cipher-alg", Algorithm::from_option)? {
-        options.cipher.algorithm = algorithm;
-    }
-    if let Some(mode) = members.choice("cipher-mode", Mode::from_name)? {
-        options.cipher.mode = mode;
-    }
-    let iv_hash = members.choice("ivgen-hash-alg", Hash::from_name)?;
-    let iv = members.text("ivgen-alg")?;
-    options.cipher.iv = match iv.as_deref() {
-        None | Some("plain64") => IvKind::Plain64,
-        Some("plain") => IvKind::Plain,
-        Some("essiv") => IvKind::Essiv(iv_hash.unwrap_or(Hash::Sha256)),
-        Some(other) => {
-            return Err(invalid(format!(
-                "Parameter 'encrypt.ivgen-alg' does not accept value '{other}'"
-            )));
-        }
-    };
-    if let Some(hash) = members.choice("hash-alg", Hash::from_name)? {
-        options.hash = hash;
-    }
-    if let Some(milliseconds) = members.number("iter-time")? {
-        if milliseconds == 0 {
-            return Err(invalid("iter-time must be non-zero"));
-        }
-        options.iter_time = Duration::from_millis(milliseconds);
-    }
-    Ok(options)
-}
-
 /// Takes the change of key slots that `encrypt` asks for.
 pub(super) fn take_amendment(
-    request: &OpenRequest<'_>,
     header: &Header,
     changes: &mut AmendRequest<'_>,
 ) -> Result<Option<luks::Amend>, Error> {
@@ -353,7 +204,7 @@ pub(super) fn take_amendment(
         return Ok(None);
     };
     header_offset(header)?;
-    let mut members = Members::new(Some(value))?;
+    let mut members = Members::of_encrypt(Some(value))?.without_prefix();
     if members
         .text("format")?
         .is_some_and(|format| format != "luks")
@@ -362,48 +213,16 @@ pub(super) fn take_amendment(
             "Amend can't be used to change the qcow2 encryption format",
         ));
     }
-    let state = members.text("state")?;
-    let slot = members.number("keyslot")?;
-    let iter_time = members.number("iter-time")?.map(Duration::from_millis);
-    let secret = |name: Option<String>| name.map(|name| request.secret(&name)).transpose();
-    let old = secret(members.text("old-secret")?)?;
-    let new = secret(members.text("new-secret")?)?;
+    let amend = members.amendment(changes.force, |id| changes.secret(id))?;
     members.finish()?;
-    match (state.as_deref(), new) {
-        (Some("active"), _) if old.is_some() => Err(invalid(
-            "'old-secret' must not be given when activating keyslots",
-        )),
-        (Some("active"), None) => Err(invalid("'new-secret' is required to activate a keyslot")),
-        (Some("active"), Some(password)) => Ok(Some(luks::Amend::Add {
-            password,
-            slot,
-            iter_time,
-        })),
-        (Some("inactive"), Some(_)) => Err(invalid(
-            "'new-secret' must not be given when erasing keyslots",
-        )),
-        (Some("inactive"), None) if iter_time.is_some() => Err(invalid(
-            "'iter-time' must not be given when erasing keyslots",
-        )),
-        (Some("inactive"), None) => Ok(Some(luks::Amend::Erase(luks::Select {
-            slot,
-            password: old,
-            force: changes.force == Force::Allow,
-        }))),
-        (None, _) => Err(invalid("Parameter 'encrypt.state' is missing")),
-        (Some(other), _) => Err(invalid(format!(
-            "Parameter 'encrypt.state' does not accept value '{other}'"
-        ))),
-    }
+    Ok(Some(amend))
 }
 
 /// Where the key slots of an image are.
 fn header_offset(header: &Header) -> Result<u64, Error> {
     match header.crypt {
         CryptMethod::Luks { offset, .. } => Ok(offset),
-        CryptMethod::Aes => Err(invalid(
-            "Only LUKS encryption options can be amended for qcow2 with blockdev-amend",
-        )),
+        CryptMethod::Aes => Err(invalid("Only LUKS encryption options can be amended")),
         CryptMethod::None => Err(invalid(
             "Can't amend encryption options - encryption not present",
         )),
@@ -417,12 +236,23 @@ pub(super) async fn amend_keys(
     amend: luks::Amend,
 ) -> Result<(), Error> {
     let offset = header_offset(header)?;
-    let luks = crypto.and_then(|crypto| crypto.luks.as_ref());
-    let Some(Luks::Open(volume)) = luks else {
-        return Err(missing_key());
-    };
-    let mut volume = volume.clone();
-    volume.amend(Location { file, offset }, amend).await
+    match crypto.and_then(|crypto| crypto.luks.as_ref()) {
+        Some(volume) => volume.amend(Location { file, offset }, amend).await,
+        None => Err(missing_key(PREFIX)),
+    }
+}
+
+impl Qcow2 {
+    /// Changes key slots while the image serves.
+    pub(super) async fn amend_serving(&self, changes: &mut AmendRequest<'_>) -> Result<(), Error> {
+        let Some(keys) = take_amendment(&self.header, changes)? else {
+            let message =
+                "Only LUKS encryption options can be amended for qcow2 with blockdev-amend";
+            return Err(invalid(message));
+        };
+        changes.finish()?;
+        amend_keys((&self.file, &self.header), self.crypto.as_deref(), keys).await
+    }
 }
 
 /// Makes a new, empty image an encrypted one; gives the file back. The header comes last.

@@ -6,8 +6,8 @@ use super::reclaim::{RECLAIM_PER_FLUSH, Requests};
 use super::write::Token;
 use block::cipher::SECTOR;
 use block::{
-    BackingReference, Buffer, ByteRange, CheckOptions, CheckResult, CheckSink, Edge, Encoded,
-    Errno, Error, ErrorKind, Extent, Format, Limits, Lookup, Repair, Resize, SectorCipher,
+    AmendRequest, BackingReference, Buffer, ByteRange, CheckOptions, CheckResult, CheckSink, Edge,
+    Encoded, Errno, Error, ErrorKind, Extent, Format, Limits, Lookup, Repair, Resize, SectorCipher,
     WritePlan, ZeroFlags,
 };
 use serde_json::{Map, Value, json};
@@ -200,6 +200,9 @@ impl Format for Qcow2 {
         }
     }
 
+    async fn amend(&self, changes: &mut AmendRequest<'_>) -> Result<(), Error> {
+        self.amend_serving(changes).await
+    }
     fn describe(&self) -> Map<String, Value> {
         let header = &self.header;
         let corrupt =

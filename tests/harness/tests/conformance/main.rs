@@ -14,6 +14,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use zeroize::Zeroizing;
 
 /// Length of the disks.
 const LENGTH: usize = 1 << 20;
@@ -180,6 +181,43 @@ fn verified() -> Subject {
     subject
 }
 
+/// A disk of luks, made by qemu-img.
+fn luks(options: &str) -> Subject {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image");
+    let secret = "secret,id=s,data=geheim";
+    let options = format!("key-secret=s,iter-time=1,{options}");
+    loop {
+        let created = Command::new("qemu-img")
+            .args([
+                "create", "-q", "--object", secret, "-f", "luks", "-o", &options,
+            ])
+            .arg(&path)
+            .arg(LENGTH.to_string())
+            .output()
+            .expect("scripts/setup installs QEMU's tools");
+        // Where CPU time is counted in ticks, it now and then cannot measure key derivation.
+        let error = String::from_utf8_lossy(&created.stderr);
+        if !error.contains("Unable to get accurate CPU usage") {
+            assert!(created.status.success(), "{options}: {error}");
+            break;
+        }
+    }
+    let image = (PathBuf::from(IMAGE), std::fs::read(&path).unwrap());
+    Subject {
+        prepare: |graph| {
+            let password = Zeroizing::new(b"geheim".to_vec());
+            graph.secrets().insert("s".to_owned(), password);
+        },
+        ..subject(
+            "luks",
+            Image::from([image]),
+            json!({"driver": "luks", "node-name": "subject", "key-secret": "s",
+                "file": {"driver": "file", "filename": IMAGE}}),
+        )
+    }
+}
+
 /// Leaked clusters are no error.
 fn qemu_img_check(files: &Image) -> Result<(), String> {
     let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
@@ -250,6 +288,14 @@ fn copies_see_the_writes_of_requests_side_by_side() {
 fn an_image_under_verification_is_like_its_file() {
     let subject = verified();
     seeds(8).for_each(|seed| concurrent_requests(&subject, seed));
+}
+
+/// One seed: whenever the disk is opened, its key is derived.
+#[test]
+fn luks_disks_hold_what_was_written_and_flushed() {
+    let subject = luks("cipher-alg=aes-128,cipher-mode=cbc,hash-alg=sha1");
+    concurrent_requests(&subject, 0);
+    power_cuts(&subject, 0);
 }
 
 #[test]

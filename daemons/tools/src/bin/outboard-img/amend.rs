@@ -6,7 +6,7 @@ use block::amend::{Force, unsupported};
 use block::create::OptionSpec;
 use tools::failure::{Failure, Outcome};
 use tools::getopt::{self, Opt};
-use tools::image::{Access, Cache, Common, Opening, Tool};
+use tools::image::{Access, Cache, Common, Opening, Tool, could_not_open};
 use tools::options::{Given, asks_for_help, help};
 use tools::progress::{Progress, Show};
 
@@ -95,10 +95,15 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
                 progress.at(done, total);
             }
         };
-        let mut request = AmendRequest::new(given.members(&known), force, &mut tell);
-        tool.graph().amend(options, &mut request).await
+        let mut request = AmendRequest::new(given.members(&known), force, &mut tell)
+            .with_secrets(tool.graph().secrets());
+        let amended = tool.graph().amend(options, &mut request).await;
+        amended.map_err(|error| match request.is_open() {
+            true => Failure::block("", &error),
+            false => could_not_open(&spec, &error),
+        })
     };
-    amended.map_err(|error| Failure::block("", &error))?;
+    amended?;
     Ok(0)
 }
 

@@ -175,6 +175,11 @@ impl Request {
         // The old switch stands for the old cipher.
         if members.remove("encryption") == Some(Value::Bool(true)) {
             let encrypt = members.entry("encrypt").or_insert_with(|| json!({}));
+            if encrypt.get("format").is_some() {
+                let message =
+                    "'encrypt.format' and its alias 'encryption' can't be used at the same time";
+                return Err(failed(message.to_owned()));
+            }
             encrypt["format"] = json!("aes");
         }
         let path = self.name.strip_prefix("file:").unwrap_or(&self.name);
