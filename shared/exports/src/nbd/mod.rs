@@ -21,7 +21,7 @@ mod session;
 mod status;
 
 pub use export::{NbdExport, NbdExportOptions, find_bitmap};
-pub use server::{NbdServer, NbdServerOptions};
+pub use server::{NbdServer, NbdServerOptions, Report};
 
 #[cfg(test)]
 mod tests;

@@ -18,6 +18,9 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long nobody is accepted when the process has no descriptor left and no client ends.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
+/// Hears a text.
+pub type Report = Rc<dyn Fn(&str)>;
+
 /// How a server treats its clients.
 #[derive(Clone)]
 pub struct NbdServerOptions {
@@ -29,6 +32,8 @@ pub struct NbdServerOptions {
     pub credentials: Option<Arc<Credentials>>,
     /// Which of the clients that have proved a name may come in.
     pub authorization: Option<Arc<Authorization>>,
+    /// Hears why a client did not get through the handshake; without it, the log does.
+    pub report: Option<Report>,
 }
 
 impl Default for NbdServerOptions {
@@ -38,6 +43,7 @@ impl Default for NbdServerOptions {
             handshake_timeout: Some(HANDSHAKE_TIMEOUT),
             credentials: None,
             authorization: None,
+            report: None,
         }
     }
 }
@@ -226,7 +232,12 @@ impl State {
             Ok(Some(negotiated)) => negotiated,
             Ok(None) => return false,
             Err(reason) => {
-                tracing::warn!(client = number, "option negotiation failed: {reason}");
+                match &self.options.report {
+                    Some(report) => report(&reason),
+                    None => {
+                        tracing::warn!(client = number, "option negotiation failed: {reason}");
+                    }
+                }
                 return false;
             }
         };

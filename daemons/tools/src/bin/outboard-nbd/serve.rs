@@ -19,7 +19,7 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
-use tools::failure::{Failure, Outcome};
+use tools::failure::{Failure, Outcome, report};
 use tools::image::Tool;
 use transport::{Credentials, Endpoint};
 use vhost_daemon::notify::{Background, activation_fds, claim_inherited};
@@ -70,6 +70,9 @@ pub(crate) async fn run(
 fn server_options(tool: &Tool, options: &ServeOptions) -> Result<NbdServerOptions, Failure> {
     let mut server = NbdServerOptions {
         max_connections: (options.shared > 0).then_some(options.shared),
+        report: Some(Rc::new(|reason| {
+            report(&format!("option negotiation failed: {reason}"));
+        })),
         ..NbdServerOptions::default()
     };
     if let Some(seconds) = options.handshake_limit {
