@@ -70,6 +70,16 @@ struct OpenedFrom {
     place: Place,
 }
 
+impl OpenedFrom {
+    fn of(definition: &Definition) -> Box<Self> {
+        Box::new(Self {
+            options: definition.options.clone(),
+            inherited: definition.inherited,
+            place: definition.place.clone(),
+        })
+    }
+}
+
 /// All nodes of a process. Used by the control thread only.
 pub struct Graph {
     pub(crate) drivers: Vec<&'static DriverEntry>,
@@ -426,29 +436,52 @@ impl Graph {
         Ok(())
     }
 
+    /// Definitions nest: what is kept on the stack while the driver opens is boxed.
     async fn open_one(&self, definition: Definition) -> Result<Arc<Node>> {
-        let owned = definition.inherited.is_none();
-        let origin = OpenedFrom {
-            options: definition.options.clone(),
-            inherited: definition.inherited,
-            place: definition.place.clone(),
-        };
-        let (mut request, entry) = self.request(definition).await?;
-        let driver = (entry.open)(&mut request).await?;
+        let origin = OpenedFrom::of(&definition);
+        let (mut request, driver) = self.boxed_request(definition).await?;
+        let driver = (driver.open)(&mut request).await?;
+        match self.register(request, (driver, origin)) {
+            Ok(node) => Ok(node),
+            Err(refused) => {
+                let (unused, error) = *refused;
+                self.close(&unused).await.ok();
+                Err(error)
+            }
+        }
+    }
+
+    fn boxed_request(
+        &self,
+        definition: Definition,
+    ) -> BoxFuture<'_, Result<(Box<OpenRequest<'_>>, &'static DriverEntry)>> {
+        Box::pin(async move {
+            let (request, entry) = self.request(definition).await?;
+            Ok((Box::new(request), entry))
+        })
+    }
+
+    /// Makes a node of an opened driver; the node and the reason when it cannot be.
+    fn register(
+        &self,
+        request: Box<OpenRequest<'_>>,
+        (driver, origin): (Box<dyn Driver>, Box<OpenedFrom>),
+    ) -> std::result::Result<Arc<Node>, Box<(Arc<Node>, Error)>> {
         let free = self
             .check_taken(&request.options, &*driver)
             .and_then(|()| self.check_free(&request.node.node_name));
         let node = Node::new(request.node, driver);
-        if let Err(error) = free {
-            self.close(&node).await.ok();
-            return Err(error);
+        match free {
+            Err(error) => Err(Box::new((node, error))),
+            Ok(()) => {
+                self.entries.borrow_mut().push(Entry {
+                    node: Arc::clone(&node),
+                    owned: origin.inherited.is_none(),
+                    origin: *origin,
+                });
+                Ok(node)
+            }
         }
-        self.entries.borrow_mut().push(Entry {
-            node: Arc::clone(&node),
-            owned,
-            origin,
-        });
-        Ok(node)
     }
 
     /// Changes what the image that `options` would open was created with. The image must not be
