@@ -11,16 +11,20 @@
 //! a name that could not be made into an image does not stay behind as a file; nodes that were
 //! opened for the work are closed at its end. Must not know: a concrete format or protocol.
 
-use crate::driver::{BoxFuture, Preallocation};
+use crate::driver::{BoxFuture, Preallocation, Resize, WriteFlags};
 use crate::edge::Edge;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::Graph;
 use crate::node::{Node, NodeOptions};
 use crate::open::{ChildRole, FILE_PROTOCOL, Options, attach_as};
 use crate::secret::Secret;
+use executor::Buffer;
 use serde_json::{Map, Value};
 use std::cell::RefCell;
 use std::sync::Arc;
+
+/// What a probe for the format looks at first, in bytes.
+const SECTOR: u64 = 512;
 
 /// What kind of value an option takes on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -198,9 +202,14 @@ impl CreateRequest<'_> {
             let message = format!("Driver '{}' makes files by name only", self.driver);
             return Err(Error::new(ErrorKind::Invalid, message));
         };
-        self.graph
-            .make_file(FILE_PROTOCOL, name.clone(), members)
-            .await
+        let length = members.get("size").and_then(Value::as_u64).unwrap_or(0);
+        match self.graph.make_by_name(name, members).await? {
+            Made::File(_) => Ok(()),
+            Made::Nothing(protocol) => {
+                let node = self.graph.open_made(protocol).await?;
+                clear(&node, length).await
+            }
+        }
     }
     /// A second file `name`, made beside the image; empty.
     ///
@@ -230,12 +239,18 @@ impl CreateRequest<'_> {
     }
 
     async fn make(&self, name: String, members: Map<String, Value>) -> Result<Arc<Node>> {
-        self.graph
-            .make_file(FILE_PROTOCOL, name.clone(), members)
-            .await?;
-        let node = self.graph.open_made(name).await?;
-        self.made.borrow_mut().push(Arc::clone(&node));
-        Ok(node)
+        match self.graph.make_by_name(&name, members).await? {
+            Made::File(protocol) => {
+                let node = self.graph.open_made(protocol).await?;
+                self.made.borrow_mut().push(Arc::clone(&node));
+                Ok(node)
+            }
+            Made::Nothing(protocol) => {
+                let node = self.graph.open_made(protocol).await?;
+                clear(&node, 0).await?;
+                Ok(node)
+            }
+        }
     }
 
     fn attach(&self, node: &Arc<Node>, name: &'static str, role: ChildRole) -> Result<Edge> {
@@ -245,6 +260,28 @@ impl CreateRequest<'_> {
         };
         attach_as(&parent, node, name, role)
     }
+}
+
+/// What came of asking a protocol for a file, and the options that open it.
+enum Made {
+    /// A new file.
+    File(Map<String, Value>),
+    /// What was there before: the protocol makes no files.
+    Nothing(Map<String, Value>),
+}
+
+/// Makes sure that nothing is found in what was there before, and that it is long enough.
+async fn clear(node: &Node, length: u64) -> Result<()> {
+    if node.length() < length {
+        let resize = Resize {
+            length,
+            preallocation: Preallocation::Off,
+        };
+        node.resize(resize).await?;
+    }
+    let first = Buffer::zeroed(node.length().min(SECTOR) as usize);
+    let written = node.write(0, first, WriteFlags::default()).await;
+    written.map_err(|errno| Error::io("Failed to clear the new image's first sector", errno))
 }
 
 impl Graph {
@@ -286,6 +323,26 @@ impl Graph {
         drop((request, made));
         self.sweep().await;
         created
+    }
+
+    /// Has the protocol of a name make the file; protocols that make none have it already.
+    async fn make_by_name(&self, name: &str, members: Map<String, Value>) -> Result<Made> {
+        let options = self.names().options(name)?;
+        let text = |key: &str| options.get(key).and_then(Value::as_str);
+        let protocol = text("driver").unwrap_or(FILE_PROTOCOL);
+        let creates = self.entry(protocol).is_some_and(|it| it.create.is_some());
+        if !creates {
+            return match members.get("preallocation").and_then(Value::as_str) {
+                None | Some("off") => Ok(Made::Nothing(options)),
+                Some(mode) => Err(Error::new(
+                    ErrorKind::Unsupported,
+                    format!("Unsupported preallocation mode '{mode}'"),
+                )),
+            };
+        }
+        let filename = text("filename").unwrap_or(name).to_owned();
+        self.make_file(protocol, filename, members).await?;
+        Ok(Made::File(options))
     }
 
     /// Has the protocol make the file `name`.

@@ -23,7 +23,7 @@ use crate::node::Node;
 use crate::objects::Objects;
 use crate::open::{
     ChildRole, Definition, DriverEntry, FILE_PROTOCOL, Inherited, OpenRequest, Options,
-    PROBE_BYTES, Place, Source, as_map,
+    PROBE_BYTES, Place, Source,
 };
 use crate::secret::Secrets;
 use executor::Buffer;
@@ -323,9 +323,9 @@ impl Graph {
     }
 
     /// Opens a file that was just made, writable and with a generated name.
-    pub(crate) async fn open_made(&self, name: String) -> Result<Arc<Node>> {
+    pub(crate) async fn open_made(&self, options: Map<String, Value>) -> Result<Arc<Node>> {
         let definition = Definition {
-            options: as_map([("driver", FILE_PROTOCOL), ("filename", &name)]),
+            options,
             inherited: Some(Inherited::for_new()),
             place: Place::default(),
             descriptor: None,

@@ -1,13 +1,15 @@
-//! `file`: a regular file of the host.
+//! `file`: a regular file of the host; `host_device`: a block device.
 //!
 //! Options: `filename`; `aio` (`threads`, `native`, `io_uring`: accepted for compatibility, the
 //! executor's ring is used whatever is asked for); `locking` (`auto`, `on`, `off`); `drop-cache`
-//! (accepted, without effect: nothing is cached here). Of the options that every node has,
+//! and `x-check-cache-dropped` (accepted, without effect: nothing is cached here), `aio-max-batch`
+//! (the same: the ring has no such limit); `pr-manager` is refused. Of the options that every node has,
 //! `cache.direct` opens with `O_DIRECT`, and `auto-read-only` falls back to a read-only descriptor
 //! when the file may not be written.
 //!
 //! The length is that of the file, rounded up to a sector (512 bytes); the bytes that the file
-//! lacks read as zeroes, and writing there makes it longer. Discard punches a hole, which reads as
+//! lacks read as zeroes, and writing there makes it longer (a device has the length that it has).
+//! Discard punches a hole, which reads as
 //! zeroes. Holes are looked for only by `block_status`, never for I/O.
 //!
 //! Locks are QEMU's (see [`locks`]) and last as long as the node. Must not know: what is in the
@@ -17,6 +19,7 @@ mod create;
 pub mod locks;
 
 use block::edge::Permissions;
+use block::naming::has_protocol;
 use block::open::DriverEntry;
 use block::{
     BlockStatus, BoxFuture, Buffer, ByteRange, Driver, Edge, Errno, Error, ErrorKind,
@@ -43,20 +46,60 @@ const FIRST_BLOCK: u64 = 4096;
 const FILL_BYTES: u64 = 1 << 20;
 
 /// The table line of `file`.
-pub const ENTRY: DriverEntry = DriverEntry::new("file", |request| Box::pin(open(request)))
-    .with_create(create::CREATOR)
-    .with_protocol(Protocol {
-        prefixes: &["file"],
-        parse: |_, name| {
-            let path = name.strip_prefix("file:").unwrap_or(name);
-            Ok(Map::from_iter([("filename".to_owned(), path.into())]))
-        },
-        reach: Reach::File,
-    });
+pub const ENTRY: DriverEntry =
+    DriverEntry::new("file", |request| Box::pin(open(request, Storage::File)))
+        .with_create(create::CREATOR)
+        .with_protocol(Protocol {
+            prefixes: &["file"],
+            parse: |_, name| Ok(filename_of(&without_prefix("file:", name))),
+            reach: Reach::File,
+        });
 
-/// A regular file.
+/// The table line of `host_device`.
+pub const DEVICE_ENTRY: DriverEntry = DriverEntry::new("host_device", |request| {
+    Box::pin(open(request, Storage::Device))
+})
+.with_protocol(Protocol {
+    prefixes: &["host_device"],
+    parse: |_, name| Ok(filename_of(&without_prefix("host_device:", name))),
+    reach: Reach::Outside,
+});
+
+/// The path behind `prefix`, spelled so that no protocol is seen in it.
+fn without_prefix(prefix: &str, name: &str) -> String {
+    match name.strip_prefix(prefix) {
+        Some(path) if has_protocol(path) => format!("./{path}"),
+        Some(path) => path.to_owned(),
+        None => name.to_owned(),
+    }
+}
+
+fn filename_of(path: &str) -> Map<String, Value> {
+    Map::from_iter([("filename".to_owned(), path.into())])
+}
+
+/// What a node's bytes are in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Storage {
+    /// A regular file.
+    File,
+    /// A block device: its length is what it is.
+    Device,
+}
+
+impl Storage {
+    fn driver_name(self) -> &'static str {
+        match self {
+            Self::File => "file",
+            Self::Device => "host_device",
+        }
+    }
+}
+
+/// A regular file, or a block device.
 pub struct FileNode {
     file: File,
+    storage: Storage,
     path: String,
     length: AtomicU64,
     /// The file system has no `FALLOC_FL_ZERO_RANGE`.
@@ -64,11 +107,15 @@ pub struct FileNode {
     locks: Locks,
 }
 
-async fn open(request: &mut OpenRequest<'_>) -> block::error::Result<Box<dyn Driver>> {
+async fn open(
+    request: &mut OpenRequest<'_>,
+    storage: Storage,
+) -> block::error::Result<Box<dyn Driver>> {
     let path = match request.take_str("filename")? {
         None => return Err(request.missing("filename")),
         Some(path) if path.is_empty() => {
-            let message = "The 'file' block driver requires a file name";
+            let name = storage.driver_name();
+            let message = format!("The '{name}' block driver requires a file name");
             return Err(Error::new(ErrorKind::Invalid, message));
         }
         Some(path) => path,
@@ -76,6 +123,12 @@ async fn open(request: &mut OpenRequest<'_>) -> block::error::Result<Box<dyn Dri
     let aio = request.take_choice("aio", &["threads", "native", "io_uring"])?;
     let locking = request.take_choice("locking", &["auto", "on", "off"])?;
     request.take_bool("drop-cache")?;
+    request.take_bool("x-check-cache-dropped")?;
+    request.take_size("aio-max-batch")?;
+    if request.take_str("pr-manager")?.is_some() {
+        let message = "pr-manager is not supported: no SCSI command is passed to a device";
+        return Err(Error::new(ErrorKind::Unsupported, message));
+    }
     if aio == Some(1) && !request.node().cache_direct {
         let message = "aio=native was specified, but it requires cache.direct=on, which was not \
                        specified.";
@@ -86,15 +139,19 @@ async fn open(request: &mut OpenRequest<'_>) -> block::error::Result<Box<dyn Dri
         Some(1) => Locking::On,
         _ => Locking::Auto,
     };
-    let file = open_file(request, &path)?;
-    let node = FileNode::new(file, path, locking)?;
+    let file = open_file(request, (&path, storage))?;
+    let mut node = FileNode::new(file, path, locking)?;
+    node.storage = storage;
     if !request.node().read_only {
         node.locks.settle(&node.file).await;
     }
     Ok(Box::new(node))
 }
 
-fn open_file(request: &mut OpenRequest<'_>, path: &str) -> block::error::Result<File> {
+fn open_file(
+    request: &mut OpenRequest<'_>,
+    (path, storage): (&str, Storage),
+) -> block::error::Result<File> {
     let failed = |error: io::Error| could_not_open(path, &error);
     if let Some(descriptor) = request.take_descriptor() {
         if request.node().cache_direct {
@@ -105,7 +162,10 @@ fn open_file(request: &mut OpenRequest<'_>, path: &str) -> block::error::Result<
     }
     // Before opening: that of a FIFO blocks, that of a device may do anything.
     if let Ok(metadata) = std::fs::metadata(path) {
-        check_type(path, &metadata)?;
+        match storage {
+            Storage::File => check_type(path, &metadata)?,
+            Storage::Device => check_device(path, &metadata)?,
+        }
     }
     let options = OpenOptions {
         write: !request.node().read_only,
@@ -159,6 +219,19 @@ fn check_type(path: &str, metadata: &std::fs::Metadata) -> block::error::Result<
     })
 }
 
+fn check_device(path: &str, metadata: &std::fs::Metadata) -> block::error::Result<()> {
+    if metadata.file_type().is_block_device() {
+        return Ok(());
+    }
+    let message = match metadata.file_type().is_char_device() {
+        true => format!("character devices such as '{path}' are not supported"),
+        false => format!(
+            "'host_device' driver requires '{path}' to be either a character or block device"
+        ),
+    };
+    Err(Error::new(ErrorKind::Invalid, message))
+}
+
 fn round_up(length: u64) -> u64 {
     length.checked_next_multiple_of(SECTOR).unwrap_or(length)
 }
@@ -170,6 +243,7 @@ impl FileNode {
         Ok(Self {
             locks: Locks::new(locking, path.clone()),
             file,
+            storage: Storage::File,
             path,
             length: AtomicU64::new(round_up(length)),
             lacks_zero_range: AtomicBool::new(false),
@@ -193,6 +267,26 @@ impl FileNode {
         }
         self.allocate(Fallocate::PunchHole, range).await?;
         self.allocate(Fallocate::Allocate, range).await
+    }
+
+    /// Devices take whole blocks only, and some take nothing: the node writes zeroes then.
+    async fn zero_device(&self, range: ByteRange, flags: ZeroFlags) -> Result<(), Errno> {
+        let mode = match flags.may_unmap {
+            true => Fallocate::PunchHole,
+            false => Fallocate::ZeroRange,
+        };
+        match self.allocate(mode, range).await {
+            Err(Errno::EINVAL) => Err(Errno::EOPNOTSUPP),
+            result => result,
+        }
+    }
+
+    /// A device that cannot give blocks up keeps them.
+    async fn discard_device(&self, range: ByteRange) -> Result<(), Errno> {
+        match self.allocate(Fallocate::PunchHole, range).await {
+            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(()),
+            result => result,
+        }
     }
 
     async fn allocate(&self, mode: Fallocate, range: ByteRange) -> Result<(), Errno> {
@@ -236,6 +330,9 @@ impl FileNode {
     }
 
     async fn set_length(&self, resize: Resize) -> Result<(), Error> {
+        if self.storage == Storage::Device {
+            return self.check_device_length(resize);
+        }
         let old = self
             .file
             .len()
@@ -270,6 +367,15 @@ impl FileNode {
             return Err(Error::io(context, errno));
         }
         Ok(())
+    }
+
+    fn check_device_length(&self, resize: Resize) -> Result<(), Error> {
+        let refuse = |message: &str| Err(Error::new(ErrorKind::Unsupported, message));
+        match resize.length.cmp(&self.length.load(Ordering::Relaxed)) {
+            std::cmp::Ordering::Equal => Ok(()),
+            std::cmp::Ordering::Greater => refuse("Cannot grow device files"),
+            std::cmp::Ordering::Less => refuse("Cannot resize device files"),
+        }
     }
 
     /// A new file gets its first block: file systems tell the alignment of direct I/O by trying it
@@ -312,7 +418,7 @@ fn to_errno(error: &io::Error) -> Errno {
 
 impl Driver for FileNode {
     fn driver_name(&self) -> &'static str {
-        "file"
+        self.storage.driver_name()
     }
     fn length(&self) -> u64 {
         self.length.load(Ordering::Relaxed)
@@ -326,7 +432,7 @@ impl Driver for FileNode {
         }
     }
     fn grows(&self) -> bool {
-        true
+        self.storage == Storage::File
     }
     fn prefetch(&self, offset: u64) {
         self.file.prefetch(offset);
@@ -345,9 +451,15 @@ impl Driver for FileNode {
         self.file.write_at(buffer, offset).into()
     }
     fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> IoFuture<'_> {
-        IoFuture::boxed(self.zero(range, flags))
+        match self.storage {
+            Storage::File => IoFuture::boxed(self.zero(range, flags)),
+            Storage::Device => IoFuture::boxed(self.zero_device(range, flags)),
+        }
     }
     fn discard(&self, range: ByteRange) -> IoFuture<'_> {
+        if self.storage == Storage::Device {
+            return IoFuture::boxed(self.discard_device(range));
+        }
         self.file
             .fallocate(Fallocate::PunchHole, range.offset, range.length)
             .into()

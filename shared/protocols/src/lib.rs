@@ -10,4 +10,10 @@ pub mod null;
 use block::DriverEntry;
 
 /// The drivers of this crate.
-pub static DRIVERS: &[DriverEntry] = &[file::ENTRY, nbd::ENTRY, null::ENTRY, null::AIO_ENTRY];
+pub static DRIVERS: &[DriverEntry] = &[
+    file::ENTRY,
+    file::DEVICE_ENTRY,
+    nbd::ENTRY,
+    null::ENTRY,
+    null::AIO_ENTRY,
+];

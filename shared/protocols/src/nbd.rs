@@ -7,7 +7,7 @@
 //! ```text
 //!   any thread ──► its own Link, if the server allows several connections
 //!              └─► else the link of the thread that opened the node, through a private buffer
-//!   Link ──► Session (one connection in transmission) ──► executor::net::Stream
+//!   Link ──► Session (one connection in transmission) ──► transport::Connection
 //! ```
 //!
 //! What a server says is checked: a reply that fits no request, or the wrong one, ends the
@@ -363,12 +363,11 @@ impl Driver for Nbd {
     fn resize(&self, resize: Resize) -> BoxFuture<'_, Result<()>> {
         let size = self.agreement.size;
         Box::pin(async move {
-            match resize.length == size {
-                true => Ok(()),
-                false => Err(Error::new(
-                    ErrorKind::Unsupported,
-                    "Cannot resize NBD nodes",
-                )),
+            let refuse = |message: &str| Err(Error::new(ErrorKind::Unsupported, message));
+            match resize.length.cmp(&size) {
+                std::cmp::Ordering::Equal => Ok(()),
+                std::cmp::Ordering::Greater => refuse("Cannot grow NBD nodes"),
+                std::cmp::Ordering::Less => refuse("Cannot resize NBD nodes"),
             }
         })
     }

@@ -8,13 +8,14 @@
 use super::target::Target;
 use block::error::Result;
 use block::{Buffer, Errno, Error, ErrorKind};
-use executor::net::{Part, Stream};
+use executor::net::Part;
 use nbd::{
     BASE_ALLOCATION, BlockSizes, ClientFlags, ClientOption, ErrorReply, ExportFlags, ExportInfo,
     ExportNameReply, ExportQuery, Greeting, HeaderStyle, InfoKind, MetaContextQuery,
     OldstyleExport, OptionKind, OptionReply, OptionReplyHeader, ProtocolError, ReplyErrorKind,
     ReplyStyle,
 };
+use transport::Connection;
 
 /// Most replies to one option.
 const MAX_REPLIES: usize = 4096;
@@ -67,10 +68,10 @@ pub(super) fn is_worth_retrying(error: &Error) -> bool {
 
 /// Receives exactly `N` bytes.
 pub(super) async fn receive<const N: usize>(
-    stream: &Stream,
+    connection: &Connection,
 ) -> std::result::Result<[u8; N], Errno> {
     let buffer = Buffer::zeroed(N);
-    let received = stream.recv_exact(buffer.clone()).await?;
+    let received = connection.recv_exact(buffer.clone()).await?;
     if received < N {
         return Err(Errno::ECONNRESET);
     }
@@ -81,11 +82,11 @@ pub(super) async fn receive<const N: usize>(
 
 /// Receives `length` bytes, which the caller has bounded.
 pub(super) async fn receive_vec(
-    stream: &Stream,
+    connection: &Connection,
     length: usize,
 ) -> std::result::Result<Vec<u8>, Errno> {
     let buffer = Buffer::zeroed(length);
-    let received = stream.recv_exact(buffer.clone()).await?;
+    let received = connection.recv_exact(buffer.clone()).await?;
     match received < length {
         true => Err(Errno::ECONNRESET),
         false => Ok(buffer.to_heap().to_vec()),
@@ -98,7 +99,7 @@ fn lost(errno: Errno) -> Error {
 
 /// One handshake.
 struct Handshake<'h> {
-    stream: &'h Stream,
+    connection: &'h Connection,
     target: &'h Target,
 }
 
@@ -106,15 +107,15 @@ struct Handshake<'h> {
 ///
 /// # Errors
 /// `Io` with an errno when the connection is lost; otherwise the server's refusal.
-pub(super) async fn run(stream: &Stream, target: &Target) -> Result<Agreement> {
-    let handshake = Handshake { stream, target };
-    let magic = receive::<{ Greeting::MAGIC_SIZE }>(stream)
+pub(super) async fn run(connection: &Connection, target: &Target) -> Result<Agreement> {
+    let handshake = Handshake { connection, target };
+    let magic = receive::<{ Greeting::MAGIC_SIZE }>(connection)
         .await
         .map_err(lost)?;
     if !Greeting::decode_magic(&magic).map_err(|error| broken(&error))? {
         return handshake.oldstyle().await;
     }
-    let flags = receive::<{ Greeting::FLAGS_SIZE }>(stream)
+    let flags = receive::<{ Greeting::FLAGS_SIZE }>(connection)
         .await
         .map_err(lost)?;
     let Greeting::Newstyle { fixed, no_zeroes } = Greeting::decode_flags(flags) else {
@@ -130,7 +131,7 @@ pub(super) async fn run(stream: &Stream, target: &Target) -> Result<Agreement> {
 
 impl Handshake<'_> {
     async fn send(&self, bytes: Vec<u8>) -> Result<()> {
-        let sent = self.stream.send_parts(vec![Part::Bytes(bytes)]).await;
+        let sent = self.connection.send(vec![Part::Bytes(bytes)]).await;
         sent.map_err(lost)
     }
 
@@ -138,7 +139,7 @@ impl Handshake<'_> {
         if !self.target.export.is_empty() {
             return Err(violation("Server does not support non-empty export names"));
         }
-        let rest = receive::<{ OldstyleExport::SIZE }>(self.stream)
+        let rest = receive::<{ OldstyleExport::SIZE }>(self.connection)
             .await
             .map_err(lost)?;
         let export = OldstyleExport::decode(&rest).map_err(|error| broken(&error))?;
@@ -171,14 +172,14 @@ impl Handshake<'_> {
 
     /// The next reply to `option`.
     async fn reply(&self, option: OptionKind) -> Result<OptionReply> {
-        let head = receive::<{ OptionReplyHeader::SIZE }>(self.stream)
+        let head = receive::<{ OptionReplyHeader::SIZE }>(self.connection)
             .await
             .map_err(lost)?;
         let head = OptionReplyHeader::decode(&head).map_err(|error| broken(&error))?;
         if head.option != option {
             return Err(violation("a reply to an option that was not sent"));
         }
-        let data = receive_vec(self.stream, head.length as usize)
+        let data = receive_vec(self.connection, head.length as usize)
             .await
             .map_err(lost)?;
         OptionReply::decode(&head, &data).map_err(|error| broken(&error))
@@ -270,12 +271,12 @@ impl Handshake<'_> {
     async fn export_name(&self, no_zeroes: bool, replies: ReplyStyle) -> Result<Agreement> {
         let option = ClientOption::ExportName(self.target.export.clone());
         self.send(option.encode()).await?;
-        let head = receive::<{ ExportNameReply::SIZE }>(self.stream)
+        let head = receive::<{ ExportNameReply::SIZE }>(self.connection)
             .await
             .map_err(lost)?;
         let export = ExportNameReply::decode(&head).map_err(|error| broken(&error))?;
         if !no_zeroes {
-            receive::<{ ExportNameReply::PADDING }>(self.stream)
+            receive::<{ ExportNameReply::PADDING }>(self.connection)
                 .await
                 .map_err(lost)?;
         }

@@ -23,6 +23,7 @@ use std::cell::RefCell;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
+use transport::Connection;
 
 /// Requests of a link that the server has at the same time.
 const MAX_REQUESTS: usize = 64;
@@ -53,9 +54,9 @@ pub(super) struct Link {
 
 /// One attempt to get a session.
 pub(super) async fn attempt(target: &Target) -> Result<Rc<Session>> {
-    let stream = target.connect().await?;
-    let agreement = handshake::run(&stream, target).await?;
-    Ok(Session::start(stream, agreement))
+    let connection = Connection::plain(target.connect().await?);
+    let agreement = handshake::run(&connection, target).await?;
+    Ok(Session::start(connection, agreement))
 }
 
 /// A session with the server, which may take the target's `open-timeout` to appear.

@@ -14,14 +14,15 @@
 
 use super::handshake::{Agreement, receive, receive_vec};
 use block::{Buffer, Errno};
-use executor::net::{Part, Stream};
-use executor::sync::{Latch, Mutex};
+use executor::net::Part;
+use executor::sync::Latch;
 use executor::{Unfinished, unfinished};
 use nbd::limits::{MAX_CHUNK, MAX_PAYLOAD};
 use nbd::{Chunk, ChunkHeader, ChunkKind, Command, ReplyHeader, ReplyStyle, Request, StatusExtent};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
+use transport::Connection;
 
 /// Why a session is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,9 +75,7 @@ struct Slot {
 
 /// A connection in transmission.
 pub(super) struct Session {
-    stream: Stream,
-    /// Held while a message is sent: the kernel may take a long one in parts.
-    sending: Mutex<()>,
+    connection: Connection,
     pub(super) agreement: Agreement,
     waiting: RefCell<HashMap<u64, Waiting>>,
     next_cookie: Cell<u64>,
@@ -100,10 +99,9 @@ impl Drop for Caller<'_> {
 impl Session {
     /// Starts taking replies on a connection whose handshake is done. It ends with the last
     /// reference, or with the connection.
-    pub(super) fn start(stream: Stream, agreement: Agreement) -> Rc<Self> {
+    pub(super) fn start(connection: Connection, agreement: Agreement) -> Rc<Self> {
         let session = Rc::new(Self {
-            stream,
-            sending: Mutex::new(()),
+            connection,
             agreement,
             waiting: RefCell::default(),
             next_cookie: Cell::new(1),
@@ -170,15 +168,10 @@ impl Session {
         parts.extend(payload.map(Part::Buffer));
         let session = Rc::clone(self);
         drop(executor::spawn(async move {
-            if session.send_parts(parts).await.is_err() {
+            if session.connection.send(parts).await.is_err() {
                 session.finish(End::Lost);
             }
         }));
-    }
-
-    async fn send_parts(&self, parts: Vec<Part>) -> Result<(), Errno> {
-        let _one_at_a_time = self.sending.lock().await;
-        self.stream.send_parts(parts).await
     }
 
     /// Says goodbye and closes the connection.
@@ -193,7 +186,7 @@ impl Session {
             };
             let mut head = Vec::new();
             request.encode(self.agreement.header_style(), &mut head);
-            let sent = self.send_parts(vec![Part::Bytes(head)]).await;
+            let sent = self.connection.send(vec![Part::Bytes(head)]).await;
             if let Err(errno) = sent {
                 tracing::debug!(%errno, "an NBD server was gone before its client");
             }
@@ -206,7 +199,7 @@ impl Session {
         if self.end.get().is_none() {
             self.end.set(Some(end));
         }
-        self.stream.shutdown();
+        self.connection.shutdown();
         for (_, waiting) in self.waiting.take() {
             waiting.result.outcome.set(Some(Err(Failure::Ended(end))));
             waiting.result.done.set();
@@ -230,14 +223,16 @@ impl Session {
         };
         let style = self.agreement.replies;
         let mut head = match style {
-            ReplyStyle::Extended => receive_vec(&self.stream, style.head_size()).await,
-            _ => receive::<16>(&self.stream).await.map(|head| head.to_vec()),
+            ReplyStyle::Extended => receive_vec(&self.connection, style.head_size()).await,
+            _ => receive::<16>(&self.connection)
+                .await
+                .map(|head| head.to_vec()),
         }
         .map_err(lost)?;
         let magic = [head[0], head[1], head[2], head[3]];
         let size = ReplyHeader::size(style, magic).map_err(broken)?;
         if let Some(more) = size.checked_sub(head.len()).filter(|more| *more > 0) {
-            head.extend(receive_vec(&self.stream, more).await.map_err(lost)?);
+            head.extend(receive_vec(&self.connection, more).await.map_err(lost)?);
         }
         match ReplyHeader::decode(&head).map_err(broken)? {
             ReplyHeader::Simple(reply) => {
@@ -272,7 +267,7 @@ impl Session {
             let end = end.ok_or(End::Broken)?;
             buffer.slice(start as usize..end as usize)
         };
-        let received = self.stream.recv_exact(buffer).await;
+        let received = self.connection.recv_exact(buffer).await;
         if received.map_err(|_| End::Lost)? < length as usize {
             return Err(End::Lost);
         }
@@ -296,7 +291,7 @@ impl Session {
         }
         let (command, _) = self.known(header.cookie)?;
         let decoded = Chunk::decoded_length(&header);
-        let payload = receive_vec(&self.stream, decoded)
+        let payload = receive_vec(&self.connection, decoded)
             .await
             .map_err(|_| End::Lost)?;
         let chunk = Chunk::decode(&header, &payload).map_err(|_| End::Broken)?;

@@ -150,3 +150,12 @@ fn filters_have_a_name_only_with_a_syntax_of_their_own() {
         assert_eq!(node.filename(), name);
     });
 }
+
+#[test]
+fn a_file_name_with_a_colon_is_shown_so_that_it_is_no_protocol() {
+    let graph = graph(NamePolicy::default());
+    let name = |name: &str| graph.names().options(name).unwrap()["filename"].clone();
+    assert_eq!(name("file:image:top"), json!("./image:top"));
+    assert_eq!(name("file:dir/image:top"), json!("dir/image:top"));
+    assert_eq!(name("./image:top"), json!("./image:top"));
+}

@@ -182,8 +182,7 @@ impl Request {
             }
             encrypt["format"] = json!("aes");
         }
-        let path = self.name.strip_prefix("file:").unwrap_or(&self.name);
-        let target = Target::Name(path.to_owned());
+        let target = Target::Name(self.name.clone());
         let created = tool.graph().create(entry.name, target, members).await;
         created.map_err(|error| Failure::block(&self.name, &self.explained(&given, error)))
     }
