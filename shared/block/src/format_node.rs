@@ -22,6 +22,7 @@ mod write;
 
 use crate::bitmap::BitmapStore;
 use crate::check::{CheckOptions, CheckResult, CheckSink};
+use crate::debug::Event;
 use crate::driver::{
     BackingReference, BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Resize,
     StatusExtent, WriteFlags, ZeroFlags,
@@ -86,6 +87,12 @@ impl<F: Format> FormatNode<F> {
         self.format.data().node()
     }
 
+    /// Whether the node that holds the metadata listens to events.
+    #[inline]
+    fn is_debugged(&self) -> bool {
+        self.format.file().node().is_debugged()
+    }
+
     async fn extent(&self, range: ByteRange) -> std::result::Result<Extent, Errno> {
         let mut extent = match self.format.lookup(range) {
             Lookup::Hit(extent) => extent,
@@ -123,7 +130,12 @@ impl<F: Format> FormatNode<F> {
                 self.read_data(place, buffer)
             }
             Mapping::Unallocated if self.backing_has(offset) => match self.format.backing() {
-                Some(backing) => backing.node().read(offset, buffer),
+                Some(backing) => {
+                    let file = self.format.file().node();
+                    file.after(Event::ReadBackingAio, move || {
+                        backing.node().read(offset, buffer)
+                    })
+                }
                 None => IoFuture::done(),
             },
             Mapping::Unallocated | Mapping::Zero(_) => {
@@ -214,6 +226,17 @@ impl<F: Format> FormatNode<F> {
             };
         }
         Ok(())
+    }
+
+    async fn flush_debugged(&self) -> std::result::Result<(), Errno> {
+        let file = self.format.file().node();
+        file.event(Event::FlushToOs).await;
+        let one_file = std::ptr::eq(self.format.file(), self.format.data());
+        if one_file && !self.format.metadata_dirty() {
+            file.event(Event::FlushToDisk).await;
+            return self.data().flush().await;
+        }
+        self.format.flush().await
     }
 
     async fn status(&self, range: ByteRange) -> std::result::Result<StatusExtent, Errno> {
@@ -333,7 +356,9 @@ impl<F: Format> Driver for FormatNode<F> {
         if range.length == 0 {
             return IoFuture::done();
         }
-        if let Some(kept) = self.announced(range) {
+        if let Some(kept) = self.announced(range)
+            && !self.is_debugged()
+        {
             return self.data().read(kept.host_offset, buffer);
         }
         let target = (buffer, Memory::Anything);
@@ -360,6 +385,7 @@ impl<F: Format> Driver for FormatNode<F> {
         }
         if let Some(kept) = self.announced(range)
             && kept.in_place
+            && !self.is_debugged()
         {
             let flags = WriteFlags::default();
             return self.data().write(kept.host_offset, buffer, flags);
@@ -389,6 +415,9 @@ impl<F: Format> Driver for FormatNode<F> {
         IoFuture::boxed(self.format.upkeep())
     }
     fn flush(&self) -> IoFuture<'_> {
+        if self.is_debugged() {
+            return IoFuture::boxed(self.flush_debugged());
+        }
         let one_file = std::ptr::eq(self.format.file(), self.format.data());
         if one_file && !self.format.metadata_dirty() {
             self.data().flush()

@@ -366,6 +366,13 @@ impl Graph {
             true => unknown_driver(&driver),
             false => Options::unknown_driver(&driver),
         })?;
+        if self.probes() && entry.protocol.is_none() {
+            let named = self.name_file(&mut definition.options)?;
+            if named {
+                options = Options::new(definition.options.clone(), definition.place.path.clone());
+                options.take_driver()?;
+            }
+        }
         definition.obey(entry, &self.policy())?;
         let mut origin = Origin::new(&driver, &definition.options, entry.strong_options);
         origin.described = definition.place.purpose == Purpose::Describe;
@@ -393,6 +400,20 @@ impl Graph {
             file: definition.file,
         };
         Ok((request, entry))
+    }
+
+    /// On command lines a format's `filename` is that of its `file`; whether there was one.
+    fn name_file(&self, options: &mut Map<String, Value>) -> Result<bool> {
+        let Some(Value::String(name)) = options.get("filename") else {
+            return Ok(false);
+        };
+        let mut file = self.names().options(name)?;
+        options.shift_remove("filename");
+        if let Some(Value::Object(given)) = options.shift_remove("file") {
+            file.extend(given);
+        }
+        options.insert("file".to_owned(), Value::Object(file));
+        Ok(true)
     }
 
     /// Finds out which driver a definition without one means: that of its `file`'s content, or for

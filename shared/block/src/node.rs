@@ -141,12 +141,14 @@ impl Node {
             driver.driver_name()
         );
         let aligned = limits.request_alignment > 1;
+        let debugged = driver.debugger().is_some();
         let node = Arc::new_cyclic(|this| Node {
             plain_writes: !options.read_only
                 && options.detect_zeroes == DetectZeroes::Off
-                && !aligned,
+                && !aligned
+                && !debugged,
             grows: driver.grows(),
-            debugged: driver.debugger().is_some(),
+            debugged,
             leaf: driver.edges().is_empty(),
             length: AtomicU64::new(driver.length()),
             tracker: aligned.then(Box::default),
@@ -204,6 +206,21 @@ impl Node {
             debugger.event(event).await;
         }
     }
+    /// Begins a request when the driver, if it listens, lets it go on from `event`.
+    #[inline]
+    pub fn after<'a>(
+        &'a self,
+        event: Event,
+        begin: impl FnOnce() -> IoFuture<'a> + 'a,
+    ) -> IoFuture<'a> {
+        if !self.debugged {
+            return begin();
+        }
+        IoFuture::boxed(async move {
+            self.event(event).await;
+            begin().await
+        })
+    }
     /// Reads; bytes past the end are zeroes.
     #[inline]
     pub fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_> {
@@ -252,7 +269,8 @@ impl Node {
         if flags.compressed && !self.driver.compresses() {
             return IoFuture::error(Errno::EOPNOTSUPP);
         }
-        let general = self.options.detect_zeroes != DetectZeroes::Off || flags.compressed;
+        let general =
+            self.options.detect_zeroes != DetectZeroes::Off || flags.compressed || self.debugged;
         if let (Some(tracker), false, false) = (&self.tracker, general, flags.fua)
             && self.fits(offset, &buffer)
             && let Some(guard) = tracker.try_begin()

@@ -95,6 +95,10 @@ pub trait Filter: Send + Sync {
     fn close(&self) -> BoxFuture<'_, std::result::Result<(), Errno>> {
         Box::pin(async { Ok(()) })
     }
+    /// Whether the filter listens to events.
+    fn debugger(&self) -> Option<&dyn block::Debugger> {
+        None
+    }
     /// Driver-specific facts besides those of the child.
     fn describe(&self) -> Map<String, Value> {
         Map::new()
@@ -167,6 +171,9 @@ impl<F: Filter> Driver for FilterNode<F> {
     }
     fn filtered(&self) -> Option<&Edge> {
         Some(self.0.edge())
+    }
+    fn debugger(&self) -> Option<&dyn block::Debugger> {
+        self.0.debugger()
     }
     fn describe(&self) -> Map<String, Value> {
         let mut described = self.0.child().driver().describe();

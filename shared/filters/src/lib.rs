@@ -3,6 +3,7 @@
 //! Each is a module with one [`DriverEntry`]; [`DRIVERS`] is the table that the engine's catalogue
 //! takes. [`filter`] has what those with one child share; `blkverify` and `quorum` have several. Must not know: formats, protocols, other filters.
 
+pub mod blkdebug;
 pub mod blklogwrites;
 pub mod blkverify;
 pub mod compress;
@@ -17,6 +18,7 @@ use block::DriverEntry;
 
 /// The drivers of this crate.
 pub static DRIVERS: &[DriverEntry] = &[
+    blkdebug::ENTRY,
     blklogwrites::ENTRY,
     blkverify::ENTRY,
     compress::ENTRY,

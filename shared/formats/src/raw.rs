@@ -9,8 +9,8 @@ use block::create::{CreateRequest, Creator, OptionKind, OptionSpec};
 use block::error::Result;
 use block::open::{ChildRole, DriverEntry};
 use block::{
-    BoxFuture, Buffer, ByteRange, Driver, Edge, Errno, Error, ErrorKind, ImageIdentity, IoFuture,
-    Layer, Limits, Node, OpenRequest, Resize, StatusExtent, WriteFlags, ZeroFlags,
+    BoxFuture, Buffer, ByteRange, Driver, Edge, Errno, Error, ErrorKind, Event, ImageIdentity,
+    IoFuture, Layer, Limits, Node, OpenRequest, Resize, StatusExtent, WriteFlags, ZeroFlags,
 };
 use serde_json::{Map, Value};
 
@@ -158,12 +158,16 @@ impl Driver for Raw {
     }
     fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_> {
         let range = ByteRange::new(offset, buffer.len() as u64);
-        self.forward(range, |child, range| child.read(range.offset, buffer))
+        self.forward(range, |child, range| {
+            child.after(Event::ReadAio, move || child.read(range.offset, buffer))
+        })
     }
     fn write(&self, offset: u64, buffer: Buffer, flags: WriteFlags) -> IoFuture<'_> {
         let range = ByteRange::new(offset, buffer.len() as u64);
         self.forward(range, |child, range| {
-            child.write(range.offset, buffer, flags)
+            child.after(Event::WriteAio, move || {
+                child.write(range.offset, buffer, flags)
+            })
         })
     }
     fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> IoFuture<'_> {

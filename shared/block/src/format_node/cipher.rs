@@ -12,6 +12,7 @@
 
 use super::FormatNode;
 use crate::cipher::{SECTOR, SectorCipher, Tweak};
+use crate::debug::Event;
 use crate::driver::{IoFuture, WriteFlags};
 use crate::format::Format;
 use executor::{Buffer, Errno, HeapBuffer};
@@ -54,15 +55,33 @@ impl<F: Format> FormatNode<F> {
     /// Reads plain data.
     #[inline]
     pub(super) fn read_data(&self, place: Place, buffer: Buffer) -> IoFuture<'_> {
+        let file = self.format.file().node();
+        file.after(Event::ReadAio, move || self.read_stored(place, buffer))
+    }
+
+    /// Writes plain data to storage of its own.
+    #[inline]
+    pub(super) fn write_data(&self, place: Place, buffer: Buffer) -> IoFuture<'_> {
+        let file = self.format.file().node();
+        file.after(Event::WriteAio, move || self.write_stored(place, buffer))
+    }
+
+    /// Writes old content around a write.
+    pub(super) fn write_margin(&self, place: Place, buffer: Buffer) -> IoFuture<'_> {
+        let file = self.format.file().node();
+        file.after(Event::CowWrite, move || self.write_stored(place, buffer))
+    }
+
+    #[inline]
+    fn read_stored(&self, place: Place, buffer: Buffer) -> IoFuture<'_> {
         match self.format.cipher() {
             None => self.data().read(place.host_offset, buffer),
             Some(cipher) => IoFuture::boxed(self.read_encrypted(cipher, place, buffer)),
         }
     }
 
-    /// Writes plain data to storage of its own.
     #[inline]
-    pub(super) fn write_data(&self, place: Place, buffer: Buffer) -> IoFuture<'_> {
+    fn write_stored(&self, place: Place, buffer: Buffer) -> IoFuture<'_> {
         match self.format.cipher() {
             None => self
                 .data()

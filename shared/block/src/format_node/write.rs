@@ -7,6 +7,7 @@
 use super::cipher::Place;
 use super::pieces::Pieces;
 use super::{FormatNode, Memory};
+use crate::debug::Event;
 use crate::driver::{ByteRange, IoFuture, ZeroFlags};
 use crate::format::{Fill, Format, Mapping, WritePlan};
 use executor::{Buffer, Errno};
@@ -14,6 +15,15 @@ use executor::{Buffer, Errno};
 /// Data up to this many bytes is copied together with the old content around it, to be written at
 /// once; more is written from where it is.
 const MERGE_BYTES: usize = 128 << 10;
+
+/// What a part of a planned write is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// What is to be written, perhaps with old content around it.
+    Data,
+    /// Old content alone.
+    Margin,
+}
 
 impl<F: Format> FormatNode<F> {
     pub(super) async fn write_pieces(&self, offset: u64, buffer: Buffer) -> Result<(), Errno> {
@@ -98,13 +108,17 @@ impl<F: Format> FormatNode<F> {
             let margins = (whole.slice(0..head), whole.slice(after..after + tail));
             self.read_margins(plan, margins).await?;
             whole.slice(head..after).copy_from(&data);
-            return self.write_parts(plan, [(before, whole)]).await;
+            return self.write_parts(plan, [(Part::Data, before, whole)]).await;
         }
         let after = middle.after(data.len());
         let (head, tail) = (Buffer::zeroed(head), Buffer::zeroed(tail));
         self.read_margins(plan, (head.clone(), tail.clone()))
             .await?;
-        let parts = [(before, head), (middle, data), (after, tail)];
+        let parts = [
+            (Part::Margin, before, head),
+            (Part::Data, middle, data),
+            (Part::Margin, after, tail),
+        ];
         self.write_parts(plan, parts).await
     }
 
@@ -112,7 +126,7 @@ impl<F: Format> FormatNode<F> {
     async fn write_parts<const COUNT: usize>(
         &self,
         plan: &WritePlan<F::Token<'_>>,
-        parts: [(Place, Buffer); COUNT],
+        parts: [(Part, Place, Buffer); COUNT],
     ) -> Result<(), Errno> {
         let head_start = plan.host_offset.checked_sub(plan.head.length());
         let head_start = head_start.ok_or(Errno::EIO)?;
@@ -122,13 +136,19 @@ impl<F: Format> FormatNode<F> {
             let length = fill.length() - self.in_memory(fill) as u64;
             if length != 0 {
                 let range = ByteRange::new(at, length);
+                let file = self.format.file().node();
+                file.event(Event::ClusterAllocSpace).await;
                 let zeroes = self.data().write_zeroes(range, ZeroFlags::default());
                 pieces.push(zeroes).await;
             }
         }
-        for (place, part) in parts {
-            if !part.is_empty() {
-                pieces.push(self.write_data(place, part)).await;
+        for (part, place, buffer) in parts {
+            if !buffer.is_empty() {
+                let write = match part {
+                    Part::Data => self.write_data(place, buffer),
+                    Part::Margin => self.write_margin(place, buffer),
+                };
+                pieces.push(write).await;
             }
         }
         pieces.finish().await
@@ -153,11 +173,14 @@ impl<F: Format> FormatNode<F> {
         plan: &WritePlan<F::Token<'_>>,
         (head, tail): (Buffer, Buffer),
     ) -> Result<(), Errno> {
+        let file = self.format.file().node();
         if let Fill::Copy(length) = plan.head {
+            file.event(Event::CowRead).await;
             let start = plan.range.offset.checked_sub(length).ok_or(Errno::EIO)?;
             self.read_old(start, head).await?;
         }
         if let Fill::Copy(_) = plan.tail {
+            file.event(Event::CowRead).await;
             let end = plan.range.offset + plan.range.length;
             self.read_old(end, tail).await?;
         }

@@ -4,6 +4,7 @@
 //! two ends.
 
 use super::{DetectZeroes, Discard, Node};
+use crate::debug::Event;
 use crate::driver::{ByteRange, WriteFlags, ZeroFlags};
 use executor::{Buffer, Errno, HeapBuffer};
 use std::ops::Range;
@@ -161,9 +162,18 @@ impl Node {
                 true => data,
                 false => data.to_heap().into_buffer(),
             };
-            self.driver.write(chunk.padded.start, data, flags).await?;
+            self.write_chunk(chunk.padded.start, data, flags).await?;
         }
         Ok(())
+    }
+
+    async fn write_chunk(&self, offset: u64, data: Buffer, flags: WriteFlags) -> Result<(), Errno> {
+        if !flags.compressed {
+            self.event(Event::Pwritev).await;
+        }
+        let result = self.driver.write(offset, data, flags).await;
+        self.event(Event::PwritevDone).await;
+        result
     }
 
     /// Reads the blocks at the ends of a chunk, merges `data` and writes the whole.
@@ -182,22 +192,34 @@ impl Node {
         let block = self.alignment() as usize;
         let head = chunk.wanted.start > chunk.padded.start;
         let tail = chunk.wanted.end < chunk.padded.end;
+        // One block is read once, for both ends.
+        let shared = head && tail && chunk.length() == block;
         if head {
+            self.event(Event::PwritevRmwHead).await;
+            if shared {
+                self.event(Event::PwritevRmwTail).await;
+            }
             self.driver
                 .read(chunk.padded.start, bounce.slice(0..block))
                 .await?;
+            self.event(Event::PwritevRmwAfterHead).await;
+            if shared {
+                self.event(Event::PwritevRmwAfterTail).await;
+            }
         }
-        if tail && !(head && chunk.length() == block) {
+        if tail && !shared {
             let last = chunk.length() - block;
+            self.event(Event::PwritevRmwTail).await;
             self.driver
                 .read(
                     chunk.padded.start + last as u64,
                     bounce.slice(last..chunk.length()),
                 )
                 .await?;
+            self.event(Event::PwritevRmwAfterTail).await;
         }
         bounce.slice(chunk.inner()).copy_from(data);
-        self.driver.write(chunk.padded.start, bounce, flags).await
+        self.write_chunk(chunk.padded.start, bounce, flags).await
     }
 
     pub(super) async fn zero_general(
@@ -236,7 +258,10 @@ impl Node {
                 Some(tracker) => Some(tracker.begin(body.clone()).await),
                 None => None,
             };
-            self.driver.write_zeroes(range, flags).await
+            self.event(Event::PwritevZero).await;
+            let result = self.driver.write_zeroes(range, flags).await;
+            self.event(Event::PwritevDone).await;
+            result
         };
         match result {
             Err(Errno::EOPNOTSUPP) if !flags.no_fallback => self.write_zero_bytes(body).await,

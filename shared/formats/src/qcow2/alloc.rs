@@ -25,6 +25,7 @@ use super::tables::{
 };
 use super::{Qcow2, SECTOR, State, header, refcount};
 use block::ByteRange;
+use block::Event;
 use block::events::Corruption;
 use executor::Errno;
 use executor::sync::MutexGuard;
@@ -121,6 +122,7 @@ impl Qcow2 {
     /// Allocates up to `want` contiguous clusters, at least one, with refcount one. The change of
     /// the refcounts is logged together with what will refer to them.
     pub(super) async fn allocate(&self, want: u64) -> Result<(ClusterRun, Storage), Errno> {
+        self.event(Event::ClusterAlloc).await;
         let attempt = self.try_allocate(&mut self.state(), want);
         if let Ok(allocated) = attempt {
             return Ok(allocated);
@@ -321,11 +323,14 @@ impl Qcow2 {
             count: 1,
         })
         .await?;
+        self.event(Event::RefblockAlloc).await;
         let offset = self.geometry.host_offset(cluster);
         let mut block = vec![0; self.geometry.cluster_size() as usize];
         let in_block = cluster.0 & ((1 << self.geometry.refcount_block_bits()) - 1);
         refcount::set_in_bytes(&mut block, self.geometry.refcount_order, in_block, 1);
+        self.event(Event::RefblockAllocWrite).await;
         self.write_bytes(offset.0, &block).await?;
+        self.event(Event::RefblockAllocHookup).await;
         let record = RedoRecord::RefcountTable {
             index: table_index,
             value: offset.0,
@@ -372,6 +377,7 @@ impl Qcow2 {
         _structure: &Structure<'_>,
         first: HostCluster,
     ) -> Result<(), Errno> {
+        self.event(Event::ReftableGrow).await;
         let geometry = &self.geometry;
         let plan = TablePlan::new(first, geometry).ok_or(Errno::EFBIG)?;
         let everything = ClusterRun {
@@ -392,6 +398,7 @@ impl Qcow2 {
                 refcount::set_in_bytes(&mut block, geometry.refcount_order, position, 1);
             }
             let offset = geometry.host_offset(HostCluster(first.0 + number)).0;
+            self.event(Event::RefblockAllocWriteBlocks).await;
             self.write_bytes(offset, &block).await?;
         }
         let mut entries = self.state().refcount_table.entries.clone();
@@ -405,11 +412,13 @@ impl Qcow2 {
             .iter()
             .flat_map(|entry| entry.to_be_bytes())
             .collect();
+        self.event(Event::RefblockAllocWriteTable).await;
         self.write_bytes(table.0, &bytes).await?;
         self.file.node().flush().await?;
         let mut field = table.0.to_be_bytes().to_vec();
         field.extend_from_slice(&(plan.table_clusters as u32).to_be_bytes());
         let at = header::field::REFCOUNT_TABLE_OFFSET as u64;
+        self.event(Event::RefblockAllocSwitchTable).await;
         self.write_bytes(at, &field).await?;
         self.file.node().flush().await?;
         self.adopt_refcount_table(table, entries, everything);

@@ -18,7 +18,7 @@ use super::reclaim::{Freed, RECLAIM_PER_FLUSH, Requests};
 use super::tables::{HostOffset, OFFSET_MASK};
 use super::{Qcow2, SECTOR, State};
 use block::redo_log::Mark;
-use block::{IoFuture, WriteFlags};
+use block::{Event, IoFuture, WriteFlags};
 use executor::{Buffer, Errno};
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -89,7 +89,7 @@ impl Qcow2 {
             }
             Err(Errno::ENOSPC | Errno::EDQUOT) => {}
             Err(errno) => {
-                tracing::error!(%errno, "qcow2 metadata not written; flushes fail from now on");
+                tracing::warn!(%errno, "qcow2 metadata not written; flushes fail from now on");
                 self.health.failed.store(true, Release);
             }
         }
@@ -223,22 +223,29 @@ impl Snapshot<'_> {
             let slices = self.refcounts.iter();
             slices.map(|slice| (place(slice), slice)).collect()
         };
+        if !self.refcounts.is_empty() {
+            image.event(Event::RefblockUpdatePart).await;
+        }
         image.write_slices(&image.refcounts, refcounts).await?;
+        image.event(Event::FlushToDisk).await;
         if let Some(data) = &image.data_file {
             data.node().flush().await?;
         }
         file.flush().await?;
         if !self.refcount_table.sectors.is_empty() {
+            image.event(Event::ReftableUpdate).await;
             image.write_pieces(self.refcount_table.pieces()).await?;
             file.flush().await?;
         }
         if !self.l2.is_empty() {
             let l2 = self.l2.iter();
             let slices = l2.map(|slice| (image.l2_slice_place(slice.index), slice));
+            image.event(Event::L2Update).await;
             image.write_slices(&image.l2, slices.collect()).await?;
             file.flush().await?;
         }
         if !self.l1.sectors.is_empty() {
+            image.event(Event::L1Update).await;
             image.write_pieces(self.l1.pieces()).await?;
             file.flush().await?;
         }

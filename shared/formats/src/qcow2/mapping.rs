@@ -7,7 +7,7 @@ use super::Qcow2;
 use super::cache::{Pinned, ReadClaim, View};
 use super::cluster::{Cluster, EntryWords, SubclusterKind, Subclusters};
 use super::tables::{GuestCluster, HostOffset, L2Entry, L2Kind, OFFSET_MASK};
-use block::{ByteRange, Extent, Lookup, Mapping};
+use block::{ByteRange, Event, Extent, Lookup, Mapping};
 use executor::{Buffer, Errno};
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
 
@@ -62,6 +62,7 @@ impl Qcow2 {
                 ReadClaim::Present => return self.resolve_pinned(range).await,
                 ReadClaim::Vacant(loading) => {
                     let buffer = Buffer::zeroed(self.l2.slice_bytes());
+                    self.event(Event::L2Load).await;
                     self.file.node().read(place.0, buffer.clone()).await?;
                     let mut bytes = buffer.to_heap();
                     self.overlay.apply(geometry, slice, &mut bytes);

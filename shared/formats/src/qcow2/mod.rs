@@ -74,7 +74,7 @@ use alloc::Allocator;
 use bitmaps::Bitmaps;
 use block::events::{Corruption, Reporter};
 use block::redo_log::RedoLog;
-use block::{BackingReference, Edge};
+use block::{BackingReference, Edge, Event};
 use cache::{Claim, Pinned, TableCache};
 use cluster::PairSequence;
 use compressed::{Inflated, Packing};
@@ -243,6 +243,12 @@ impl Qcow2 {
                 Claim::Present(slice) => return Ok(slice),
                 Claim::Vacant(fill) => {
                     let buffer = Buffer::zeroed(cache.slice_bytes());
+                    let of_refcounts = std::ptr::eq(cache, &*self.refcounts);
+                    self.event(match of_refcounts {
+                        true => Event::RefblockLoad,
+                        false => Event::L2Load,
+                    })
+                    .await;
                     self.file.node().read(offset.0, buffer.clone()).await?;
                     let mut bytes = buffer.to_heap();
                     if std::ptr::eq(cache, &*self.l2) {
@@ -261,6 +267,11 @@ impl Qcow2 {
     /// Whether the external data file has to read as the disk does by itself.
     fn is_raw_data_file(&self) -> bool {
         self.data_file.is_some() && self.header.autoclear & header::AUTOCLEAR_DATA_FILE_RAW != 0
+    }
+
+    /// Tells whoever listens below that a request has reached `event`.
+    async fn event(&self, event: Event) {
+        self.file.node().event(event).await;
     }
 
     async fn write_bytes(&self, offset: u64, bytes: &[u8]) -> Result<(), Errno> {

@@ -22,7 +22,7 @@ use super::tables::{
     REFCOUNT_BLOCK_MASK,
 };
 use super::{Qcow2, cache, header};
-use block::{ByteRange, Error, ErrorKind, Mapping, Preallocation, Resize, ZeroFlags};
+use block::{ByteRange, Error, ErrorKind, Event, Mapping, Preallocation, Resize, ZeroFlags};
 use executor::Errno;
 use std::ops::Range;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
@@ -251,6 +251,7 @@ impl Qcow2 {
     async fn move_l1(&self, entries: u64) -> Result<(), Errno> {
         let geometry = &self.geometry;
         let structure = self.structure.lock().await;
+        self.event(Event::L1GrowAllocTable).await;
         let clusters = (entries * 8).div_ceil(geometry.cluster_size());
         let Contiguous {
             run,
@@ -262,8 +263,10 @@ impl Qcow2 {
         let mut bytes: Vec<u8> = self.l1.iter().flat_map(u64::to_be_bytes).collect();
         bytes.resize((clusters << geometry.cluster_bits) as usize, 0);
         let offset = geometry.host_offset(run.first);
+        self.event(Event::L1GrowWriteTable).await;
         self.write_bytes(offset.0, &bytes).await?;
         self.file.node().flush().await?;
+        self.event(Event::L1GrowActivateTable).await;
         let mut field = (entries as u32).to_be_bytes().to_vec();
         field.extend_from_slice(&offset.0.to_be_bytes());
         let at = header::field::L1_SIZE as u64;

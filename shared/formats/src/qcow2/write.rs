@@ -20,7 +20,7 @@ use super::reclaim::{DiscardKind, Requests};
 use super::redo::{L2Run, RedoRecord};
 use super::tables::{COPIED, ClusterRun, GuestCluster, HostOffset, OFFSET_MASK};
 use super::{Qcow2, State};
-use block::{ByteRange, Fill, Format, WritePlan};
+use block::{ByteRange, Event, Fill, Format, WritePlan};
 use executor::sync::RangeGuard;
 use executor::{Buffer, Errno};
 use smallvec::SmallVec;
@@ -288,6 +288,7 @@ impl Qcow2 {
         if owned(old) {
             return Ok(());
         }
+        self.event(Event::ClusterAlloc).await;
         let (run, _) = self.allocate_in(&structure, 1).await?;
         let reserved = Reserved::new(self, run);
         let table = self.geometry.host_offset(run.first);
@@ -332,8 +333,10 @@ impl Qcow2 {
             return Err(self.corruption(what).await);
         }
         if source != 0 {
+            self.event(Event::L2AllocCowRead).await;
             file.read(source, buffer.clone()).await?;
         }
+        self.event(Event::L2AllocWrite).await;
         file.write(table.0, buffer, block::WriteFlags::default())
             .await
     }

@@ -120,6 +120,16 @@ fn copy_on_read() -> Subject {
     subject
 }
 
+/// A node that listens to events and has other limits, below a format.
+fn blkdebug() -> Subject {
+    let mut subject = qcow2("qcow2 over blkdebug", "cluster_size=4k", false);
+    let debugged = json!({"driver": "blkdebug", "align": 1024, "max-transfer": 8192,
+        "opt-write-zero": 2048, "max-write-zero": 4096, "opt-discard": 2048, "max-discard": 4096,
+        "image": {"driver": "file", "filename": IMAGE}});
+    subject.definition.insert("file".to_owned(), debugged);
+    subject
+}
+
 /// Some requests wait for limits.
 fn throttle() -> Subject {
     let definition = json!({"driver": "throttle", "node-name": "subject", "discard": "unmap",
@@ -271,6 +281,7 @@ conformance! {
     qcow2_subclusters_overlay: qcow2("qcow2 overlay, subclusters", "cluster_size=16k,extended_l2=on", true);
     compressed: compress("cluster_size=4k");
     compressed_zstd: compress("cluster_size=16k,compression_type=zstd");
+    debugged: blkdebug();
     throttled: throttle();
     logging_writes: logged();
     preallocating: preallocated();

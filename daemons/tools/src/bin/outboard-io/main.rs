@@ -135,9 +135,7 @@ impl Invocation {
             true => input::run(&session).await,
             false => self.run_commands(&session).await,
         };
-        if let Some((_, Err(error))) = session.close().await {
-            report(&error.message);
-        }
+        session.close().await;
         output::flush();
         Ok(match verdict {
             Verdict::Done => 0,

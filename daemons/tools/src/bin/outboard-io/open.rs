@@ -96,18 +96,22 @@ impl OpenArguments {
 
     /// The options of the node without what the flags add.
     fn definition(&self, session: &Session<'_>) -> Result<Map<String, Value>, Error> {
+        let given = match &self.options {
+            None => Map::new(),
+            Some(text) => keyval::parse(text, None)
+                .map_err(|error| invalid(error.desc))?
+                .into_members(),
+        };
+        let driver = given.get("driver").and_then(Value::as_str);
         let mut definition = match &self.path {
             None => Map::new(),
             Some(path) => session.tool.definition(&ImageSpec {
                 name: path.clone(),
-                format: self.format.clone(),
+                format: self.format.clone().or(driver.map(str::to_owned)),
                 notation: Notation::Filename,
             })?,
         };
-        if let Some(text) = &self.options {
-            let given = keyval::parse(text, None).map_err(|error| invalid(error.desc))?;
-            merge(&mut definition, given.into_members());
-        }
+        merge(&mut definition, given);
         if !definition.contains_key("driver") && !definition.contains_key("file") {
             return Err(invalid("Must specify either driver or file"));
         }

@@ -6,19 +6,17 @@ use crate::command::{Answer, Problem};
 use crate::files::problem;
 use crate::open::merge;
 use crate::session::{Mode, Opened, Recipe, Session, WriteCache};
+use block::Node;
 use qmp::keyval;
 use serde_json::{Map, Value, json};
 use tools::image::Cache;
-
-/// Options that say what the node is, and cannot change while it is open.
-const FIXED: [&str; 3] = ["driver", "node-name", "filename"];
 
 /// Runs the command.
 pub(crate) async fn reopen(session: &Session<'_>, words: &[&str]) -> Answer {
     let words = arguments::parse("reopen", words, "c:o:rw")?;
     let change = Change::parse(&words)?;
     let image = session.opened()?;
-    let recipe = change.applied(&image.recipe)?;
+    let recipe = change.applied(&image)?;
     if recipe.mode == Mode::ReadOnly {
         // Nothing of what the image was open for writing with may be lost.
         image.flush().await.ok();
@@ -83,9 +81,9 @@ impl Change {
         })
     }
 
-    fn applied(self, old: &Recipe) -> Result<Recipe, Problem> {
-        let mut recipe = old.clone();
-        check_fixed(&self.options, &old.options)?;
+    fn applied(mut self, image: &Opened) -> Result<Recipe, Problem> {
+        let mut recipe = image.recipe.clone();
+        take_fixed(&mut self.options, image.node())?;
         if let Some(mode) = self.mode {
             recipe.mode = mode;
             let read_only = json!(mode == Mode::ReadOnly);
@@ -119,16 +117,30 @@ fn mode(words: &Words) -> Result<Option<Mode>, Problem> {
     }
 }
 
-/// An error for the first option that cannot change while a node is open, unless it stays.
-fn check_fixed(changes: &Map<String, Value>, old: &Map<String, Value>) -> Answer {
-    for (name, value) in changes {
-        match (old.get(name), value) {
-            (Some(Value::Object(old)), Value::Object(changes)) => check_fixed(changes, old)?,
-            (old, value) if FIXED.contains(&&**name) && old != Some(value) => {
+/// Takes the options that say what a node is: an error for the first that is to change, since it
+/// cannot while the node is open.
+fn take_fixed(changes: &mut Map<String, Value>, node: &Node) -> Answer {
+    let fixed = [
+        ("driver", node.driver().driver_name().to_owned()),
+        ("node-name", node.name().to_owned()),
+        ("filename", node.filename()),
+    ];
+    for (name, now) in fixed {
+        match changes.shift_remove(name) {
+            Some(Value::String(same)) if same == now => {}
+            None => {}
+            Some(_) => {
                 let message = format!("Cannot change the option '{name}'");
                 return Err(Problem::Error(message));
             }
-            _ => {}
+        }
+    }
+    for (name, edge) in node.driver().edges() {
+        if let Some(Value::Object(below)) = changes.get_mut(name) {
+            take_fixed(below, edge.node())?;
+            if below.is_empty() {
+                changes.shift_remove(name);
+            }
         }
     }
     Ok(())

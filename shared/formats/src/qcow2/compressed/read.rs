@@ -2,6 +2,7 @@
 
 use super::Packed;
 use crate::qcow2::Qcow2;
+use block::Event;
 use executor::workers::offload;
 use executor::{Buffer, Errno, HeapBuffer};
 use std::sync::Arc;
@@ -42,7 +43,7 @@ impl Qcow2 {
         let node = self.file.node();
         let fault = |what: &str| {
             let file = node.name();
-            tracing::error!(
+            tracing::warn!(
                 file,
                 "qcow2: {what} at guest offset {offset:#x} ({packed:x?})"
             );
@@ -59,6 +60,7 @@ impl Qcow2 {
             true => memory.into_buffer(),
             false => Buffer::zeroed(length),
         };
+        self.event(Event::ReadCompressed).await;
         let read = node.read(packed.offset, whole.slice(0..length));
         read.await?;
         let bytes = whole.try_into_heap().unwrap_or_else(|b| b.to_heap());

@@ -21,7 +21,7 @@ use crate::qcow2::redo::{L2Run, RedoRecord};
 use crate::qcow2::tables::{COMPRESSED, ClusterRun, GuestCluster, HostCluster, L2Entry};
 use crate::qcow2::write::MAX_LOG_ATTEMPTS;
 use crate::qcow2::{Qcow2, State};
-use block::{Buffer, ByteRange, Encoded, WriteFlags};
+use block::{Buffer, ByteRange, Encoded, Event, WriteFlags};
 use executor::workers::offload;
 use executor::{Errno, HeapBuffer};
 use smallvec::SmallVec;
@@ -160,17 +160,22 @@ impl Qcow2 {
         self.decode_entry(self.entry_words(&slice, cluster), cluster)
             .await?;
         self.reclaim(Requests::MayRun, 1).await;
+        self.event(Event::ClusterAllocBytes).await;
         let place = self.place_packed(length as u64).await?;
         let whole = bytes.into_buffer();
         let data = whole.slice(0..length);
         let node = self.file.node();
+        self.event(Event::WriteCompressed).await;
         let write = node.write(place.packed.offset, data, WriteFlags::default());
         let written = write.await;
         if let Ok(memory) = whole.try_into_heap() {
             self.inflated.give_back(memory);
         }
         match written {
-            Ok(()) => self.map_packed(place, cluster, &slice).await,
+            Ok(()) => {
+                self.event(Event::L2UpdateCompressed).await;
+                self.map_packed(place, cluster, &slice).await
+            }
             Err(errno) => {
                 place.give_back();
                 Err(errno)
