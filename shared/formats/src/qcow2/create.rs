@@ -249,7 +249,10 @@ pub async fn create_with_data(
         length: 0,
         preallocation: Preallocation::Off,
     };
-    file.node().resize(empty).await?;
+    // Elsewhere what was there before stays, without anything that refers to it.
+    if file.node().grows() {
+        file.node().resize(empty).await?;
+    }
     write_tables(&file, &geometry, &layout, header)
         .await
         .map_err(|errno| Error::io("Could not write qcow2 metadata", errno))?;
@@ -272,7 +275,7 @@ pub async fn create_with_data(
     let image = Qcow2::open(file, None, open).await?;
     let mapped = image.fill_new(options).await;
     let closed = image.close().await;
-    mapped?;
+    mapped.map_err(|error| error.context("Could not resize image"))?;
     closed.map_err(|errno| Error::io("Could not close the new image", errno))
 }
 
