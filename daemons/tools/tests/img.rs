@@ -512,3 +512,58 @@ fn rebase_and_commit_move_content_like_qemu_img() {
         compare_chain(&pair, &images, &line);
     }
 }
+
+#[test]
+fn conversions_give_what_qemu_img_gives() {
+    if !has_qemu() {
+        return;
+    }
+    for seed in seeds(8) {
+        let mut random = SmallRng::seed_from_u64(seed);
+        let random = &mut random;
+        let pair = Pair::new();
+        let size = random.random_range(1..12_000) * 512;
+        let create = format!("create -q -f qcow2 a.qcow2 {size}");
+        pair.both(&create);
+        write_alike(&pair, random, size);
+        let format = one_of(random, &["raw", "qcow2"]);
+        let mut options = format!("-O {format}");
+        if random.random_bool(0.4) {
+            let sparse = one_of(random, &["0", "512", "4k", "64k", "96k"]);
+            options.push_str(&format!(" -S {sparse}"));
+        }
+        if random.random_bool(0.4) {
+            let workers = one_of(random, &["1", "3", "16"]);
+            options.push_str(&format!(" -m {workers}"));
+        }
+        if format == "qcow2" && random.random_bool(0.5) {
+            options.push_str(one_of(random, &[" -c", " -o cluster_size=2M", " -W"]));
+        }
+        let context = format!("seed {seed}: {options}");
+        let converted = pair.both(&format!("convert -f qcow2 {options} a.qcow2 b"));
+        assert_eq!(converted.0, Some(0), "{context}");
+        let lengths = pair.directories().map(|directory| {
+            let metadata = std::fs::metadata(directory.join("b"));
+            let length = metadata.expect("the target is there").len();
+            length.next_multiple_of(512)
+        });
+        if !options.contains("-W") {
+            assert_eq!(lengths[1], lengths[0], "{context}");
+        }
+        let [peer, own] = pair.directories();
+        let files = [&peer, &own].map(|directory| directory.join("b").display().to_string());
+        let line = format!("compare -f {format} -F {format} {} {}", files[0], files[1]);
+        assert_eq!(pair.both(&line).0, Some(0), "{context}");
+        for line in [
+            format!("compare -s -f qcow2 -F {format} a.qcow2 b"),
+            format!("measure -O qcow2 -f {format} b"),
+        ] {
+            let [expected, answer] = PROGRAMS.map(|program| run(&peer, program, &words(&line)));
+            assert_eq!(answer, expected, "{context}: {line}");
+        }
+        pair.both("dd -f qcow2 bs=1000 count=900 skip=3 if=a.qcow2 of=c");
+        let copies = [&peer, &own].map(|directory| std::fs::read(directory.join("c")));
+        let [peer, own] = copies.map(|bytes| bytes.expect("what was just written"));
+        assert!(peer == own, "{context}: dd");
+    }
+}

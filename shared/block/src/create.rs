@@ -113,6 +113,26 @@ pub struct CreateRequest<'g> {
     made: RefCell<Vec<Arc<Node>>>,
 }
 
+impl<'g> CreateRequest<'g> {
+    /// A request to the driver `driver`.
+    pub(crate) fn new(
+        graph: &'g Graph,
+        (driver, target): (&str, Target),
+        members: Map<String, Value>,
+    ) -> Result<Self> {
+        let entry = graph
+            .entry(driver)
+            .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("Unknown driver '{driver}'")))?;
+        Ok(Self {
+            graph,
+            driver: entry.name,
+            target,
+            options: Options::new(members, String::new()),
+            made: RefCell::default(),
+        })
+    }
+}
+
 impl CreateRequest<'_> {
     /// The password that the `secret` object `id` holds.
     ///

@@ -235,6 +235,11 @@ pub trait Driver: Send + Sync {
     fn compresses(&self) -> bool {
         false
     }
+    /// Whether a node of this driver that was just made and never written reads as zeroes (but for
+    /// what a backing shows).
+    fn reads_zero_when_new(&self) -> bool {
+        false
+    }
     /// Writes `buffer` at `offset`.
     fn write(&self, offset: u64, buffer: Buffer, flags: WriteFlags) -> IoFuture<'_>;
     /// Makes the range read as zeroes; `EOPNOTSUPP` lets the node write zero bytes instead.

@@ -22,7 +22,7 @@ use crate::cipher::SectorCipher;
 use crate::driver::{BackingReference, ByteRange, Limits, Resize, ZeroFlags};
 use crate::edge::Edge;
 use crate::snapshot::Snapshots;
-use executor::{Buffer, Errno};
+use executor::{Buffer, Errno, HeapBuffer};
 
 /// Where a piece of the virtual disk is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,13 +97,12 @@ pub struct WritePlan<T> {
     pub token: T,
 }
 
-/// What became of a cluster that was to be stored encoded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Encoded {
-    /// It is stored and mapped.
-    Stored,
-    /// It does not get smaller: nothing changed, the caller writes it plainly.
-    Incompressible,
+/// A cluster as a format encoded it.
+pub struct EncodedBytes {
+    /// Memory that begins with the bytes.
+    pub memory: HeapBuffer,
+    /// How many there are.
+    pub length: usize,
 }
 
 /// An image format. Any thread may call at any time; futures stay on the calling thread.
@@ -159,14 +158,23 @@ pub trait Format: Send + Sync + 'static {
     /// Reads an [`Mapping::Encoded`] extent starting at `offset` into `buffer`.
     async fn read_encoded(&self, offset: u64, descriptor: u64, buffer: Buffer)
     -> Result<(), Errno>;
-    /// Whether [`Format::write_encoded`] works on this image.
+    /// Whether [`Format::encode`] works on this image.
     fn can_encode(&self) -> bool {
         false
     }
-    /// Stores one whole cluster (or the disk's last, shorter one) compressed, in place of whatever
-    /// it held. `buffer` is private memory of the request, of the range's length.
-    async fn write_encoded(&self, range: ByteRange, buffer: Buffer) -> Result<Encoded, Errno> {
+    /// Compresses one whole cluster (or the disk's last, shorter one); `None` when it does not get
+    /// smaller. `buffer` is private memory of the request, of the range's length.
+    async fn encode(
+        &self,
+        range: ByteRange,
+        buffer: Buffer,
+    ) -> Result<Option<EncodedBytes>, Errno> {
         let _ = (range, buffer);
+        Err(Errno::EOPNOTSUPP)
+    }
+    /// Stores what `encode` made of the cluster of `range`, in place of whatever it held.
+    async fn store_encoded(&self, range: ByteRange, bytes: EncodedBytes) -> Result<(), Errno> {
+        let _ = (range, bytes);
         Err(Errno::EOPNOTSUPP)
     }
     /// What plain data (`Mapping::Data`) is encrypted with. A format that has one gives a

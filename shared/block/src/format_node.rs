@@ -375,6 +375,9 @@ impl<F: Format> Driver for FormatNode<F> {
     fn compresses(&self) -> bool {
         self.format.can_encode()
     }
+    fn reads_zero_when_new(&self) -> bool {
+        self.data().driver().reads_zero_when_new()
+    }
     fn write(&self, offset: u64, buffer: Buffer, flags: WriteFlags) -> IoFuture<'_> {
         let range = ByteRange::new(offset, buffer.len() as u64);
         if range.length == 0 {

@@ -31,6 +31,7 @@ pub mod format;
 pub mod format_node;
 pub mod graph;
 pub mod machine_state;
+pub mod measure;
 #[cfg(test)]
 mod memory;
 pub mod naming;
@@ -41,6 +42,7 @@ pub mod redo_log;
 pub mod root;
 pub mod secret;
 pub mod snapshot;
+mod turns;
 pub mod upkeep;
 
 pub use amend::{AmendRequest, Amender};
@@ -56,10 +58,11 @@ pub use driver::{
 pub use edge::{Edge, EdgeSpec, Permissions};
 pub use error::{Error, ErrorKind};
 pub use executor::{Buffer, Errno, HeapBuffer};
-pub use format::{Encoded, Extent, Fill, Format, Lookup, Mapping, WritePlan};
+pub use format::{EncodedBytes, Extent, Fill, Format, Lookup, Mapping, WritePlan};
 pub use format_node::FormatNode;
 pub use graph::Graph;
 pub use machine_state::MachineState;
+pub use measure::Measured;
 pub use naming::{Layer, Names, Protocol, Reach};
 pub use node::{DetectZeroes, Discard, Node, NodeOptions};
 pub use open::{ChildRole, DriverEntry, OpenRequest};

@@ -159,12 +159,22 @@ impl Driver for Memory {
         self.call(Call::Flush, |_| {})
     }
     fn block_status(&self, range: ByteRange) -> BoxFuture<'_, Result<StatusExtent, Errno>> {
+        // Runs of zero bytes are holes.
+        let (length, zero) = {
+            let state = self.state.lock().unwrap();
+            let bytes = &state.bytes[span(range.offset, range.length)];
+            let zero = bytes[0] == 0;
+            let run = bytes.iter().take_while(|byte| (**byte == 0) == zero);
+            let length = run.count() as u64;
+            // Random bytes may be zero, too.
+            (length, zero && length >= 64)
+        };
         let status = BlockStatus {
-            data: true,
+            data: !zero,
+            zero,
             allocated: true,
             ..BlockStatus::default()
         };
-        let length = range.length;
         Box::pin(async move { Ok(StatusExtent { length, status }) })
     }
     fn resize(&self, resize: Resize) -> BoxFuture<'_, Result<(), crate::Error>> {

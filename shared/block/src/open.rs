@@ -21,6 +21,7 @@ use crate::edge::{Edge, EdgeSpec};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::Reporter;
 use crate::graph::Graph;
+use crate::measure::MeasureFn;
 use crate::naming::{Names, Protocol};
 use crate::node::{Node, NodeOptions};
 use crate::redo_log::{Record, RedoLog};
@@ -69,8 +70,12 @@ pub struct DriverEntry {
     /// How sure the driver is that an image starting with these bytes (up to
     /// [`PROBE_BYTES`]) is its own: 0 not at all, 100 certain. Asked by tools alone.
     pub probe: Option<fn(&[u8]) -> u8>,
+    /// Images can hold compressed clusters ([`Driver::compresses`] tells of one image).
+    pub compresses: bool,
     /// Makes new images.
     pub create: Option<Creator>,
+    /// Tells how large new images become.
+    pub measure: Option<MeasureFn>,
     /// Changes what images were created with.
     pub amend: Option<Amender>,
     /// The names that it is addressed by, and what it touches.
@@ -93,7 +98,9 @@ impl DriverEntry {
             name,
             open,
             probe: None,
+            compresses: false,
             create: None,
+            measure: None,
             amend: None,
             protocol: None,
             strong_options: &[],
@@ -123,11 +130,27 @@ impl DriverEntry {
             ..self
         }
     }
+    /// The same driver, whose images can hold compressed clusters.
+    #[must_use]
+    pub const fn with_compression(self) -> Self {
+        Self {
+            compresses: true,
+            ..self
+        }
+    }
     /// The same driver, making images.
     #[must_use]
     pub const fn with_create(self, create: Creator) -> Self {
         Self {
             create: Some(create),
+            ..self
+        }
+    }
+    /// The same driver, measuring new images.
+    #[must_use]
+    pub const fn with_measure(self, measure: MeasureFn) -> Self {
+        Self {
+            measure: Some(measure),
             ..self
         }
     }

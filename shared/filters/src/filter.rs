@@ -136,6 +136,9 @@ impl<F: Filter> Driver for FilterNode<F> {
     fn compresses(&self) -> bool {
         self.0.compresses()
     }
+    fn reads_zero_when_new(&self) -> bool {
+        self.0.child().driver().reads_zero_when_new()
+    }
     fn write(&self, offset: u64, buffer: Buffer, flags: WriteFlags) -> IoFuture<'_> {
         self.0.write(offset, buffer, flags)
     }

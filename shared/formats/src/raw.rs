@@ -10,7 +10,8 @@ use block::error::Result;
 use block::open::{ChildRole, DriverEntry};
 use block::{
     BoxFuture, Buffer, ByteRange, Driver, Edge, Errno, Error, ErrorKind, Event, ImageIdentity,
-    IoFuture, Layer, Limits, Node, OpenRequest, Resize, StatusExtent, WriteFlags, ZeroFlags,
+    IoFuture, Layer, Limits, Measured, Node, OpenRequest, Resize, RootHandle, StatusExtent,
+    WriteFlags, ZeroFlags,
 };
 use serde_json::{Map, Value};
 
@@ -28,7 +29,8 @@ pub const ENTRY: DriverEntry = DriverEntry::new("raw", |request| Box::pin(open(r
             "Virtual disk size",
         )],
         create: |request| Box::pin(create(request)),
-    });
+    })
+    .with_measure(|request, source| Box::pin(async move { measure(request, source) }));
 
 /// A raw image is its file.
 async fn create(request: &mut CreateRequest<'_>) -> Result<()> {
@@ -38,6 +40,20 @@ async fn create(request: &mut CreateRequest<'_>) -> Result<()> {
         .filter_map(|name| Some((name.to_owned(), request.take(name)?)))
         .collect();
     request.pass_through(members).await
+}
+
+/// All of it counts: files have the length of the disk.
+fn measure(request: &mut CreateRequest<'_>, source: Option<&RootHandle>) -> Result<Measured> {
+    let bytes = match source {
+        Some(source) => source.length(),
+        None => request.take_size("size")?.unwrap_or(0),
+    };
+    let bytes = bytes.checked_next_multiple_of(SECTOR).unwrap_or(bytes);
+    Ok(Measured {
+        required: bytes,
+        fully_allocated: bytes,
+        bitmaps: None,
+    })
 }
 
 /// A window on a child.
@@ -161,6 +177,9 @@ impl Driver for Raw {
         self.forward(range, |child, range| {
             child.after(Event::ReadAio, move || child.read(range.offset, buffer))
         })
+    }
+    fn reads_zero_when_new(&self) -> bool {
+        self.child().driver().reads_zero_when_new()
     }
     fn write(&self, offset: u64, buffer: Buffer, flags: WriteFlags) -> IoFuture<'_> {
         let range = ByteRange::new(offset, buffer.len() as u64);

@@ -443,6 +443,12 @@ impl Driver for FileNode {
     fn read(&self, offset: u64, buffer: Buffer) -> IoFuture<'_> {
         self.file.read_at(buffer, offset).into()
     }
+    fn reads_zero_when_new(&self) -> bool {
+        // Other files keep what they held when they are made anew.
+        let metadata = self.file.as_fd().map(nix::sys::stat::fstat);
+        let is_file = |stat: nix::sys::stat::FileStat| stat.st_mode & libc::S_IFMT == libc::S_IFREG;
+        metadata.is_none_or(|stat| stat.is_ok_and(is_file))
+    }
     fn write(&self, offset: u64, buffer: Buffer, _flags: WriteFlags) -> IoFuture<'_> {
         let end = offset + buffer.len() as u64;
         if end > self.length.load(Ordering::Relaxed) {

@@ -21,15 +21,17 @@ mod runs;
 mod sources;
 pub mod status;
 mod transfer;
-mod turns;
 mod walk;
+mod window;
 
 pub use rate::Rate;
-pub use runs::{Run, RunRules, Runs};
+pub use runs::{Run, RunRules, Runs, first_difference, first_nonzero};
 pub use sources::Sources;
 pub use walk::{Backed, Kind, Step, Walk};
+pub use window::Window;
 
 use crate::root::RootHandle;
+use crate::turns::Turns;
 use executor::sync::Mutex;
 use executor::{Errno, HeapBuffer};
 use std::cell::{Cell, RefCell};
@@ -37,10 +39,13 @@ use std::fmt;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::task::Poll;
-use turns::Turns;
 
-/// Bytes that one request reads and writes, unless the target's clusters are larger.
-pub const CHUNK_BYTES: u64 = 2 << 20;
+/// Bytes that one request reads and writes: few enough that they are still in the processor's cache
+/// when they are looked at and written.
+pub const CHUNK_BYTES: u64 = 512 << 10;
+/// The same where runs of zeroes are looked for that are longer than usual, or clusters compressed
+/// side by side.
+pub const LONG_CHUNK_BYTES: u64 = 2 << 20;
 
 /// Least run of zeroes that is worth a hole, unless told otherwise, in bytes.
 pub const SPARSE_BYTES: u64 = 4096;
@@ -94,7 +99,8 @@ pub enum OnReadError {
 /// How to copy.
 #[derive(Clone, Debug)]
 pub struct CopyOptions {
-    /// Bytes of a chunk, a multiple of 512, and of the cluster of a compressed target.
+    /// Bytes of a chunk, a multiple of 512, and of the cluster of a compressed target. Chunks end at
+    /// multiples of it.
     pub chunk: u64,
     /// Chunks in memory at a time, at least one.
     pub in_flight: usize,

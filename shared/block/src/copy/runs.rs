@@ -128,6 +128,30 @@ pub(super) fn is_zero(bytes: &[u8]) -> bool {
             .all(|byte| *byte == 0)
 }
 
+/// The first sector that is not all zero, by its offset in `bytes`.
+pub fn first_nonzero(bytes: &[u8]) -> Option<usize> {
+    if is_zero(bytes) {
+        return None;
+    }
+    let mut sectors = bytes.chunks(SECTOR as usize);
+    sectors
+        .position(|sector| !is_zero(sector))
+        .map(|number| number * SECTOR as usize)
+}
+
+/// The first sector in which two pieces of one length differ, by its offset in them.
+pub fn first_difference(left: &[u8], right: &[u8]) -> Option<usize> {
+    assert_eq!(left.len(), right.len(), "pieces of one length are compared");
+    if left == right {
+        return None;
+    }
+    let sector = SECTOR as usize;
+    let mut pairs = left.chunks(sector).zip(right.chunks(sector));
+    pairs
+        .position(|(left, right)| left != right)
+        .map(|number| number * sector)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -175,6 +199,16 @@ mod tests {
         assert_eq!(runs(&[0, 0, 0], 1, (8, 8)), [-3]);
         assert_eq!(runs(&[1, 1, 1], 1, (8, 8)), [3]);
         assert_eq!(Runs::new(&[], 0, RunRules::new(4096, 1)).next(), None);
+    }
+
+    #[test]
+    fn differences_are_told_by_sector() {
+        let (left, mut right) = (chunk(&[1, 0, 0, 1]), chunk(&[1, 0, 0, 1]));
+        assert_eq!(first_difference(&left, &right), None);
+        right[1300] = 9;
+        assert_eq!(first_difference(&left, &right), Some(1024));
+        assert_eq!(first_nonzero(&right[512..]), Some(512));
+        assert_eq!(first_nonzero(&left[512..1536]), None);
     }
 
     #[test]

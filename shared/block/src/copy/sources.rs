@@ -18,11 +18,13 @@ pub struct Sources {
 /// One of them.
 pub(super) struct Part {
     handle: RootHandle,
+    /// What is read of it.
+    within: ByteRange,
     /// Where it begins, in bytes.
     pub(super) start: u64,
     /// Its bytes, whole sectors.
     pub(super) length: u64,
-    /// Its node takes requests of this alignment without reading more.
+    /// Its node takes requests of this alignment, counted from the start, without reading more.
     pub(super) alignment: u64,
     /// The image of its chain that it ends above.
     base: Option<Arc<Node>>,
@@ -37,6 +39,7 @@ impl Sources {
             let handle = root.attach();
             let own = handle.length().checked_next_multiple_of(SECTOR)?;
             parts.push(Part {
+                within: ByteRange::new(0, handle.length()),
                 handle,
                 start: length,
                 length: own,
@@ -56,6 +59,23 @@ impl Sources {
             part.base = Some(Arc::clone(base));
         }
         Some(sources)
+    }
+
+    /// A range of one disk, below its length; filled up with zeroes to a whole sector.
+    pub fn of_range(root: &Root, within: ByteRange) -> Option<Self> {
+        let length = within.length.checked_next_multiple_of(SECTOR)?;
+        let part = Part {
+            handle: root.attach(),
+            within,
+            start: 0,
+            length,
+            alignment: 1,
+            base: None,
+        };
+        Some(Self {
+            parts: vec![part],
+            length,
+        })
     }
 
     /// All bytes.
@@ -94,12 +114,13 @@ impl Sources {
 impl Part {
     /// Reads within the part; the last sector is filled up with zeroes.
     async fn read(&self, offset: u64, buffer: Buffer) -> Result<(), Errno> {
-        let there = self.handle.length().saturating_sub(offset);
+        let there = self.within.length.saturating_sub(offset);
         let within = there.min(buffer.len() as u64) as usize;
         if within < buffer.len() {
             buffer.slice(within..buffer.len()).fill(0);
         }
-        self.handle.read(offset, buffer.slice(0..within)).await
+        let start = self.within.offset + offset;
+        self.handle.read(start, buffer.slice(0..within)).await
     }
 
     /// What is known of `range` of this part: what its own image says, or its whole chain.
@@ -111,6 +132,7 @@ impl Part {
             (Backed::Alike { .. }, Some(base)) => Some(&**base),
             (Backed::Alike { .. }, None) => backing_of(node),
         };
+        let range = ByteRange::new(self.within.offset + range.offset, range.length);
         let Above { length, status, .. } = above(node, base, range).await?;
         Ok(Known {
             length,

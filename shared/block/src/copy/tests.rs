@@ -162,6 +162,26 @@ fn a_failure_at_any_request_ends_the_copy_and_is_told() {
     }
 }
 
+#[test]
+fn a_range_that_begins_within_a_sector_reads_the_same() {
+    for seed in 0..20 {
+        simulated(async || {
+            let bytes = content(seed, 64);
+            let (from, to) = (slow(bytes.clone(), 1), slow(vec![0; 64 << 10], 1));
+            let (source, target) = (root(&from), root(&to).attach());
+            let (start, length) = (100 + seed * 97, 20_000 + seed * 31);
+            let range = ByteRange::new(start, length);
+            let sources = Sources::of_range(&source, range).unwrap();
+            let options = options();
+            let copy = Copy::new((&sources, &target), &options, &Unobserved);
+            copy.run().await.unwrap();
+            let (start, length) = (start as usize, length as usize);
+            assert!(to.bytes()[..length] == bytes[start..start + length]);
+            assert!(to.bytes()[length..].iter().all(|byte| *byte == 0));
+        });
+    }
+}
+
 #[derive(Default)]
 struct Lost(RefCell<Vec<u64>>);
 

@@ -78,6 +78,7 @@ impl<'a> Walk<'a> {
             self.look().await?;
         }
         let known = self.known_until - self.at;
+        let chunk = self.options.chunk - self.at % self.options.chunk;
         let is_written = match self.kind {
             Kind::Data => true,
             Kind::Zero => self.options.sparse.is_none(),
@@ -89,11 +90,9 @@ impl<'a> Walk<'a> {
                 self.kind = Kind::Data;
                 cluster.min(end - self.at)
             }
-            (Store::Compressed { cluster }, true) => {
-                known.min(self.options.chunk) / cluster * cluster
-            }
+            (Store::Compressed { cluster }, true) => known.min(chunk) / cluster * cluster,
             (Store::Compressed { cluster }, false) => known / cluster * cluster,
-            (Store::Plain, true) => known.min(self.options.chunk),
+            (Store::Plain, true) => known.min(chunk),
             (Store::Plain, false) => known,
         };
         let step = Step {
@@ -138,7 +137,9 @@ impl<'a> Walk<'a> {
             }
             longest = longest.div_ceil(4).next_multiple_of(SECTOR);
         };
-        let mut length = length.next_multiple_of(SECTOR).min(longest);
+        // A sector of which not all is known alike is data.
+        let (data, zero) = (data || length < SECTOR, zero && length >= SECTOR);
+        let mut length = (length / SECTOR * SECTOR).max(SECTOR).min(longest);
         // Pieces end where the source can end a read.
         let beyond = (offset + length) % part.alignment;
         if length > beyond {

@@ -1,10 +1,12 @@
-//! Compressed writes: whole clusters, each handed to the format, or written plainly when it does
-//! not get smaller.
+//! Compressed writes: whole clusters, each encoded by the format, or written plainly when it does
+//! not get smaller. Clusters are encoded side by side and stored one after the other, so that the
+//! image is laid out like the disk.
 
 use super::FormatNode;
 use super::pieces::Pieces;
 use crate::driver::{ByteRange, IoFuture};
-use crate::format::{Encoded, Format};
+use crate::format::Format;
+use crate::turns::Turns;
 use executor::{Buffer, Errno};
 
 impl<F: Format> FormatNode<F> {
@@ -19,26 +21,40 @@ impl<F: Format> FormatNode<F> {
         if !offset.is_multiple_of(cluster) || !ends_well {
             return Err(Errno::EINVAL);
         }
+        let turns = Turns::default();
         let mut pieces = Pieces::new();
-        let mut at = offset;
+        let (mut at, mut turn) = (offset, 0);
         while at < end && pieces.ok() {
             let range = ByteRange::new(at, cluster.min(end - at));
             let start = (at - offset) as usize;
             let data = buffer.slice(start..start + range.length as usize);
-            let piece = IoFuture::boxed(self.write_cluster_compressed(range, data));
+            let place = (&turns, turn);
+            let piece = IoFuture::boxed(self.write_cluster_compressed(range, data, place));
             pieces.push(piece).await;
             at += range.length;
+            turn += 1;
         }
         pieces.finish().await
     }
 
-    async fn write_cluster_compressed(&self, range: ByteRange, data: Buffer) -> Result<(), Errno> {
+    /// Writes one cluster, when it is its turn.
+    async fn write_cluster_compressed(
+        &self,
+        range: ByteRange,
+        data: Buffer,
+        (turns, turn): (&Turns, u64),
+    ) -> Result<(), Errno> {
         // Looked at by the compressor and, when that fails, written: the guest must not change it
         // in between.
         let data = data.to_heap().into_buffer();
-        match self.format.write_encoded(range, data.clone()).await? {
-            Encoded::Stored => Ok(()),
-            Encoded::Incompressible => Box::pin(self.write_pieces(range.offset, data)).await,
-        }
+        let encoded = self.format.encode(range, data.clone()).await;
+        turns.wait(turn).await;
+        let written = match encoded {
+            Ok(Some(bytes)) => self.format.store_encoded(range, bytes).await,
+            Ok(None) => Box::pin(self.write_pieces(range.offset, data)).await,
+            Err(errno) => Err(errno),
+        };
+        turns.pass(turn);
+        written
     }
 }

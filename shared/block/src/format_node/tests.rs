@@ -4,14 +4,14 @@
 use super::*;
 use crate::cipher::{SECTOR, SectorCipher, Tweak};
 use crate::edge::{EdgeSpec, Permissions};
-use crate::format::{Encoded, Fill, WritePlan};
+use crate::format::{EncodedBytes, Fill, WritePlan};
 use crate::memory::{Call, Memory as Disk};
 use crate::node::{Discard, NodeOptions};
 use crate::open::ChildRole;
 use crate::root::Root;
-use executor::Executor;
 use executor::sim::{Config, World};
 use executor::sync::{RangeGuard, RangeLock};
+use executor::{Executor, HeapBuffer};
 use rand::rngs::SmallRng;
 use rand::{Rng, RngCore, SeedableRng};
 use std::sync::Mutex;
@@ -213,11 +213,11 @@ impl Format for Toy {
         self.cipher.is_none()
     }
     /// Knows how to store what [`decoded`] makes.
-    async fn write_encoded(
+    async fn encode(
         &self,
         range: ByteRange,
         buffer: Buffer,
-    ) -> std::result::Result<Encoded, Errno> {
+    ) -> std::result::Result<Option<EncodedBytes>, Errno> {
         let bytes = buffer.to_heap();
         let fits = |descriptor: &u64| {
             let pairs = (range.offset..).zip(bytes.iter());
@@ -225,13 +225,22 @@ impl Format for Toy {
                 .into_iter()
                 .all(|(at, byte)| decoded(*descriptor, at) == *byte)
         };
-        let Some(descriptor) = (0..CLUSTERS).find(fits) else {
-            return Ok(Encoded::Incompressible);
-        };
+        let found = (0..CLUSTERS).find(fits);
+        Ok(found.map(|descriptor| EncodedBytes {
+            memory: HeapBuffer::from(&descriptor.to_le_bytes()[..]),
+            length: 8,
+        }))
+    }
+    async fn store_encoded(
+        &self,
+        range: ByteRange,
+        bytes: EncodedBytes,
+    ) -> std::result::Result<(), Errno> {
         let end = range.offset + CLUSTER;
         let _cluster = self.clusters.lock(range.offset..end).await;
+        let descriptor = u64::from_le_bytes(bytes.memory[..bytes.length].try_into().unwrap());
         self.set(range.offset, Mapping::Encoded(descriptor));
-        Ok(Encoded::Stored)
+        Ok(())
     }
     fn cipher(&self) -> Option<&dyn SectorCipher> {
         self.cipher.as_ref().map(|mask| mask as &dyn SectorCipher)

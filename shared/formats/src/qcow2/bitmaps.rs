@@ -238,3 +238,17 @@ pub(super) struct Extension {
     pub(super) length: u64,
     pub(super) offset: HostOffset,
 }
+/// Bytes that copies of the persistent ones of `bitmaps` take in an image with clusters of
+/// `cluster_size`: their tables, their bits, and the directory.
+pub(super) fn measure(bitmaps: &[Arc<DirtyBitmap>], cluster_size: u64) -> u64 {
+    let kept = bitmaps
+        .iter()
+        .filter(|bitmap| bitmap.is_persistent() && !bitmap.is_inconsistent());
+    let (mut bytes, mut directory) = (0, 0);
+    for bitmap in kept {
+        let clusters = bitmap.granules().div_ceil(8).div_ceil(cluster_size);
+        bytes += clusters * cluster_size + (clusters * 8).next_multiple_of(cluster_size);
+        directory += directory::length(bitmap.name());
+    }
+    bytes + u64::next_multiple_of(directory, cluster_size)
+}

@@ -24,7 +24,7 @@ use executor::Errno;
 /// kept for names that matter.
 pub(super) const MIN_NAMES_CLUSTER: u64 = 8192;
 /// Least cluster size with extended L2 entries, in bytes.
-const MIN_EXTENDED_CLUSTER: u64 = 16384;
+pub(super) const MIN_EXTENDED_CLUSTER: u64 = 16384;
 
 /// What a new image is like.
 #[derive(Clone, Debug)]
@@ -175,7 +175,7 @@ impl CreateOptions {
     }
 }
 
-fn too_large() -> Error {
+pub(super) fn too_large() -> Error {
     Error::io("The image size is too large", Errno::EFBIG)
 }
 

@@ -195,6 +195,20 @@ pub(super) fn take_creation(request: &mut CreateRequest<'_>) -> Result<Option<En
     Ok(Some(encryption))
 }
 
+/// Takes the encryption of an image that is not made: the options of a LUKS volume, whose secret must
+/// be there; other kinds need no space.
+pub(super) fn take_luks(
+    request: &mut CreateRequest<'_>,
+) -> Result<Option<luks::CreateOptions>, Error> {
+    let mut members = Members::of_encrypt(request.take("encrypt"))?;
+    if members.text("format")?.as_deref() != Some("luks") {
+        return Ok(None);
+    }
+    let secret = members.key_secret()?;
+    request.secret(&secret)?;
+    members.creation().map(Some)
+}
+
 /// Takes the change of key slots that `encrypt` asks for.
 pub(super) fn take_amendment(
     header: &Header,

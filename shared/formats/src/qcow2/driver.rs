@@ -7,8 +7,8 @@ use super::write::Token;
 use block::cipher::SECTOR;
 use block::{
     AmendRequest, BackingReference, Buffer, ByteRange, CheckOptions, CheckResult, CheckSink, Edge,
-    Encoded, Errno, Error, ErrorKind, Extent, Format, Limits, Lookup, Repair, Resize, SectorCipher,
-    WritePlan, ZeroFlags,
+    EncodedBytes, Errno, Error, ErrorKind, Extent, Format, Limits, Lookup, Repair, Resize,
+    SectorCipher, WritePlan, ZeroFlags,
 };
 use serde_json::{Map, Value, json};
 use std::sync::atomic::Ordering::Acquire;
@@ -102,8 +102,17 @@ impl Format for Qcow2 {
         self.crypto.as_ref()?.cipher()
     }
 
-    async fn write_encoded(&self, range: ByteRange, buffer: Buffer) -> Result<Encoded, Errno> {
-        self.write_compressed(range, buffer).await
+    async fn encode(
+        &self,
+        _range: ByteRange,
+        buffer: Buffer,
+    ) -> Result<Option<EncodedBytes>, Errno> {
+        self.check_writable()?;
+        Ok(self.deflate(&buffer).await)
+    }
+
+    async fn store_encoded(&self, range: ByteRange, bytes: EncodedBytes) -> Result<(), Errno> {
+        self.store_packed(range, bytes).await
     }
 
     async fn flush(&self) -> Result<(), Errno> {
@@ -160,6 +169,9 @@ impl Format for Qcow2 {
         }
         if self.shrunk.load(Acquire) {
             self.trim_file().await?;
+        }
+        if stored.is_ok() {
+            self.complete_last_cluster().await?;
         }
         self.log.remove();
         stored

@@ -18,7 +18,9 @@ pub const ENTRY: DriverEntry = DriverEntry::new(
     |request| -> BoxFuture<'_, Result<Box<dyn Driver>, Error>> { Box::pin(open_node(request)) },
 )
 .with_probe(probe)
+.with_compression()
 .with_create(super::create_entry::CREATOR)
+.with_measure(|request, source| Box::pin(super::measure::measure(request, source)))
 .with_amend(super::amend::AMENDER);
 
 fn probe(start: &[u8]) -> u8 {

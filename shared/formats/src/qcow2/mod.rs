@@ -44,6 +44,7 @@ mod flush;
 mod header;
 mod l1;
 mod mapping;
+mod measure;
 mod open;
 mod overlap;
 mod overlay;
@@ -124,6 +125,8 @@ pub struct Qcow2 {
     sparse: std::sync::OnceLock<bool>,
     /// The disk became smaller: the file is cut off when the image is closed.
     shrunk: AtomicBool,
+    /// Where the last cluster ends that was taken for plain data, in bytes of the file.
+    plain_end: AtomicU64,
     l1: L1Table,
     /// Tells readers of extended L2 entries what changed meanwhile.
     pairs: PairSequence,

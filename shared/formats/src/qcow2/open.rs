@@ -154,6 +154,7 @@ impl Qcow2 {
             mappable: AtomicU64::new(header.size),
             sparse: Default::default(),
             shrunk: AtomicBool::new(false),
+            plain_end: AtomicU64::new(0),
             host_end: AtomicU64::new(host_end),
             changes: AtomicU64::new(0),
             l1,

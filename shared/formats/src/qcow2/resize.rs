@@ -188,6 +188,21 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Lets the file end where its last cluster does. Storage behind the data is not written when the
+    /// file ends there.
+    pub(super) async fn complete_last_cluster(&self) -> Result<(), Errno> {
+        let (node, end) = (self.file.node(), self.plain_end.load(Relaxed));
+        if !node.grows() || node.length() >= end || self.shrunk.load(Relaxed) {
+            return Ok(());
+        }
+        let resize = Resize {
+            length: end,
+            preallocation: Preallocation::Off,
+        };
+        let completed = node.resize(resize).await;
+        completed.map_err(|error| error.errno.unwrap_or(Errno::EIO))
+    }
+
     /// Cuts the file off behind the last cluster that is counted. The image is being closed.
     pub(super) async fn trim_file(&self) -> Result<(), Errno> {
         let structure = self.structure.lock().await;

@@ -149,6 +149,8 @@ impl Qcow2 {
         }
         self.reclaim(Requests::MayRun, 1).await;
         let (run, storage) = self.allocate(want).await?;
+        let end = run.end() << self.geometry.cluster_bits;
+        self.plain_end.fetch_max(end, Relaxed);
         Ok(Placement {
             host: self.geometry.host_offset(run.first),
             count: run.count,

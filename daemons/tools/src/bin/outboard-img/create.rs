@@ -95,7 +95,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
 }
 
 /// The options of a format, then those of the protocol that it has not got itself.
-fn known(tool: &Tool, entry: &DriverEntry) -> Vec<&'static OptionSpec> {
+pub(crate) fn known(tool: &Tool, entry: &DriverEntry) -> Vec<&'static OptionSpec> {
     let own = entry
         .create
         .as_ref()
@@ -114,7 +114,7 @@ fn known(tool: &Tool, entry: &DriverEntry) -> Vec<&'static OptionSpec> {
     known
 }
 
-fn find<'t>(tool: &'t Tool, format: &str) -> Result<&'t DriverEntry, String> {
+pub(crate) fn find(tool: &Tool, format: &str) -> Result<&'static DriverEntry, String> {
     let entry = tool.graph().entry(format);
     let entry = entry.ok_or_else(|| format!("Unknown file format '{format}'"))?;
     match entry.create {
@@ -125,7 +125,7 @@ fn find<'t>(tool: &'t Tool, format: &str) -> Result<&'t DriverEntry, String> {
     }
 }
 
-fn show_options(tool: &Tool, format: &str, with_protocol: bool) -> Outcome {
+pub(crate) fn show_options(tool: &Tool, format: &str, with_protocol: bool) -> Outcome {
     let entry = find(tool, format).map_err(Failure::message)?;
     if with_protocol {
         print!("Supported options:\n{}", help(&known(tool, entry)));
@@ -142,6 +142,45 @@ fn show_options(tool: &Tool, format: &str, with_protocol: bool) -> Outcome {
         );
     }
     Ok(0)
+}
+
+/// Makes the file `name` into an image of the driver `entry`.
+pub(crate) async fn make_file(
+    tool: &Tool,
+    (name, entry): (&str, &DriverEntry),
+    (known, given): (&[&OptionSpec], &Given),
+) -> Result<(), Error> {
+    let mut members = given.members(known);
+    if let Some(size) = members.get_mut("size") {
+        let bytes = size.as_u64().unwrap_or_default();
+        *size = json!(bytes.checked_next_multiple_of(SECTOR).unwrap_or(bytes));
+    }
+    // The old switch stands for the old cipher.
+    if members.remove("encryption") == Some(Value::Bool(true)) {
+        let encrypt = members.entry("encrypt").or_insert_with(|| json!({}));
+        if encrypt.get("format").is_some() {
+            let message =
+                "'encrypt.format' and its alias 'encryption' can't be used at the same time";
+            return Err(Error::new(ErrorKind::Invalid, message));
+        }
+        encrypt["format"] = json!("aes");
+    }
+    let target = Target::Name(name.to_owned());
+    let created = tool.graph().create(entry.name, target, members).await;
+    created.map_err(|error| explained(entry.name, given, error))
+}
+
+/// Too large an image is told apart from other failures, with what may help.
+fn explained(format: &str, given: &Given, error: Error) -> Error {
+    if error.errno != Some(block::Errno::EFBIG) {
+        return error;
+    }
+    let advice = match given.number("cluster_size").is_some() || format == "qcow2" {
+        true => " (try using a larger cluster size)",
+        false => "",
+    };
+    let message = format!("The image size is too large for file format '{format}'{advice}");
+    Error::new(ErrorKind::Invalid, message)
 }
 
 impl Request {
@@ -167,40 +206,8 @@ impl Request {
             self.format,
             given.shown(&known)
         ));
-        let mut members = given.members(&known);
-        if let Some(size) = members.get_mut("size") {
-            let bytes = size.as_u64().unwrap_or_default();
-            *size = json!(bytes.checked_next_multiple_of(SECTOR).unwrap_or(bytes));
-        }
-        // The old switch stands for the old cipher.
-        if members.remove("encryption") == Some(Value::Bool(true)) {
-            let encrypt = members.entry("encrypt").or_insert_with(|| json!({}));
-            if encrypt.get("format").is_some() {
-                let message =
-                    "'encrypt.format' and its alias 'encryption' can't be used at the same time";
-                return Err(failed(message.to_owned()));
-            }
-            encrypt["format"] = json!("aes");
-        }
-        let target = Target::Name(self.name.clone());
-        let created = tool.graph().create(entry.name, target, members).await;
-        created.map_err(|error| Failure::block(&self.name, &self.explained(&given, error)))
-    }
-
-    /// Too large an image is told apart from other failures, with what may help.
-    fn explained(&self, given: &Given, error: Error) -> Error {
-        if error.errno != Some(block::Errno::EFBIG) {
-            return error;
-        }
-        let advice = match given.number("cluster_size").is_some() || self.format == "qcow2" {
-            true => " (try using a larger cluster size)",
-            false => "",
-        };
-        let message = format!(
-            "The image size is too large for file format '{}'{advice}",
-            self.format
-        );
-        Error::new(ErrorKind::Invalid, message)
+        let made = make_file(tool, (&self.name, entry), (&known, &given)).await;
+        made.map_err(|error| Failure::block(&self.name, &error))
     }
 
     fn given(&self, known: &[&OptionSpec]) -> Result<Given, String> {

@@ -12,13 +12,18 @@
 //! A new subcommand is a file with a [`Command`] and a line in [`COMMANDS`].
 
 mod amend;
+mod bench;
 mod bitmap;
 mod check;
 mod commit;
+mod compare;
+mod convert;
 mod create;
+mod dd;
 mod help;
 mod info;
 mod map;
+mod measure;
 mod rebase;
 mod resize;
 mod snapshot;
@@ -47,12 +52,17 @@ pub(crate) type Running<'a> = Pin<Box<dyn Future<Output = Outcome> + 'a>>;
 /// Every subcommand, by name.
 pub(crate) const COMMANDS: &[Command] = &[
     amend::COMMAND,
+    bench::COMMAND,
     bitmap::COMMAND,
     check::COMMAND,
     commit::COMMAND,
+    compare::COMMAND,
+    convert::COMMAND,
     create::COMMAND,
+    dd::COMMAND,
     info::COMMAND,
     map::COMMAND,
+    measure::COMMAND,
     rebase::COMMAND,
     resize::COMMAND,
     snapshot::COMMAND,

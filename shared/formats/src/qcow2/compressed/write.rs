@@ -21,9 +21,9 @@ use crate::qcow2::redo::{L2Run, RedoRecord};
 use crate::qcow2::tables::{COMPRESSED, ClusterRun, GuestCluster, HostCluster, L2Entry};
 use crate::qcow2::write::MAX_LOG_ATTEMPTS;
 use crate::qcow2::{Qcow2, State};
-use block::{Buffer, ByteRange, Encoded, Event, WriteFlags};
+use block::{Buffer, ByteRange, EncodedBytes, Event, WriteFlags};
+use executor::Errno;
 use executor::workers::offload;
-use executor::{Errno, HeapBuffer};
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
 
@@ -100,25 +100,8 @@ impl Drop for Place<'_> {
 }
 
 impl Qcow2 {
-    /// See [`block::Format::write_encoded`].
-    pub(in super::super) async fn write_compressed(
-        &self,
-        range: ByteRange,
-        buffer: Buffer,
-    ) -> Result<Encoded, Errno> {
-        self.check_writable()?;
-        if !self.geometry.is_aligned(range.offset) {
-            return Err(Errno::EINVAL);
-        }
-        let Some((bytes, length)) = self.deflate(&buffer).await else {
-            return Ok(Encoded::Incompressible);
-        };
-        let stored = self.store_packed(range, bytes, length).await;
-        stored.map(|()| Encoded::Stored)
-    }
-
-    /// The cluster's bytes, compressed, and how many; `None` when they do not get smaller.
-    async fn deflate(&self, buffer: &Buffer) -> Option<(HeapBuffer, usize)> {
+    /// A cluster's bytes, compressed; `None` when they do not get smaller.
+    pub(in super::super) async fn deflate(&self, buffer: &Buffer) -> Option<EncodedBytes> {
         let mut plain = self.inflated.memory();
         let (filled, rest) = plain.split_at_mut_checked(buffer.len())?;
         buffer.copy_to_slice(filled);
@@ -136,7 +119,10 @@ impl Qcow2 {
         };
         self.inflated.give_back(plain);
         match length {
-            Some(length) => Some((packed, length)),
+            Some(length) => Some(EncodedBytes {
+                memory: packed,
+                length,
+            }),
             None => {
                 self.inflated.give_back(packed);
                 None
@@ -144,13 +130,17 @@ impl Qcow2 {
         }
     }
 
-    async fn store_packed(
+    /// See [`block::Format::store_encoded`].
+    pub(in super::super) async fn store_packed(
         &self,
         range: ByteRange,
-        bytes: HeapBuffer,
-        length: usize,
+        EncodedBytes { memory, length }: EncodedBytes,
     ) -> Result<(), Errno> {
+        self.check_writable()?;
         let geometry = &self.geometry;
+        if !geometry.is_aligned(range.offset) {
+            return Err(Errno::EINVAL);
+        }
         let cluster = geometry.guest_cluster(range.offset);
         let lock = range.offset..geometry.guest_offset(GuestCluster(cluster.0 + 1));
         let _locked = self.guest_locks.lock(lock).await;
@@ -162,7 +152,7 @@ impl Qcow2 {
         self.reclaim(Requests::MayRun, 1).await;
         self.event(Event::ClusterAllocBytes).await;
         let place = self.place_packed(length as u64).await?;
-        let whole = bytes.into_buffer();
+        let whole = memory.into_buffer();
         let data = whole.slice(0..length);
         let node = self.file.node();
         self.event(Event::WriteCompressed).await;

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 /// Hands out turns from 0 up; each is passed on once.
 #[derive(Default)]
-pub(super) struct Turns {
+pub(crate) struct Turns {
     next: Cell<u64>,
     /// Passed before their time.
     early: RefCell<BTreeSet<u64>>,
@@ -16,14 +16,14 @@ pub(super) struct Turns {
 
 impl Turns {
     /// Waits for `turn`, or until there are no more.
-    pub(super) async fn wait(&self, turn: u64) {
+    pub(crate) async fn wait(&self, turn: u64) {
         while self.next.get() < turn && !self.given_up.get() {
             self.changed.notified().await;
         }
     }
 
     /// Ends `turn`.
-    pub(super) fn pass(&self, turn: u64) {
+    pub(crate) fn pass(&self, turn: u64) {
         let mut early = self.early.borrow_mut();
         early.insert(turn);
         let mut next = self.next.get();
@@ -36,7 +36,7 @@ impl Turns {
     }
 
     /// Nobody waits any more.
-    pub(super) fn give_up(&self) {
+    pub(crate) fn give_up(&self) {
         self.given_up.set(true);
         self.changed.notify_all();
     }

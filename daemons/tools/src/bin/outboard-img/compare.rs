@@ -1,0 +1,336 @@
+//! `compare`: do two images read the same.
+//!
+//! Exit codes: 0 they do, 1 they do not, 2 an image could not be opened, 3 its metadata, 4 its data
+//! could not be read. A few pieces are read at a time; what is told is the first difference.
+
+use crate::{Command, Running};
+use block::copy::status::{Above, above};
+use block::copy::{Window, first_difference, first_nonzero};
+use block::error::reason;
+use block::{BlockStatus, ByteRange, Errno, HeapBuffer, RootHandle};
+use std::cell::RefCell;
+use tools::failure::{Failure, Outcome};
+use tools::getopt::{self, Opt};
+use tools::image::{Access, Cache, Common, Image, Opening, Tool};
+use tools::progress::{Progress, Show};
+
+/// The subcommand.
+pub(crate) const COMMAND: Command = Command {
+    name: "compare",
+    usage: "[--object objectdef] [--image-opts] [-f fmt] [-F fmt] [-T src_cache] [-p] [-q] [-s] \
+            [-U] filename1 filename2",
+    run: |tool, arguments| -> Running<'_> { Box::pin(run(tool, arguments)) },
+};
+
+const OPTIONS: &[Opt] = &[
+    Opt::flag(&["h", "help"]),
+    Opt::value(&["f"]),
+    Opt::value(&["F"]),
+    Opt::value(&["T"]),
+    Opt::flag(&["p"]),
+    Opt::flag(&["q"]),
+    Opt::flag(&["s"]),
+    Opt::value(&["object"]),
+    Opt::flag(&["image-opts"]),
+    Opt::flag(&["U", "force-share"]),
+    Opt::value(&["allow-dir"]),
+];
+
+/// Exit codes of failures.
+const NOT_OPENED: u8 = 2;
+const NO_STATUS: u8 = 3;
+const NOT_READ: u8 = 4;
+
+/// Bytes of a piece.
+const PIECE_BYTES: u64 = 512 << 10;
+/// Pieces in memory at a time.
+const PIECES: usize = 8;
+
+/// Whether allocation and length are compared too.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Strictness {
+    /// Only what is read.
+    Content,
+    /// `-s`
+    Strict,
+}
+
+/// How a comparison ends early.
+enum End {
+    /// The images differ: what is said of it.
+    Differ(String),
+    /// It could not be found out.
+    Failed(Failure),
+}
+
+async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
+    let parsed = getopt::parse(arguments, OPTIONS)?;
+    let (mut common, mut second_format) = (Common::default(), None);
+    let (mut show, mut strictness) = (Show::OnSignal, Strictness::Content);
+    let mut cache = Cache::default();
+    for (name, value) in parsed.options {
+        match name {
+            "h" => return Ok(crate::help::show()),
+            "F" => second_format = Some(value),
+            "T" => {
+                let invalid = |_| Failure::message(format!("Invalid source cache option: {value}"));
+                let parsed = Cache::parse(&value).map_err(invalid);
+                cache = parsed.map_err(|failure| failure.with_code(NOT_OPENED))?;
+            }
+            "p" => show = Show::Always,
+            "s" => strictness = Strictness::Strict,
+            _ => {
+                common.take(tool, (name, &value))?;
+            }
+        }
+    }
+    let Ok(names) = <[String; 2]>::try_from(parsed.operands) else {
+        return Err(Failure::usage("Expecting two image file names"));
+    };
+    let show = match common.quiet {
+        true => Show::OnSignal,
+        false => show,
+    };
+    let progress = Progress::begin(show);
+    let opening = Opening {
+        sharing: common.sharing,
+        cache,
+        ..Opening::new(Access::Read)
+    };
+    let [first, second] = &names;
+    let mut images = Vec::new();
+    for (name, format) in [(first, common.format.clone()), (second, second_format)] {
+        let one = Common {
+            format,
+            quiet: common.quiet,
+            ..common_of(&common)
+        };
+        let spec = one.image(name.clone()).map_err(not_opened)?;
+        images.push(tool.open(&spec, opening).await.map_err(not_opened)?);
+    }
+    let sides = [side(&images[0], first), side(&images[1], second)];
+    let ended = compare(&sides, strictness, (&common, &progress)).await;
+    progress.at(1, 1);
+    match ended {
+        Ok(()) => {
+            common.say("Images are identical.");
+            Ok(0)
+        }
+        Err(End::Differ(message)) => {
+            common.say(&message);
+            Ok(1)
+        }
+        Err(End::Failed(failure)) => Err(failure),
+    }
+}
+
+/// What both images share.
+fn common_of(common: &Common) -> Common {
+    Common {
+        format: None,
+        notation: common.notation,
+        sharing: common.sharing,
+        quiet: common.quiet,
+    }
+}
+
+fn not_opened(failure: Failure) -> Failure {
+    match failure {
+        Failure::Silent(_) => Failure::Silent(NOT_OPENED),
+        other => other.with_code(NOT_OPENED),
+    }
+}
+
+/// One of the images.
+struct Side<'n> {
+    handle: RootHandle,
+    name: &'n str,
+    length: u64,
+    /// Memory of earlier pieces.
+    memory: RefCell<Vec<HeapBuffer>>,
+}
+
+fn side<'n>(image: &Image, name: &'n str) -> Side<'n> {
+    let handle = image.root.attach();
+    Side {
+        length: handle.length(),
+        memory: RefCell::default(),
+        handle,
+        name,
+    }
+}
+
+/// What is known of a range of one image.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Known {
+    length: u64,
+    status: BlockStatus,
+}
+
+impl Known {
+    fn is_allocated(&self) -> bool {
+        self.status.allocated
+    }
+
+    /// What strict comparison looks at: `at_end` whether it reaches the end of its image.
+    fn kind(&self, at_end: bool) -> impl PartialEq + use<> {
+        let status = BlockStatus {
+            offset: self.status.offset.map(|_| 0),
+            ..self.status
+        };
+        (status, at_end)
+    }
+}
+
+impl Side<'_> {
+    async fn status(&self, offset: u64) -> Result<Known, End> {
+        let visit = self.handle.visit().await;
+        let range = ByteRange::new(offset, self.length - offset);
+        match above(visit.node(), None, range).await {
+            Ok(Above { length, status, .. }) => Ok(Known { length, status }),
+            Err(_) => {
+                let message = format!("Sector allocation test failed for {}", self.name);
+                Err(End::Failed(Failure::message(message).with_code(NO_STATUS)))
+            }
+        }
+    }
+
+    async fn read(&self, range: ByteRange) -> Result<HeapBuffer, End> {
+        let length = range.length as usize;
+        let kept = self.memory.borrow_mut().pop();
+        let memory = match kept {
+            Some(memory) if memory.len() == length => memory,
+            _ => HeapBuffer::zeroed(length),
+        };
+        let buffer = memory.into_buffer();
+        let read = self.handle.read(range.offset, buffer.clone()).await;
+        read.map_err(|errno| self.unreadable(range.offset, errno))?;
+        Ok(buffer
+            .try_into_heap()
+            .unwrap_or_else(|buffer| buffer.to_heap()))
+    }
+
+    fn unreadable(&self, offset: u64, errno: Errno) -> End {
+        let reason = reason(errno);
+        let message = format!(
+            "Error while reading offset {offset} of {}: {reason}",
+            self.name
+        );
+        End::Failed(Failure::message(message).with_code(NOT_READ))
+    }
+
+    /// Whether a range is all zero.
+    async fn check_zero(&self, range: ByteRange) -> Result<(), End> {
+        let bytes = self.read(range).await?;
+        let found = first_nonzero(&bytes);
+        self.memory.borrow_mut().push(bytes);
+        found.map_or(Ok(()), |at| Err(differ(range.offset + at as u64)))
+    }
+}
+
+fn differ(offset: u64) -> End {
+    End::Differ(format!("Content mismatch at offset {offset}!"))
+}
+
+async fn check_equal([left, right]: &[Side<'_>; 2], range: ByteRange) -> Result<(), End> {
+    let (one, other) = (left.read(range).await?, right.read(range).await?);
+    let found = first_difference(&one, &other);
+    left.memory.borrow_mut().push(one);
+    right.memory.borrow_mut().push(other);
+    found.map_or(Ok(()), |at| Err(differ(range.offset + at as u64)))
+}
+
+async fn compare(
+    sides: &[Side<'_>; 2],
+    strictness: Strictness,
+    (common, progress): (&Common, &Progress),
+) -> Result<(), End> {
+    let [first, second] = sides;
+    let (shorter, longer) = match first.length <= second.length {
+        true => (first, second),
+        false => (second, first),
+    };
+    let is_strict = strictness == Strictness::Strict;
+    if is_strict && shorter.length != longer.length {
+        let message = "Strict mode: Image size mismatch!";
+        return Err(End::Differ(message.to_owned()));
+    }
+    let mut window = Window::new(PIECES);
+    let mut at = 0;
+    while at < shorter.length {
+        let looked = match (first.status(at).await, second.status(at).await) {
+            (Ok(one), Ok(other)) => Ok([one, other]),
+            (Err(end), _) | (_, Err(end)) => Err(end),
+        };
+        let [one, other] = match looked {
+            Ok(known) => known,
+            // What was begun comes first.
+            Err(end) => return finish(&mut window).await.and(Err(end)),
+        };
+        let mut length = one.length.min(other.length).min(shorter.length - at);
+        let at_end = |known: Known, side: &Side<'_>| at + known.length == side.length;
+        if is_strict && one.kind(at_end(one, first)) != other.kind(at_end(other, second)) {
+            finish(&mut window).await?;
+            let message = format!("Strict mode: Offset {at} block status mismatch!");
+            return Err(End::Differ(message));
+        }
+        let is_zero = one.status.zero && other.status.zero;
+        let nothing = !one.is_allocated() && !other.is_allocated();
+        if !is_zero && !nothing {
+            length = length.min(PIECE_BYTES);
+            make_room(&mut window).await?;
+            let range = ByteRange::new(at, length);
+            match (one.is_allocated(), other.is_allocated()) {
+                (true, true) => window.push(check(Some(sides), first, range)),
+                (true, false) => window.push(check(None, first, range)),
+                _ => window.push(check(None, second, range)),
+            }
+        }
+        at += length;
+        progress.at(at, longer.length);
+    }
+    finish(&mut window).await?;
+    if shorter.length != longer.length {
+        common.say("Warning: Image size mismatch!");
+    }
+    while at < longer.length {
+        let known = longer.status(at).await;
+        let known = match known {
+            Ok(known) => known,
+            Err(end) => return finish(&mut window).await.and(Err(end)),
+        };
+        let mut length = known.length.min(longer.length - at);
+        if known.is_allocated() && !known.status.zero {
+            length = length.min(PIECE_BYTES);
+            make_room(&mut window).await?;
+            window.push(check(None, longer, ByteRange::new(at, length)));
+        }
+        at += length;
+        progress.at(at, longer.length);
+    }
+    finish(&mut window).await
+}
+
+/// Compares a range of both sides, or one side's with zeroes.
+async fn check(both: Option<&[Side<'_>; 2]>, one: &Side<'_>, range: ByteRange) -> Result<(), End> {
+    match both {
+        Some(both) => check_equal(both, range).await,
+        None => one.check_zero(range).await,
+    }
+}
+
+/// Waits until another piece may begin.
+async fn make_room(window: &mut Window<'_, Result<(), End>>) -> Result<(), End> {
+    match window.has_room() {
+        true => Ok(()),
+        false => window.first().await.unwrap_or(Ok(())),
+    }
+}
+
+/// Waits for all pieces, in order.
+async fn finish(window: &mut Window<'_, Result<(), End>>) -> Result<(), End> {
+    while let Some(result) = window.first().await {
+        result?;
+    }
+    Ok(())
+}
