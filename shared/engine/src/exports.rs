@@ -25,6 +25,9 @@ use executor::{Handle, IoThread};
 
 pub(crate) mod nbd_server;
 
+/// The types of exports.
+const TYPES: [&str; 2] = ["nbd", "vhost-user-blk"];
+
 /// Most iothreads of one export.
 const MAX_IOTHREADS: usize = 64;
 
@@ -120,8 +123,13 @@ pub(crate) async fn block_export_add(
     engine: &Rc<Engine>,
     mut arguments: Arguments,
 ) -> Result<Value> {
-    if arguments.get("type").is_none() {
-        return Err(Error::missing_parameter("type"));
+    match arguments.get("type") {
+        None => return Err(Error::missing_parameter("type")),
+        // As the most telling mistake it goes first.
+        Some(Value::String(name)) if !TYPES.contains(&name.as_str()) => {
+            return Err(Error::parameter_value("type", name));
+        }
+        Some(_) => {}
     }
     let iothreads = take_iothreads(&mut arguments)?;
     let common: Common = arguments.take()?;

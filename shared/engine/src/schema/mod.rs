@@ -75,14 +75,22 @@ fn description() -> Description {
 }
 
 fn property(property: &Property) -> Member {
+    let kind = Type::Named(
+        match property.kind {
+            "string" => "str",
+            other => other,
+        }
+        .to_owned(),
+    );
+    // The only list there is; QOM names its elements.
     let kind = match property.kind {
-        "string" => "str",
-        other => other,
+        "QAuthZListRule" => Type::List(Box::new(kind)),
+        _ => kind,
     };
     Member {
         name: property.name.to_owned(),
         optional: true,
-        kind: Type::Named(kind.to_owned()),
+        kind,
         features: Vec::new(),
     }
 }
