@@ -43,10 +43,7 @@ fn run(arguments: Vec<String>) -> Outcome {
                     background => background,
                 },
             };
-            let mut pid_file = None;
-            start::with_tool(async |tool| {
-                serve::run(tool, &options, (background, &mut pid_file)).await
-            })
+            start::with_tool(async |tool| serve::run(tool, &options, background).await)
         }
     }
 }

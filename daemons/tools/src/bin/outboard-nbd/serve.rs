@@ -24,11 +24,11 @@ use tools::image::Tool;
 use transport::{Credentials, Endpoint};
 use vhost_daemon::notify::{Background, activation_fds, claim_inherited};
 
-/// Serves until a signal comes, or the last client has left. The pid file is for the caller to keep until all is closed.
+/// Serves until a signal comes, or the last client has left.
 pub(crate) async fn run(
     tool: &Tool,
     options: &ServeOptions,
-    (background, pid_file): (Option<Background>, &mut Option<PidFile>),
+    background: Option<Background>,
 ) -> Outcome {
     for object in &options.objects {
         tool.add_object(object)?;
@@ -41,7 +41,7 @@ pub(crate) async fn run(
     let server = NbdServer::start(listeners, how);
     server.add(Rc::clone(&export));
     if let Some(path) = &options.pid_file {
-        *pid_file = Some(PidFile::create(path)?);
+        write_pid(path)?;
     }
     let ended = match device {
         None => Arc::default(),
@@ -172,25 +172,14 @@ impl Drop for SocketFile {
     }
 }
 
-/// The file with the process id; removed at the end.
-pub(crate) struct PidFile(PathBuf);
-
-impl PidFile {
-    fn create(path: &Path) -> Result<Self, Failure> {
-        let shown = path.display();
-        let created = std::fs::File::create(path);
-        let mut file =
-            created.map_err(|error| failure(&format!("Could not create '{shown}'"), &error))?;
-        writeln!(file, "{}", std::process::id())
-            .map_err(|error| failure(&format!("Could not write '{shown}'"), &error))?;
-        Ok(Self(path.to_owned()))
-    }
-}
-
-impl Drop for PidFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
+/// Writes the process id to a file, which stays, as the peer's does.
+fn write_pid(path: &Path) -> Result<(), Failure> {
+    let shown = path.display();
+    let created = std::fs::File::create(path);
+    let mut file =
+        created.map_err(|error| failure(&format!("Could not create '{shown}'"), &error))?;
+    writeln!(file, "{}", std::process::id())
+        .map_err(|error| failure(&format!("Could not write '{shown}'"), &error))
 }
 
 /// How the kernel's client ended, for the executor's thread.
