@@ -95,7 +95,7 @@ pub struct Launch {
     program: Program,
     arguments: Vec<String>,
     directory: PathBuf,
-    inherited: Option<UnixListener>,
+    inherited: Option<(String, UnixListener)>,
     prefix: Vec<String>,
 }
 
@@ -113,8 +113,14 @@ impl Launch {
 
     /// Hands the daemon a listening socket as systemd's socket activation does.
     #[must_use]
-    pub fn with_listener(mut self, listener: UnixListener) -> Self {
-        self.inherited = Some(listener);
+    pub fn with_listener(self, listener: UnixListener) -> Self {
+        self.with_named_listener("unknown", listener)
+    }
+
+    /// As [`Launch::with_listener`], with the name of a socket unit's `FileDescriptorName=`.
+    #[must_use]
+    pub fn with_named_listener(mut self, name: &str, listener: UnixListener) -> Self {
+        self.inherited = Some((name.to_owned(), listener));
         self
     }
 
@@ -172,11 +178,12 @@ impl Launch {
                 command.stdin(Stdio::null());
                 command
             }
-            Some(listener) => {
+            Some((name, listener)) => {
                 // LISTEN_PID must be the daemon's own pid and the socket descriptor 3.
                 let mut command = Command::new("sh");
                 let script = r#"LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 0</dev/null"#;
                 command.args(["-c", script, "sh"]).arg(path);
+                command.env("LISTEN_FDNAMES", name);
                 command.stdin(Stdio::from(OwnedFd::from(listener.try_clone()?)));
                 command
             }

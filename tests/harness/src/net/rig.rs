@@ -14,6 +14,7 @@ use crate::qmp_client::QmpClient;
 /// What the daemon is to have.
 #[derive(Clone, Debug, Default)]
 pub struct Plan {
+    groups: Vec<String>,
     netdevs: Vec<String>,
     ports: Vec<String>,
     arguments: Vec<String>,
@@ -30,6 +31,13 @@ impl Plan {
     #[must_use]
     pub fn netdev(mut self, words: &str) -> Self {
         self.netdevs.push(words.to_owned());
+        self
+    }
+
+    /// Adds a group of ports that share a rate: the words of `--group`.
+    #[must_use]
+    pub fn group(mut self, words: &str) -> Self {
+        self.groups.push(words.to_owned());
         self
     }
 
@@ -94,6 +102,9 @@ impl NetRig {
             "--allow-dir".to_owned(),
             path.display().to_string(),
         ];
+        for words in &plan.groups {
+            arguments.extend(["--group".to_owned(), words.clone()]);
+        }
         for (number, words) in plan.netdevs.iter().enumerate() {
             arguments.push("--netdev".to_owned());
             arguments.push(format!("{words},id=n{number}"));

@@ -5,13 +5,18 @@
 
 mod changes;
 mod control;
+mod dgram;
+mod disabled;
 mod dpdk;
 mod driver;
 mod echo;
+mod groups;
 mod guests;
 mod hostile;
 mod kill;
+mod packet;
 mod passt;
+mod start;
 mod stream;
 mod tap;
 mod traffic;
