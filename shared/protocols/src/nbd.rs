@@ -1,8 +1,10 @@
 //! `nbd`: an export of an NBD server.
 //!
 //! Options: `server` (`inet`, `unix`, `vsock`, `fd`), or the older `path`, `host` and `port`;
-//! `export`; `x-dirty-bitmap` (a metadata context whose set bits are shown as data);
-//! `reconnect-delay` and `open-timeout`, in seconds. Names: `nbd:...` and URIs (see [`name`]).
+//! `export`; `tls-creds`, the id of a `tls-creds-*` object, and `tls-hostname`, whose certificate is
+//! expected (that of `host` when absent); `x-dirty-bitmap`, a metadata context whose flags are shown
+//! in the place of those of `base:allocation`; `reconnect-delay` and `open-timeout`, in seconds.
+//! Names: `nbd:...` and URIs (see [`name`]).
 //!
 //! ```text
 //!   any thread ──► its own Link, if the server allows several connections
@@ -45,7 +47,15 @@ pub const ENTRY: DriverEntry = DriverEntry::new("nbd", |request| Box::pin(open(r
         parse: |_, name| name::parse(name),
         reach: Reach::Outside,
     })
-    .with_strong_options(&["path", "host", "port", "export", "server."]);
+    .with_strong_options(&[
+        "path",
+        "host",
+        "port",
+        "export",
+        "tls-creds",
+        "tls-hostname",
+        "server.",
+    ]);
 
 /// Most connections of a node.
 const MAX_LINKS: usize = 16;
@@ -268,6 +278,13 @@ impl Nbd {
         let mut shown = all(extent.length.min(asked.length));
         shown.status.data = !flags.hole;
         shown.status.zero = flags.zero;
+        // A hole of unknown content is still the export's. Flags of other contexts say nothing of
+        // content: what has neither's marks is shown as nowhere.
+        let is_marked = shown.status.data || shown.status.zero;
+        if !is_marked && !self.target.shows_allocation() {
+            shown.status.allocated = false;
+            shown.status.offset = None;
+        }
         Ok(shown)
     }
 }

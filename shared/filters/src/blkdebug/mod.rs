@@ -55,6 +55,7 @@ struct BlkDebug {
 async fn open(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>> {
     let mut rules = Rules::default();
     options::take_rules(request, &mut rules)?;
+    options::take_filename(request)?;
     let image = request.required_child("image", ChildRole::Filtered).await?;
     let sizes = Sizes::take(request)?;
     let filter = BlkDebug {

@@ -34,6 +34,31 @@ pub(super) fn parse_filename(names: &Names<'_>, name: &str) -> Result<Map<String
     Ok(options)
 }
 
+/// A `filename` beside the other options is that of the image, whose own options may be given.
+///
+/// # Errors
+/// What the name answers.
+pub(super) fn take_filename(request: &mut OpenRequest<'_>) -> Result<()> {
+    let Some(name) = request.take_str("filename")? else {
+        return Ok(());
+    };
+    let image = match request.take("image") {
+        Some(Value::Object(mut image)) if image.contains_key("driver") => {
+            image.insert("filename".to_owned(), name.into());
+            image
+        }
+        Some(Value::Object(given)) => {
+            let mut image = request.names().options(&name)?;
+            image.extend(given);
+            image
+        }
+        None => request.names().options(&name)?,
+        Some(_) => return Err(invalid("an image is named twice")),
+    };
+    request.give("image", image.into());
+    Ok(())
+}
+
 /// Takes all rules.
 pub(super) fn take_rules(request: &mut OpenRequest<'_>, rules: &mut Rules) -> Result<()> {
     if let Some(path) = request.take_str("config")?

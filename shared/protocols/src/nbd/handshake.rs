@@ -1,11 +1,11 @@
 //! The handshake: from a fresh connection to an export that takes requests.
 //!
 //! ```text
-//!   greeting ─► extended headers | structured replies ─► metadata context ─► GO ─► transmission
-//!                                                                            └ (unknown) EXPORT_NAME
+//!   greeting ─► [TLS] ─► extended headers | structured replies ─► metadata context ─► GO ─► transmission
+//!                                                                                    └ (unknown) EXPORT_NAME
 //! ```
 
-use super::target::Target;
+use super::target::{Target, Tls};
 use block::error::Result;
 use block::{Buffer, Errno, Error, ErrorKind};
 use executor::net::Part;
@@ -15,7 +15,7 @@ use nbd::{
     OldstyleExport, OptionKind, OptionReply, OptionReplyHeader, ProtocolError, ReplyErrorKind,
     ReplyStyle,
 };
-use transport::Connection;
+use transport::{Connection, TlsError};
 
 /// Most replies to one option.
 const MAX_REPLIES: usize = 4096;
@@ -97,39 +97,97 @@ fn lost(errno: Errno) -> Error {
     Error::io("Failed to negotiate with the server", errno)
 }
 
+/// What a server greets with.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Greeted {
+    /// It shows one export, and takes no options.
+    Oldstyle,
+    /// It takes a name, and options when it is `fixed`.
+    Newstyle { fixed: bool, no_zeroes: bool },
+}
+
 /// One handshake.
 struct Handshake<'h> {
     connection: &'h Connection,
     target: &'h Target,
 }
 
-/// Agrees with the server on the export of `target`.
+/// Agrees with the server on the export of `target`, over TLS when the target asks for it.
 ///
 /// # Errors
-/// `Io` with an errno when the connection is lost; otherwise the server's refusal.
-pub(super) async fn run(connection: &Connection, target: &Target) -> Result<Agreement> {
-    let handshake = Handshake { connection, target };
-    let magic = receive::<{ Greeting::MAGIC_SIZE }>(connection)
-        .await
-        .map_err(lost)?;
-    if !Greeting::decode_magic(&magic).map_err(|error| broken(&error))? {
-        return handshake.oldstyle().await;
-    }
-    let flags = receive::<{ Greeting::FLAGS_SIZE }>(connection)
-        .await
-        .map_err(lost)?;
-    let Greeting::Newstyle { fixed, no_zeroes } = Greeting::decode_flags(flags) else {
-        return Err(violation("an impossible greeting"));
+/// `Io` with an errno when the connection is lost; otherwise the server's refusal, or why it is not trusted.
+pub(super) async fn run(
+    connection: Connection,
+    target: &Target,
+) -> Result<(Connection, Agreement)> {
+    let first = Handshake {
+        connection: &connection,
+        target,
     };
-    let answer = ClientFlags { fixed, no_zeroes };
-    handshake.send(answer.encode().to_vec()).await?;
-    match fixed {
-        true => handshake.options(no_zeroes).await,
-        false => handshake.export_name(no_zeroes, ReplyStyle::Simple).await,
-    }
+    let greeted = first.greet().await?;
+    let connection = match (&target.tls, greeted) {
+        (None, _) => connection,
+        (Some(tls), Greeted::Newstyle { fixed: true, .. }) => {
+            first.start_tls().await?;
+            secure(connection, tls).await?
+        }
+        // Nothing is said to a server that cannot be asked for TLS.
+        (Some(_), _) => return Err(violation("Server does not support STARTTLS")),
+    };
+    let handshake = Handshake {
+        connection: &connection,
+        target,
+    };
+    let agreement = match greeted {
+        Greeted::Oldstyle => handshake.oldstyle().await?,
+        Greeted::Newstyle { fixed, no_zeroes } => match fixed {
+            true => handshake.options(no_zeroes).await?,
+            false => {
+                let replies = ReplyStyle::Simple;
+                handshake.export_name(no_zeroes, replies).await?
+            }
+        },
+    };
+    Ok((connection, agreement))
+}
+
+async fn secure(connection: Connection, tls: &Tls) -> Result<Connection> {
+    let secured = connection.connect_tls(&tls.credentials, tls.hostname.as_deref());
+    let refused = |error: TlsError| Error::new(ErrorKind::Io, error.to_string());
+    secured.await.map_err(refused)
 }
 
 impl Handshake<'_> {
+    async fn greet(&self) -> Result<Greeted> {
+        let magic = receive::<{ Greeting::MAGIC_SIZE }>(self.connection)
+            .await
+            .map_err(lost)?;
+        if !Greeting::decode_magic(&magic).map_err(|error| broken(&error))? {
+            return Ok(Greeted::Oldstyle);
+        }
+        let flags = receive::<{ Greeting::FLAGS_SIZE }>(self.connection)
+            .await
+            .map_err(lost)?;
+        let Greeting::Newstyle { fixed, no_zeroes } = Greeting::decode_flags(flags) else {
+            return Err(violation("an impossible greeting"));
+        };
+        let answer = ClientFlags { fixed, no_zeroes };
+        self.send(answer.encode().to_vec()).await?;
+        Ok(Greeted::Newstyle { fixed, no_zeroes })
+    }
+
+    /// Asks for TLS; the server waits for the handshake when this is over.
+    async fn start_tls(&self) -> Result<()> {
+        let option = ClientOption::StartTls;
+        let kind = option.kind();
+        self.send(option.encode()).await?;
+        match self.reply(kind).await? {
+            OptionReply::Ack => Ok(()),
+            OptionReply::Error(error) => Err(refused(kind, &error)),
+            _ => Err(violation("an unexpected reply")),
+        }
+    }
+
     async fn send(&self, bytes: Vec<u8>) -> Result<()> {
         let sent = self.connection.send(vec![Part::Bytes(bytes)]).await;
         sent.map_err(lost)

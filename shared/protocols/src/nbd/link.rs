@@ -55,7 +55,7 @@ pub(super) struct Link {
 /// One attempt to get a session.
 pub(super) async fn attempt(target: &Target) -> Result<Rc<Session>> {
     let connection = Connection::plain(target.connect().await?);
-    let agreement = handshake::run(&connection, target).await?;
+    let (connection, agreement) = handshake::run(connection, target).await?;
     Ok(Session::start(connection, agreement))
 }
 

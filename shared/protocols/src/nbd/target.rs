@@ -4,13 +4,15 @@ use block::error::Result;
 use block::{Error, ErrorKind, OpenRequest};
 use executor::net::Stream;
 use executor::{Errno, workers};
+use nbd::BASE_ALLOCATION;
 use nbd::limits::MAX_STRING;
 use serde_json::{Map, Value};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use transport::{Credentials, Endpoint};
 
 /// The port that IANA gave NBD.
 pub(super) const DEFAULT_PORT: u16 = 10809;
@@ -30,12 +32,21 @@ pub(super) enum Address {
     Descriptor(Mutex<Option<Stream>>),
 }
 
+/// How the connection is secured.
+pub(super) struct Tls {
+    pub(super) credentials: Arc<Credentials>,
+    /// Whose certificate is expected, where credentials are certificates.
+    pub(super) hostname: Option<String>,
+}
+
 /// An export of a server.
 pub(super) struct Target {
     pub(super) address: Address,
     pub(super) export: String,
     /// The metadata context that takes the place of `base:allocation`.
     pub(super) dirty_bitmap: Option<String>,
+    /// Absent: nothing is secured.
+    pub(super) tls: Option<Tls>,
     /// How long requests wait for a lost connection to come back.
     pub(super) reconnect_delay: Duration,
     /// How long opening waits for a server that is not there.
@@ -50,6 +61,7 @@ impl Target {
     /// Takes the options of a request.
     pub(super) fn take(request: &mut OpenRequest<'_>) -> Result<Self> {
         let address = take_address(request)?;
+        let tls = Tls::take(request, &address)?;
         let export = request.take_str("export")?.unwrap_or_default();
         if export.len() > MAX_STRING {
             return Err(invalid("export name too long to send to server"));
@@ -72,9 +84,16 @@ impl Target {
             address,
             export,
             dirty_bitmap,
+            tls,
             reconnect_delay: seconds("reconnect-delay")?,
             open_timeout: seconds("open-timeout")?,
         })
+    }
+
+    /// Whether extents are those of `base:allocation`.
+    pub(super) fn shows_allocation(&self) -> bool {
+        let context = self.dirty_bitmap.as_deref();
+        context.is_none_or(|context| context == BASE_ALLOCATION)
     }
 
     /// A connection to the server.
@@ -104,6 +123,29 @@ impl Target {
                 stream.ok_or_else(|| failed_to_connect("the given socket", Errno::ENOTCONN))
             }
         }
+    }
+}
+
+impl Tls {
+    fn take(request: &mut OpenRequest<'_>, address: &Address) -> Result<Option<Self>> {
+        let hostname = request.take_str("tls-hostname")?;
+        let Some(id) = request.take_str("tls-creds")? else {
+            return Ok(None);
+        };
+        let found = request.object::<Credentials>(&id)?;
+        let credentials =
+            found.ok_or_else(|| invalid(format!("No TLS credentials with id '{id}'")))?;
+        if credentials.endpoint() != Endpoint::Client {
+            return Err(invalid("Expected TLS credentials for a client endpoint"));
+        }
+        let hostname = hostname.or_else(|| match address {
+            Address::Inet { host, .. } => Some(host.clone()),
+            _ => None,
+        });
+        Ok(Some(Self {
+            credentials,
+            hostname,
+        }))
     }
 }
 
