@@ -13,12 +13,24 @@ fn options(socket: &str, more: &str) -> String {
 fn marks_of_other_contexts_are_shown_as_the_peer_shows_them() {
     let place = Place::new();
     let image = place.path("a.qcow2");
-    output("qemu-img", &["bitmap", "--add", "-f", "qcow2", &image, "b"]);
+    for name in ["b", "c"] {
+        output(
+            "qemu-img",
+            &["bitmap", "--add", "-f", "qcow2", &image, name],
+        );
+    }
     output("qemu-io", &["-f", "qcow2", "-c", "write 2M 128k", &image]);
     for program in [OWN, PEER] {
-        let server = place.serve(program, &["-t", "-r", "-f", "qcow2", "-A", "-B", "b"]);
+        let server = place.serve(
+            program,
+            &["-t", "-r", "-f", "qcow2", "-A", "-B", "b", "-B", "c"],
+        );
         let socket = server.socket.display().to_string();
-        for context in ["qemu:dirty-bitmap:b", "qemu:allocation-depth"] {
+        for context in [
+            "qemu:dirty-bitmap:b",
+            "qemu:dirty-bitmap:c",
+            "qemu:allocation-depth",
+        ] {
             let options = options(&socket, &format!(",x-dirty-bitmap={context}"));
             let [ours, theirs] = [IMG, "qemu-img"]
                 .map(|img| output(img, &["map", "--output=json", "--image-opts", &options]));

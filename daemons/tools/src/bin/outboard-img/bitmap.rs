@@ -3,6 +3,7 @@
 use crate::{Command, Running};
 use block::bitmap::{NewBitmap, ops};
 use block::{Error, Node};
+use serde_json::Value;
 use tools::failure::{Failure, Outcome};
 use tools::getopt::{self, Opt};
 use tools::image::{Access, Common, Image, ImageSpec, Notation, Opening, Tool};
@@ -127,7 +128,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     };
     request.check()?;
     let opening = Opening::new(Access::Write);
-    let image = tool.open(&common.image(file)?, opening).await?;
+    let image = open_alone(tool, (&common.image(file)?, opening)).await?;
     let source = source(tool, &request).await?;
     let source = source.as_ref().map_or(&*image.node, |source| &*source.node);
     for action in &request.actions {
@@ -150,7 +151,18 @@ async fn source(tool: &Tool, request: &Request) -> Result<Option<Image>, Failure
         format: request.source_format.clone(),
         notation: Notation::Filename,
     };
-    tool.open(&spec, Opening::new(Access::Read)).await.map(Some)
+    let opening = Opening::new(Access::Read);
+    open_alone(tool, (&spec, opening)).await.map(Some)
+}
+
+/// Opens an image without its backing, which bitmaps say nothing of, and which may be the other image.
+async fn open_alone(tool: &Tool, (spec, opening): (&ImageSpec, Opening)) -> Result<Image, Failure> {
+    let mut options = tool.prepare(spec, opening)?;
+    let has_backing = options.get("driver").is_none_or(|format| format == "qcow2");
+    if has_backing && !options.contains_key("backing") {
+        options.insert("backing".to_owned(), Value::Null);
+    }
+    tool.open_prepared(spec, opening, options).await
 }
 
 async fn act(

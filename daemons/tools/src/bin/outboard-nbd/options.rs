@@ -56,7 +56,7 @@ pub(crate) struct ServeOptions {
     /// `-A`
     pub(crate) allocation_depth: bool,
     /// `-B`
-    pub(crate) bitmap: Option<String>,
+    pub(crate) bitmaps: Vec<String>,
     /// `-e`; 0 is any number.
     pub(crate) shared: u32,
     /// `-t`
@@ -186,7 +186,7 @@ fn default_serve() -> ServeOptions {
         export_name: String::new(),
         description: None,
         allocation_depth: false,
-        bitmap: None,
+        bitmaps: Vec::new(),
         shared: 1,
         persistent: false,
         fork: false,
@@ -242,7 +242,7 @@ fn take_export(
     (name, value): (&'static str, String),
 ) -> Result<(), Failure> {
     match name {
-        "B" => serve.bitmap = Some(value),
+        "B" => serve.bitmaps.push(value),
         "c" => serve.device = Some(value),
         "A" => serve.allocation_depth = true,
         "x" => serve.export_name = checked("export name", value)?,

@@ -104,7 +104,7 @@ async fn export(tool: &Tool, options: &ServeOptions) -> Result<Rc<NbdExport>, Fa
         node,
         minimum_block,
     } = image::open(tool, &options.image).await?;
-    let bitmaps = options.bitmap.iter().map(|name| bitmap(&node, name));
+    let bitmaps = options.bitmaps.iter().map(|name| bitmap(&node, name));
     let export = NbdExportOptions {
         name: options.export_name.clone(),
         description: options.description.clone(),

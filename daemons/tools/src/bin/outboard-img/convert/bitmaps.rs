@@ -25,7 +25,8 @@ pub(super) fn to_copy(roots: &[Root], broken: Broken) -> Result<Vec<Arc<DirtyBit
         return Err(Failure::message("Source lacks bitmap support"));
     }
     let mut bitmaps = Vec::new();
-    for bitmap in source.bitmaps().list().iter() {
+    // From the newest on, as the peer names what is wrong.
+    for bitmap in source.bitmaps().list().iter().rev() {
         if !bitmap.is_persistent() {
             continue;
         }
@@ -43,6 +44,7 @@ pub(super) fn to_copy(roots: &[Root], broken: Broken) -> Result<Vec<Arc<DirtyBit
             }
         }
     }
+    bitmaps.reverse();
     Ok(bitmaps)
 }
 

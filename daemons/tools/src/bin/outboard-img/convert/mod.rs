@@ -14,11 +14,11 @@ pub(crate) mod source;
 mod target;
 
 use crate::{Command, Running};
-use block::Errno;
 use block::copy::{
     Backed, CHUNK_BYTES, Copy, CopyOptions, Kind, LONG_CHUNK_BYTES, Observer, SPARSE_BYTES,
     Sources, Store, Unwritten, Walk, status::backing_of,
 };
+use block::{BlockStatus, ByteRange, Errno, Node};
 use request::Request;
 use source::Source;
 use std::cell::Cell;
@@ -93,7 +93,7 @@ async fn copy(
     if request.existing && handle.length() < sources.length() {
         return Err(Failure::message("output file is smaller than input file"));
     }
-    let options = options(request, target)?;
+    let options = options(request, target).await?;
     let shown = Shown {
         progress,
         quiet: request.common.quiet,
@@ -108,7 +108,7 @@ async fn copy(
 }
 
 /// How it is copied.
-fn options(request: &Request, target: &Image) -> Result<CopyOptions, Failure> {
+async fn options(request: &Request, target: &Image) -> Result<CopyOptions, Failure> {
     let limits = target.node.driver().limits();
     let cluster = u64::from(limits.optimal_transfer);
     let is_long = request.compressed || request.sparse.is_some_and(|bytes| bytes > SPARSE_BYTES);
@@ -137,7 +137,8 @@ fn options(request: &Request, target: &Image) -> Result<CopyOptions, Failure> {
     let mut unwritten = Unwritten::Anything;
     if backed == Backed::No {
         let new = !request.existing && request.sparse.is_some() && request.new_is_zero();
-        let is_zero = request.target_is_zero || new && target.node.driver().reads_zero_when_new();
+        let is_zero = request.target_is_zero
+            || new && (target.node.driver().reads_zero_when_new() || says_zero(&target.node).await);
         if is_zero {
             unwritten = Unwritten::Zeroes;
         }
@@ -153,6 +154,25 @@ fn options(request: &Request, target: &Image) -> Result<CopyOptions, Failure> {
         on_read_error: request.on_read_error,
         rate: request.rate,
     })
+}
+
+/// Whether a new image, wherever its bytes are stored, tells of nothing but zeroes.
+async fn says_zero(node: &Node) -> bool {
+    let (mut at, end) = (0, node.length());
+    // There is no backing to show anything.
+    let is_absent = |status: &BlockStatus| node.driver().takes_backing() && !status.allocated;
+    while at < end {
+        let told = node.block_status(ByteRange::new(at, end - at)).await;
+        match told {
+            Ok(extent)
+                if extent.length > 0 && (extent.status.zero || is_absent(&extent.status)) =>
+            {
+                at += extent.length;
+            }
+            _ => return false,
+        }
+    }
+    true
 }
 
 /// How many bytes will be read, or written though they are zeroes.
