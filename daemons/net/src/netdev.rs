@@ -5,6 +5,7 @@ use std::ops::RangeInclusive;
 use std::rc::Rc;
 
 use executor::Handle;
+use serde::Serialize;
 
 use crate::frame::MacAddress;
 use crate::link::{NetQueue, Offloads};
@@ -48,10 +49,34 @@ pub enum VlanMode {
 /// What happened to a back-end, for the events of QMP. Repeating one tells nothing new.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notice {
-    /// A peer is there; its address as a person would write it.
-    Connected(String),
+    /// A peer is there.
+    Connected(PeerAddress),
     /// The peer has gone.
     Disconnected,
+}
+
+/// Where a connection leads, in the words of QMP's `SocketAddress`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum PeerAddress {
+    /// A unix socket.
+    Unix {
+        /// Of the one side that has a name; empty without one.
+        path: String,
+    },
+    /// A TCP connection.
+    Inet {
+        /// The peer's address.
+        host: String,
+        /// Its port.
+        port: String,
+        /// Present and true for IPv4.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        ipv4: Option<bool>,
+        /// Present and true for IPv6.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        ipv6: Option<bool>,
+    },
 }
 
 /// VLANs that frames can be in: 0 and 4095 are not for that (IEEE 802.1Q table 9-2).

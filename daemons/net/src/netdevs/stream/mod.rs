@@ -30,7 +30,7 @@ pub(super) use self::source::Source;
 use super::Context;
 use super::address::SocketAddress;
 use crate::link::Offloads;
-use crate::netdev::{Attachment, Netdev, Notice, QueueMaker};
+use crate::netdev::{Attachment, Netdev, Notice, PeerAddress, QueueMaker};
 
 /// Options of `type=stream`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -52,9 +52,26 @@ pub struct StreamOptions {
 struct Status {
     connected: AtomicBool,
     connections: AtomicU64,
+    /// Where the last connection leads; `None` before the first.
+    peer: Mutex<Option<PeerAddress>>,
     wrong_lengths: AtomicU64,
     /// `connected` or `connections` changed.
     changed: Notify,
+}
+
+impl Status {
+    fn peer(&self) -> Option<PeerAddress> {
+        let peer = self.peer.lock().unwrap_or_else(PoisonError::into_inner);
+        peer.clone()
+    }
+
+    /// There is a connection, which leads to `peer`.
+    fn connect(&self, peer: PeerAddress) {
+        *self.peer.lock().unwrap_or_else(PoisonError::into_inner) = Some(peer);
+        self.connections.fetch_add(1, Ordering::Release);
+        self.connected.store(true, Ordering::Release);
+        self.changed.notify_all();
+    }
 }
 
 /// The back-end.
@@ -108,7 +125,7 @@ impl Stream {
     pub(super) fn new(kind: &'static str, source: Source, context: &Context<'_>) -> Stream {
         let status = Arc::<Status>::default();
         let notice = Rc::clone(&context.notice);
-        let watcher = executor::spawn(watch(Arc::clone(&status), source.peer(), notice));
+        let watcher = executor::spawn(watch(Arc::clone(&status), notice));
         Stream {
             kind,
             slot: Arc::new(Mutex::new(Some(source))),
@@ -127,7 +144,7 @@ impl Drop for Stream {
 }
 
 /// Passes on what the queue's thread tells.
-async fn watch(status: Arc<Status>, peer: String, notice: Rc<dyn Fn(Notice)>) {
+async fn watch(status: Arc<Status>, notice: Rc<dyn Fn(Notice)>) {
     let mut seen = 0;
     let mut was_connected = false;
     loop {
@@ -138,8 +155,11 @@ async fn watch(status: Arc<Status>, peer: String, notice: Rc<dyn Fn(Notice)>) {
             notice(Notice::Disconnected);
             was_connected = false;
         }
-        if connected && !was_connected {
-            notice(Notice::Connected(peer.clone()));
+        if connected
+            && !was_connected
+            && let Some(peer) = status.peer()
+        {
+            notice(Notice::Connected(peer));
             was_connected = true;
         }
         seen = connections;

@@ -25,6 +25,7 @@ use executor::JoinHandle;
 use executor::net::{Stream, poll_fd};
 use executor::sync::Notify;
 
+use super::super::address::peer_of;
 use super::{Lease, Status};
 use crate::frame::{Frame, MAX_FRAME, VnetHeader};
 use crate::link::{BURST, Delivery, DropReason, LocalFuture, NetQueue, Offloads, Received, Sink};
@@ -235,10 +236,9 @@ async fn keep_connected(mut lease: Lease, state: Rc<State>) {
             }
         };
         again = true;
+        let peer = peer_of(&connection);
         state.connection.replace(Some(Rc::new(connection)));
-        state.status.connections.fetch_add(1, Ordering::Release);
-        state.status.connected.store(true, Ordering::Release);
-        state.status.changed.notify_all();
+        state.status.connect(peer);
         state.changed.notify_all();
         loop {
             let changed = state.changed.notified();

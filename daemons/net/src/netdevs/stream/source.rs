@@ -179,19 +179,6 @@ impl Source {
             },
         }
     }
-
-    /// Who is, or was, at the other end.
-    pub(crate) fn peer(&self) -> String {
-        match self {
-            Source::Given(_) => "a descriptor".to_owned(),
-            Source::Client { target, .. } => target.to_string(),
-            Source::Server(server) => match &server.path {
-                Some(path) => format!("a client of '{}'", path.display()),
-                None => "a client".to_owned(),
-            },
-            Source::Helper { .. } => "passt".to_owned(),
-        }
-    }
 }
 
 /// The connected socket that the helper sends next.
