@@ -1,6 +1,6 @@
 //! `blkdebug`: fails and stops requests at chosen points, and pretends to have other limits.
 //!
-//! Options: `image`, the child; `config`, a file of rules ([`config`]); `inject-error` and `set-state`,
+//! Options: `image`, the child (`filename` is its name); `config`, a file of rules ([`config`]); `inject-error` and `set-state`,
 //! lists of rules; `align`, `max-transfer`, `opt-write-zero`, `max-write-zero`, `opt-discard`,
 //! `max-discard` in bytes; `take-child-perms` and `unshare-child-perms`, lists of permissions.
 //!
