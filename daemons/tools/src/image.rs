@@ -60,6 +60,8 @@ pub enum Notation {
 pub enum Access {
     /// Its metadata is shown; no name in it is followed.
     Describe,
+    /// It and what it names are opened, and its length is asked for.
+    Inspect,
     /// Its content is read.
     Read,
     /// It is changed.
@@ -274,6 +276,7 @@ impl Tool {
         let has_format = options.contains_key("driver");
         let purpose = match how.access {
             Access::Describe => Purpose::Describe,
+            Access::Inspect => Purpose::Inspect,
             Access::Read | Access::Write => Purpose::Serve,
             Access::Check | Access::Repair => Purpose::Check,
         };
@@ -287,7 +290,7 @@ impl Tool {
                 ..Permissions::READ_WRITE
             },
             Access::Repair => Permissions::READ_WRITE,
-            Access::Describe | Access::Read | Access::Check => Permissions::READ,
+            Access::Describe | Access::Inspect | Access::Read | Access::Check => Permissions::READ,
         };
         let root = Root::new("", &node, permissions, Permissions::ALL).map_err(failed)?;
         Ok(Image { node, root })

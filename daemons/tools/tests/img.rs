@@ -27,11 +27,12 @@ fn run(directory: &Path, program: &str, arguments: &[String]) -> Outcome {
         let lines = text.rsplit('\r').next().unwrap_or_default();
         lines.replace("outboard-img", "qemu-img").trim().to_owned()
     };
-    Outcome(
-        output.status.code(),
-        text(&output.stdout),
-        text(&output.stderr),
-    )
+    let (printed, error) = (text(&output.stdout), text(&output.stderr));
+    // Where it counts processor time in ticks, QEMU now and then cannot measure key derivation.
+    if error.contains("Unable to get accurate CPU usage") {
+        return run(directory, program, arguments);
+    }
+    Outcome(output.status.code(), printed, error)
 }
 
 fn words(line: &str) -> Vec<String> {
@@ -566,4 +567,36 @@ fn conversions_give_what_qemu_img_gives() {
         let [peer, own] = copies.map(|bytes| bytes.expect("what was just written"));
         assert!(peer == own, "{context}: dd");
     }
+}
+
+#[test]
+fn encrypted_images_are_made_and_measured_like_those_of_qemu_img() {
+    if !has_qemu() {
+        return;
+    }
+    let pair = Pair::new();
+    let secret = "--object secret,id=s,data=geheim";
+    pair.both(&format!(
+        "create {secret} -f luks -o key-secret=s,iter-time=10 a.luks 1000"
+    ));
+    let luks = "-O luks -o key-secret=s,iter-time=10";
+    pair.both(&format!("measure {secret} {luks} --size 1001"));
+    pair.both("measure -O luks --size 1M");
+    // A file is gone when no image could be made in it.
+    for directory in pair.directories() {
+        std::fs::write(directory.join("b.luks"), "old").expect("a new file");
+    }
+    pair.both("create -f luks -o key-secret=s b.luks 1M");
+    for name in ["a.luks", "b.luks"] {
+        let files = pair.directories().map(|directory| directory.join(name));
+        let [peer, own] = files.map(|file| file.metadata().ok().map(|file| file.len()));
+        assert_eq!(own, peer, "{name}");
+    }
+    // A backing file's key is no concern of those who make an overlay.
+    let luks = "-o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1";
+    let base = words(&format!("create {secret} -f qcow2 {luks} base 1M"));
+    for directory in pair.directories() {
+        assert_eq!(run(&directory, PROGRAMS[1], &base).0, Some(0));
+    }
+    pair.both("create -f qcow2 -b base -F qcow2 overlay");
 }

@@ -305,3 +305,23 @@ fn injected_errors_fail_the_same_requests() {
     }
     compare(&["-f", "raw", "image", "4M"], &[(arguments, String::new())]);
 }
+
+#[test]
+fn with_image_opts_files_are_opened_by_options_throughout() {
+    if !has_qemu() {
+        return;
+    }
+    let script = [
+        "open driver=raw,file.filename=image",
+        "write -P 3 0 4k",
+        "close",
+        "open -o driver=raw image",
+        "open -r driver=raw,file.filename=image",
+        "read -P 3 0 4k",
+        "close",
+        "open driver=raw,file.filename=image x",
+        "open",
+    ];
+    let runs = [(words(&["--image-opts"]), script.join("\n") + "\n")];
+    compare(&["-f", "raw", "image", "4M"], &runs);
+}

@@ -15,6 +15,16 @@ pub enum Purpose {
     Check,
     /// To be described: no name in the image is followed, and no key is needed.
     Describe,
+    /// To see that it and what it names can be opened, and how long it is: nothing is read from the
+    /// disk, so no key is needed.
+    Inspect,
+}
+
+impl Purpose {
+    /// Whether the disk's content is needed, and with it the key that it is encrypted with.
+    pub const fn needs_content(self) -> bool {
+        matches!(self, Self::Serve | Self::Check)
+    }
 }
 
 /// What a check may change.

@@ -91,6 +91,8 @@ impl OptionSpec {
 pub struct Creator {
     /// Its options, in the order in which they are shown.
     pub options: &'static [OptionSpec],
+    /// Tools round the size that they are given up to a multiple of this many bytes.
+    pub size_unit: u64,
     /// Makes the image.
     pub create: for<'a> fn(&'a mut CreateRequest<'_>) -> BoxFuture<'a, Result<()>>,
 }

@@ -542,7 +542,10 @@ impl OpenRequest<'_> {
         let place = Place {
             path: format!("{}{name}.", self.place.path),
             depth: self.place.depth + 1,
-            purpose: Purpose::Serve,
+            purpose: match (self.place.purpose, name) {
+                (Purpose::Inspect, "backing") => Purpose::Inspect,
+                _ => Purpose::Serve,
+            },
             chain: self.place.chain.clone(),
             source: self.place.source.clone(),
             successor_of: None,

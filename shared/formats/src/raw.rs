@@ -28,6 +28,7 @@ pub const ENTRY: DriverEntry = DriverEntry::new("raw", |request| Box::pin(open(r
             OptionKind::Size,
             "Virtual disk size",
         )],
+        size_unit: SECTOR,
         create: |request| Box::pin(create(request)),
     })
     .with_measure(|request, source| Box::pin(async move { measure(request, source) }));

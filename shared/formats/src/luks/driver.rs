@@ -17,10 +17,11 @@ use block::amend::{AmendRequest, Amender};
 use block::cipher::{SECTOR, Tweak};
 use block::create::{CreateRequest, Creator, OptionKind, OptionSpec};
 use block::format::{Extent, Format, Lookup, Mapping, WritePlan};
+use block::measure::Measured;
 use block::open::{ChildRole, DriverEntry};
 use block::{
     Buffer, ByteRange, Driver, Edge, Errno, Error, ErrorKind, FormatNode, Limits, OpenRequest,
-    Preallocation, Purpose, Resize, SectorCipher, ZeroFlags,
+    Preallocation, Resize, RootHandle, SectorCipher, ZeroFlags,
 };
 use serde_json::{Map, Value, json};
 
@@ -29,6 +30,7 @@ pub const ENTRY: DriverEntry = DriverEntry::new("luks", |request| Box::pin(open(
     .with_probe(probe)
     .with_strong_options(&["key-secret"])
     .with_create(CREATOR)
+    .with_measure(|request, source| Box::pin(async move { measure(request, source) }))
     .with_amend(AMENDER);
 
 /// How volumes are made.
@@ -46,6 +48,7 @@ const CREATOR: Creator = Creator {
         text("hash-alg", "Name of encryption hash algorithm"),
         number("iter-time", "Time to spend in PBKDF in milliseconds"),
     ],
+    size_unit: 1,
     create: |request| Box::pin(create(request)),
 };
 
@@ -98,7 +101,7 @@ impl Luks {
             offset: 0,
         };
         let volume = match secret {
-            _ if request.purpose() == Purpose::Describe => Served::describe_only(location).await?,
+            _ if !request.purpose().needs_content() => Served::describe_only(location).await?,
             Some(secret) => Served::open(location, &request.secret(&secret)?).await?,
             None => return Err(missing_key("")),
         };
@@ -153,13 +156,13 @@ async fn amend(open: &mut OpenRequest<'_>, changes: &mut AmendRequest<'_>) -> Re
 async fn create(request: &mut CreateRequest<'_>) -> Result<(), Error> {
     let size = request.take_length()?;
     let preallocation = take_preallocation(request)?;
-    let (options, password) = take_creation(request)?;
-    let payload = Volume::header_bytes(&options);
-    let too_large = || Error::io("The image size is too large", Errno::EFBIG);
-    let length = payload.checked_add(size).filter(|end| *end <= MAX_LENGTH);
-    let length = length.ok_or_else(too_large)?;
+    let (options, secret) = take_creation(request)?;
+    let length = file_length(&options, size)?;
     let file = request.file().await?;
     request.finish()?;
+    // What was in a file of that name is gone by now, and the file goes with it when its password
+    // cannot be had: nobody takes the old file for the image that was asked for.
+    let password = password_of(request, secret)?;
     let steps = [(0, Preallocation::Off), (length, preallocation)];
     for (length, preallocation) in steps {
         let resize = Resize {
@@ -192,15 +195,48 @@ fn take_preallocation(request: &mut CreateRequest<'_>) -> Result<Preallocation, 
 /// Longest file.
 const MAX_LENGTH: u64 = i64::MAX as u64;
 
-fn take_creation(request: &mut CreateRequest<'_>) -> Result<(CreateOptions, Password), Error> {
+/// What the volume is like, and the name of the secret that is to open it.
+fn take_creation(
+    request: &mut CreateRequest<'_>,
+) -> Result<(CreateOptions, Option<String>), Error> {
     let members = CREATION
         .iter()
         .filter_map(|name| Some(((*name).to_owned(), request.take(name)?)));
     let mut members = Members::new(members.collect(), "");
     let secret = members.text("key-secret")?;
-    let options = members.creation()?;
-    let secret = secret.ok_or_else(|| missing_key(""))?;
-    Ok((options, request.secret(&secret)?))
+    Ok((members.creation()?, secret))
+}
+
+fn password_of(request: &CreateRequest<'_>, secret: Option<String>) -> Result<Password, Error> {
+    request.secret(&secret.ok_or_else(|| missing_key(""))?)
+}
+
+/// All of the disk is in the file, whatever it holds. The secret must be there, as for `create`.
+fn measure(
+    request: &mut CreateRequest<'_>,
+    source: Option<&RootHandle>,
+) -> Result<Measured, Error> {
+    let size = match source {
+        Some(source) => source.length(),
+        None => request.take_size("size")?.unwrap_or(0),
+    };
+    let (options, secret) = take_creation(request)?;
+    password_of(request, secret)?;
+    let bytes = file_length(&options, size)?;
+    Ok(Measured {
+        required: bytes,
+        fully_allocated: bytes,
+        bitmaps: None,
+    })
+}
+
+/// Length of the file for a disk of `size` bytes.
+fn file_length(options: &CreateOptions, size: u64) -> Result<u64, Error> {
+    let too_large = || Error::io("The image size is too large", Errno::EFBIG);
+    let length = Volume::header_bytes(options).checked_add(size);
+    length
+        .filter(|end| *end <= MAX_LENGTH)
+        .ok_or_else(too_large)
 }
 
 impl Format for Luks {

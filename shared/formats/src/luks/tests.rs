@@ -32,7 +32,7 @@ fn options(cipher: Spec, hash: Hash) -> CreateOptions {
     CreateOptions {
         cipher,
         hash,
-        iter_time: Duration::from_millis(10),
+        iter_time: Duration::from_millis(1),
     }
 }
 
@@ -61,7 +61,7 @@ fn shapes() -> Vec<(CreateOptions, String)> {
             _ => String::new(),
         };
         let text = format!(
-            "key-secret=s,iter-time=10,cipher-alg={algorithm},cipher-mode={mode},ivgen-alg={}{iv_hash},hash-alg={}",
+            "key-secret=s,iter-time=1,cipher-alg={algorithm},cipher-mode={mode},ivgen-alg={}{iv_hash},hash-alg={}",
             iv.name(),
             hash.name()
         );
@@ -84,8 +84,8 @@ fn what_qemu_encrypted_is_decrypted() {
     if !has_qemu() {
         return;
     }
-    // QEMU measures key derivation by ticks, again and again on a busy machine: a few are enough.
-    for (seed, (options, text)) in shapes().into_iter().enumerate().step_by(4) {
+    // QEMU measures key derivation by ticks, again and again on a busy machine: two are enough.
+    for (seed, (options, text)) in shapes().into_iter().enumerate().step_by(8) {
         println!("{text}");
         let files = Files::new();
         std::fs::write(files.path("plain"), content(seed)).unwrap();
@@ -123,7 +123,8 @@ fn what_is_encrypted_here_is_decrypted_by_qemu() {
     if !has_qemu() {
         return;
     }
-    for (seed, (options, text)) in shapes().into_iter().enumerate() {
+    // Every cipher and mode once: each key is derived without optimisation.
+    for (seed, (options, text)) in shapes().into_iter().enumerate().skip(1).step_by(3) {
         println!("{text}");
         let files = Files::new();
         let path = files.path("luks");

@@ -188,7 +188,9 @@ struct Layout {
 }
 
 impl Layout {
-    fn new(geometry: &Geometry, size: u64) -> Option<Self> {
+    /// With refcount blocks for `reserved` free clusters, too, behind everything: these are in a row
+    /// that no refcount block lies in.
+    fn new(geometry: &Geometry, size: u64, reserved: u64) -> Option<Self> {
         let l1_entries = geometry.l1_entries_for(size);
         let mut layout = Self {
             refcount_table_clusters: 1,
@@ -197,7 +199,8 @@ impl Layout {
             l1_entries,
         };
         loop {
-            let blocks = layout.end().div_ceil(1 << geometry.refcount_block_bits());
+            let clusters = layout.end() + reserved;
+            let blocks = clusters.div_ceil(1 << geometry.refcount_block_bits());
             let table = (blocks * 8).div_ceil(geometry.cluster_size());
             if table << geometry.cluster_bits > MAX_REFCOUNT_TABLE_BYTES {
                 return None;
@@ -243,7 +246,9 @@ pub async fn create_with_data(
         return Err(Error::new(ErrorKind::Invalid, message));
     }
     let geometry = options.check()?;
-    let layout = Layout::new(&geometry, options.size).ok_or_else(too_large)?;
+    let reserved = options.encryption.as_ref().map_or(0, Encryption::bytes);
+    let reserved = reserved.div_ceil(geometry.cluster_size());
+    let layout = Layout::new(&geometry, options.size, reserved).ok_or_else(too_large)?;
     let header = header_cluster(options, &geometry, &layout)?;
     let empty = Resize {
         length: 0,

@@ -118,6 +118,7 @@ pub(super) const CREATOR: Creator = Creator {
         )
         .with_default("16"),
     ],
+    size_unit: 512,
     create: |request| Box::pin(create_image(request)),
 };
 

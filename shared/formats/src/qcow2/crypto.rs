@@ -21,7 +21,7 @@ use crate::luks::{self, Location, Password, Sectors, Served, Volume, legacy_aes}
 use block::amend::AmendRequest;
 use block::cipher::Tweak;
 use block::create::CreateRequest;
-use block::{Edge, Error, ErrorKind, Format, OpenRequest, Purpose, SectorCipher};
+use block::{Edge, Error, ErrorKind, Format, OpenRequest, SectorCipher};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -41,6 +41,16 @@ pub enum Encryption {
     Aes(Password),
     /// Crypt method 2.
     Luks(luks::CreateOptions, Password),
+}
+
+impl Encryption {
+    /// Bytes of the image that are neither metadata nor data, in a row.
+    pub(super) fn bytes(&self) -> u64 {
+        match self {
+            Self::Aes(_) => 0,
+            Self::Luks(options, _) => Volume::header_bytes(options),
+        }
+    }
 }
 
 impl std::fmt::Debug for Encryption {
@@ -163,7 +173,7 @@ pub(super) async fn open_for(
         (_, None) => return Ok(None),
         _ => {}
     }
-    if request.purpose() == Purpose::Describe {
+    if !request.purpose().needs_content() {
         return Crypto::describe_only(file, header).await;
     }
     let secret = secret.ok_or_else(|| missing_key(PREFIX))?;
@@ -320,7 +330,7 @@ impl Qcow2 {
             count: 0,
         };
         let mut restarts = 0;
-        // A refcount block in between starts it over, behind which there is room for many.
+        // The layout of a new image has room for it; a refcount block in between starts it over.
         while found.count < want {
             let (run, _) = self.allocate(want - found.count).await.map_err(failed)?;
             if found.count > 0 && found.end() == run.first.0 {
@@ -333,7 +343,6 @@ impl Qcow2 {
             }
             found = run;
             if restarts > MAX_RESTARTS {
-                // Small clusters: a refcount block lies in every row that is long enough.
                 self.state().give_back(found);
                 return Err(failed(executor::Errno::EFBIG));
             }

@@ -19,6 +19,7 @@ pub const ENTRY: DriverEntry = DriverEntry::new(
 )
 .with_probe(probe)
 .with_compression()
+.with_strong_options(&["encrypt.key-secret"])
 .with_create(super::create_entry::CREATOR)
 .with_measure(|request, source| Box::pin(super::measure::measure(request, source)))
 .with_amend(super::amend::AMENDER);
@@ -42,7 +43,7 @@ async fn open_node(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>, Err
             take_options(request)?;
             return check::open_node(request).await;
         }
-        Purpose::Serve | Purpose::Describe => take_parts(request).await?,
+        Purpose::Serve | Purpose::Describe | Purpose::Inspect => take_parts(request).await?,
     };
     let clean_interval = options.caches.clean_interval()?;
     let image = Qcow2::open_parsed(file, backing, header, options).await?;
@@ -104,7 +105,7 @@ pub(super) async fn take_parts(request: &mut OpenRequest<'_>) -> Result<Parts, E
         .map(Arc::new);
     if !options.read_only {
         options.log = request.redo_log(&file)?;
-    } else if request.purpose() == Purpose::Serve && !request.node().force_share {
+    } else if request.purpose() != Purpose::Describe && !request.node().force_share {
         // With force-share the writer may be alive: what is read is as of its last flush.
         options.left_behind = request.left_behind(&file)?;
     }

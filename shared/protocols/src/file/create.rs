@@ -29,6 +29,7 @@ pub(super) const CREATOR: Creator = Creator {
             "Extent size hint for the image file, 0 to disable",
         ),
     ],
+    size_unit: 512,
     create: |request| Box::pin(create(request)),
 };
 

@@ -13,8 +13,6 @@ use tools::size;
 
 /// What makes the files that images are in.
 const PROTOCOL: &str = "file";
-/// Sizes are multiples of this many bytes.
-const SECTOR: u64 = 512;
 
 /// The subcommand.
 pub(crate) const COMMAND: Command = Command {
@@ -153,7 +151,8 @@ pub(crate) async fn make_file(
     let mut members = given.members(known);
     if let Some(size) = members.get_mut("size") {
         let bytes = size.as_u64().unwrap_or_default();
-        *size = json!(bytes.checked_next_multiple_of(SECTOR).unwrap_or(bytes));
+        let unit = entry.create.as_ref().map_or(1, |creator| creator.size_unit);
+        *size = json!(bytes.checked_next_multiple_of(unit).unwrap_or(bytes));
     }
     // The old switch stands for the old cipher.
     if members.remove("encryption") == Some(Value::Bool(true)) {
@@ -270,7 +269,7 @@ impl Request {
             }
             other => other,
         };
-        let opened = tool.open(&spec, Opening::new(Access::Read)).await;
+        let opened = tool.open(&spec, Opening::new(Access::Inspect)).await;
         let image = opened.map_err(without_image)?;
         if format.is_none() {
             let detected = image.node.driver().driver_name();

@@ -7,6 +7,7 @@ use crate::reopen::reopen;
 use crate::session::Session;
 use block::{Preallocation, Resize};
 use tools::failure::Failure;
+use tools::image::Notation;
 
 pub(crate) const OPEN: Command = Command {
     names: &["open", "o"],
@@ -86,11 +87,15 @@ async fn run_open(session: &Session<'_>, words: &[&str]) -> Answer {
     let words = arguments::parse("open", words, "snCro:ki:t:d:U")?;
     let mut arguments = OpenArguments::default();
     for (letter, value) in &words.options {
+        if *letter == 'o' && session.notation == Notation::Options {
+            let message = "--image-opts and 'open -o' are mutually exclusive";
+            return Err(Problem::line(message));
+        }
         arguments.take(*letter, value).map_err(problem)?;
     }
     match &words.operands[..] {
         [] if arguments.has_options() => {}
-        [path] => arguments.path = Some(path.clone()),
+        [name] => arguments.name(name.clone(), session.notation),
         _ => return Err(Problem::Usage),
     }
     open(session, &arguments).await

@@ -35,7 +35,7 @@ use session::Session;
 use std::process::ExitCode;
 use tools::failure::{Failure, Outcome, report};
 use tools::getopt::{self, Opt};
-use tools::image::Tool;
+use tools::image::{Notation, Tool};
 use tools::start;
 
 const OPTIONS: &[Opt] = &[
@@ -69,7 +69,7 @@ struct Invocation {
     commands: Vec<String>,
     objects: Vec<String>,
     directories: Vec<String>,
-    image_opts: bool,
+    notation: Notation,
     open: OpenArguments,
 }
 
@@ -92,7 +92,7 @@ fn run(arguments: Vec<String>) -> Outcome {
             "f" => invocation.open.format = Some(value),
             "object" => invocation.objects.push(value),
             "allow-dir" => invocation.directories.push(value),
-            "image-opts" => invocation.image_opts = true,
+            "image-opts" => invocation.notation = Notation::Options,
             // The memory of requests is aligned as it is needed; tracing is by RUST_LOG.
             "m" | "T" => {}
             letter => {
@@ -107,14 +107,13 @@ fn run(arguments: Vec<String>) -> Outcome {
         help::show();
         return Ok(1);
     }
-    if invocation.image_opts && invocation.open.format.is_some() {
+    if invocation.notation == Notation::Options && invocation.open.format.is_some() {
         let message = "--image-opts and -f are mutually exclusive";
         return Err(Failure::message(message));
     }
     let with_file = file.is_some();
-    match (file, invocation.image_opts) {
-        (Some(options), true) => invocation.open.add_options(&options),
-        (file, _) => invocation.open.path = file,
+    if let Some(file) = file {
+        invocation.open.name(file, invocation.notation);
     }
     start::with_tool(async |tool| invocation.perform(tool, with_file).await)
 }
@@ -127,7 +126,7 @@ impl Invocation {
         for definition in &self.objects {
             tool.add_object(definition)?;
         }
-        let session = Session::new(tool);
+        let session = Session::new(tool, self.notation);
         if with_file && open::open(&session, &self.open).await.is_err() {
             return Ok(1);
         }

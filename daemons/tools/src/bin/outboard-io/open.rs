@@ -14,8 +14,8 @@ use tools::image::{Access, Cache, ImageSpec, Notation, Opening, Sharing};
 pub(crate) struct OpenArguments {
     /// `-f`
     pub(crate) format: Option<String>,
-    /// The file.
-    pub(crate) path: Option<String>,
+    /// The file's name, when its options do not tell.
+    path: Option<String>,
     options: Option<String>,
     read_only: bool,
     snapshot: bool,
@@ -59,8 +59,16 @@ impl OpenArguments {
         Ok(())
     }
 
+    /// Takes what names the file.
+    pub(crate) fn name(&mut self, text: String, notation: Notation) {
+        match notation {
+            Notation::Filename => self.path = Some(text),
+            Notation::Options => self.add_options(&text),
+        }
+    }
+
     /// Adds options of the node, `key=value,...`.
-    pub(crate) fn add_options(&mut self, text: &str) {
+    fn add_options(&mut self, text: &str) {
         match &mut self.options {
             Some(options) => {
                 options.push(',');

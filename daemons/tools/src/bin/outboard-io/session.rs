@@ -9,12 +9,14 @@ use std::cell::{Cell, OnceCell, RefCell};
 use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
-use tools::image::{Tool, warn_of_guess};
+use tools::image::{Notation, Tool, warn_of_guess};
 
 /// A run.
 pub(crate) struct Session<'t> {
     /// The graph.
     pub(crate) tool: &'t Tool,
+    /// How files to open are written, on the command line and for `open`.
+    pub(crate) notation: Notation,
     image: RefCell<Option<Rc<Opened>>>,
     pending: RefCell<Vec<JoinHandle<()>>>,
     /// The user wants to leave.
@@ -61,9 +63,10 @@ pub(crate) struct Opened {
 
 impl<'t> Session<'t> {
     /// Without a file.
-    pub(crate) fn new(tool: &'t Tool) -> Self {
+    pub(crate) fn new(tool: &'t Tool, notation: Notation) -> Self {
         Self {
             tool,
+            notation,
             image: RefCell::default(),
             pending: RefCell::default(),
             quit: Cell::new(false),

@@ -117,7 +117,7 @@ fn images_that_are_encrypted_here_are_read_by_qemu() {
     let key = || password(PASSWORD);
     for (seed, (encryption, cluster_size)) in [
         (Encryption::Luks(quick_luks(), key()), 65536),
-        (Encryption::Luks(quick_luks(), key()), 8192),
+        (Encryption::Luks(quick_luks(), key()), 512),
         (Encryption::Aes(key()), 4096),
     ]
     .into_iter()
