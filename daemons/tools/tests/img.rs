@@ -576,11 +576,9 @@ fn encrypted_images_are_made_and_measured_like_those_of_qemu_img() {
     }
     let pair = Pair::new();
     let secret = "--object secret,id=s,data=geheim";
-    pair.both(&format!(
-        "create {secret} -f luks -o key-secret=s,iter-time=10 a.luks 1000"
-    ));
-    let luks = "-O luks -o key-secret=s,iter-time=10";
-    pair.both(&format!("measure {secret} {luks} --size 1001"));
+    let luks = format!("{secret} -o key-secret=s,iter-time=10");
+    pair.both(&format!("create -f luks {luks} a.luks 1000"));
+    pair.both(&format!("measure -O luks {luks} --size 1001"));
     pair.both("measure -O luks --size 1M");
     // A file is gone when no image could be made in it.
     for directory in pair.directories() {
