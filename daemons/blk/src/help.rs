@@ -136,7 +136,7 @@ removed over QMP while the daemon runs.
                          of this user on tmpfs, the same after a restart
                          (default: /dev/shm/outboard-<uid>)
 
-  --log-level <level>    error, warn, info (default), debug, trace, or filters
+  --log-level <level>    error, warn (default), info, debug, trace, or filters
                          as in engine=debug,info; overrides $RUST_LOG. The log
                          goes to standard error
 
@@ -148,6 +148,7 @@ Environment
   NOTIFY_SOCKET          told READY=1 and STOPPING=1 (systemd Type=notify)
   LISTEN_FDS, LISTEN_FDNAMES, LISTEN_PID
                          sockets handed over by systemd socket activation
+  OUTBOARD_ALLOW_DIRS    more directories as of --allow-dir, separated by :
   RUST_LOG               default of --log-level
 
 Exit status

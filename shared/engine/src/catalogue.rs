@@ -7,6 +7,12 @@ pub fn drivers() -> [&'static [DriverEntry]; 3] {
     [protocols::DRIVERS, formats::DRIVERS, filters::DRIVERS]
 }
 
+/// Whether the driver `name` amends images.
+pub(crate) fn amends(name: &str) -> bool {
+    let mut entries = drivers().into_iter().flatten();
+    entries.any(|entry| entry.name == name && entry.amend.is_some())
+}
+
 /// Whether there is a driver called `name`.
 pub(crate) fn knows(name: &str) -> bool {
     let mut entries = drivers().into_iter().flatten();

@@ -194,7 +194,7 @@ fn backing(node: &Node) -> Option<&Node> {
 }
 
 /// The next image or filter of the chain.
-fn below(node: &Node) -> Option<&Node> {
+pub(crate) fn below(node: &Node) -> Option<&Node> {
     let filtered = node.driver().filtered();
     filtered.map(|edge| edge.node()).or_else(|| backing(node))
 }

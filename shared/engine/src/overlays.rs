@@ -4,17 +4,16 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use block::Node;
 use block::create::Target;
 use block::graph::{Reopen, Undo};
+use block::{BackingReference, Node};
 use qmp::{Arguments, Error, Map, Result, Value, json};
 use serde::Deserialize;
 
-use crate::catalogue;
 use crate::engine::Engine;
 use crate::error::from_block;
-use crate::nodes;
 use crate::transaction::{self, Context, Prepared};
+use crate::{nodes, schema};
 
 /// `blockdev-reopen`
 pub(crate) async fn blockdev_reopen(
@@ -33,37 +32,21 @@ pub(crate) async fn blockdev_reopen(
         let Value::Object(options) = options else {
             return Err(Error::parameter_type(path, "object"));
         };
-        changes.push(reopened(engine, &path, options)?);
+        changes.push(reopened(&path, options)?);
     }
     engine.graph.reopen(changes).await.map_err(from_block)?;
     Ok(json!({}))
 }
 
-fn reopened(engine: &Engine, path: &str, options: Map<String, Value>) -> Result<Reopen> {
-    match options.get("driver") {
-        Some(Value::String(driver)) if catalogue::knows(driver) => {}
-        Some(Value::String(driver)) => return Err(Error::parameter_value("driver", driver)),
-        Some(_) => return Err(Error::parameter_type(format!("{path}.driver"), "string")),
-        None => return Err(Error::missing_parameter(format!("{path}.driver"))),
+fn reopened(path: &str, options: Map<String, Value>) -> Result<Reopen> {
+    schema::check("BlockdevOptions", &options, path)?;
+    match options.get("node-name") {
+        Some(Value::String(name)) => Ok(Reopen {
+            node_name: name.clone(),
+            options,
+        }),
+        _ => Err(Error::generic("node-name not specified")),
     }
-    let node_name = match options.get("node-name") {
-        Some(Value::String(name)) => name.clone(),
-        Some(_) => {
-            let path = format!("{path}.node-name");
-            return Err(Error::parameter_type(path, "string"));
-        }
-        None => return Err(Error::generic("node-name not specified")),
-    };
-    let driver = options.get("driver").and_then(Value::as_str);
-    let node = engine.graph.node(&node_name);
-    if let Some(node) = node.filter(|node| driver == Some(node.driver().driver_name())) {
-        let edges = node.driver().edges();
-        let has_file = edges.iter().any(|(name, _)| *name == "file");
-        if has_file && !options.contains_key("file") {
-            return Err(Error::missing_parameter(format!("{path}.file")));
-        }
-    }
-    Ok(Reopen { node_name, options })
 }
 
 #[derive(Deserialize)]
@@ -135,6 +118,43 @@ async fn take_back(engine: Rc<Engine>, undo: Undo) {
     if let Err(error) = engine.graph.undo(undo).await {
         tracing::error!(%error, "a snapshot could not be taken back");
     }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct ChangeBackingFile {
+    device: String,
+    image_node_name: String,
+    backing_file: String,
+}
+
+/// `change-backing-file`: what an image says about its backing; what is open stays.
+pub(crate) async fn change_backing_file(
+    engine: &Rc<Engine>,
+    arguments: Arguments,
+) -> Result<Value> {
+    let request: ChangeBackingFile = arguments.parse()?;
+    let top = nodes::find(engine, Some(&request.device), Some(&request.device))?;
+    let image = nodes::find(engine, None, Some(&request.image_node_name))?;
+    let Some(mut backing) = nodes::below(&image) else {
+        let what = "not allowing backing file change on an image without a backing file";
+        return Err(Error::generic(what));
+    };
+    let mut chain = std::iter::successors(Some(&*top), |node| nodes::below(node));
+    if !chain.any(|node| std::ptr::eq(node, &*image)) {
+        let device = &request.device;
+        let what = format!("'{device}' and image file are not in the same chain");
+        return Err(Error::generic(what));
+    }
+    while let Some(filtered) = backing.driver().filtered() {
+        backing = filtered.node();
+    }
+    let to = BackingReference {
+        name: Some(request.backing_file),
+        format: Some(backing.driver().driver_name().to_owned()),
+    };
+    image.refer_to_backing(to).await.map_err(from_block)?;
+    Ok(json!({}))
 }
 
 #[derive(Default, Deserialize, PartialEq, Eq)]

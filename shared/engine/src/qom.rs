@@ -9,7 +9,7 @@ use qmp::{Arguments, Error, ErrorClass, Result, Value, json};
 use serde::Deserialize;
 
 use crate::engine::Engine;
-use crate::objects::{self, ObjectType, Property, TYPES};
+use crate::objects::{self, ABSTRACT, ObjectType, Property, TYPES};
 
 /// Where a path leads.
 enum Place {
@@ -187,18 +187,47 @@ pub(crate) async fn list_properties(_engine: &Rc<Engine>, arguments: Arguments) 
 struct ListTypes {
     implements: Option<String>,
     #[serde(default, rename = "abstract")]
-    _abstract: bool,
+    with_abstract: bool,
 }
 
-/// Types that users can make; all of them are made from `object`.
+/// What each type is a kind of, and whether there are only kinds of it.
+fn parents() -> impl Iterator<Item = (&'static str, Option<&'static str>, bool)> {
+    let made = TYPES
+        .iter()
+        .map(|known| (known.name, Some(known.parent), false));
+    let kinds = ABSTRACT.iter().map(|(name, parent)| (*name, *parent, true));
+    made.chain(kinds)
+}
+
+/// Whether the type `name` is `wanted` or a kind of it.
+fn is_a(name: &str, wanted: &str) -> bool {
+    let found = parents().find(|(known, ..)| *known == name);
+    let parent = found.and_then(|(_, parent, _)| parent);
+    let makes = wanted == "user-creatable" && objects::type_named(name).is_some();
+    makes || name == wanted || parent.is_some_and(|parent| is_a(parent, wanted))
+}
+
+/// Types that users can make, and with `abstract` those that these are kinds of.
 pub(crate) async fn list_types(_engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {
-    let ListTypes { implements, .. } = arguments.parse()?;
-    let fits = |name: &str| match implements.as_deref() {
-        None | Some("object" | "user-creatable") => true,
-        Some(wanted) => wanted == name,
+    let ListTypes {
+        implements,
+        with_abstract,
+    } = arguments.parse()?;
+    let fits = |name: &str| {
+        let wanted = implements.as_deref();
+        wanted.is_none_or(|wanted| is_a(name, wanted))
     };
-    let types = TYPES.iter().filter(|known| fits(known.name));
-    Ok(types
-        .map(|known| json!({ "name": known.name, "parent": "object" }))
-        .collect())
+    let types = parents().filter(|(_, _, is_abstract)| with_abstract || !is_abstract);
+    let types = types.filter(|(name, ..)| fits(name));
+    let described = types.map(|(name, parent, is_abstract)| {
+        let mut info = json!({ "name": name });
+        if is_abstract {
+            info["abstract"] = json!(true);
+        }
+        if let Some(parent) = parent {
+            info["parent"] = json!(parent);
+        }
+        info
+    });
+    Ok(described.collect())
 }

@@ -345,3 +345,25 @@ fn nbd_exports_come_and_go_with_their_server() {
         engine.shut_down().await.unwrap();
     });
 }
+
+#[test]
+fn types_are_listed_with_what_they_are_kinds_of() {
+    on_executor(async {
+        let engine = engine();
+        let listed = |arguments| run(&engine, "qom-list-types", arguments);
+        let secret = json!({"name": "secret", "parent": "secret_common"});
+        let kinds = listed(json!({"implements": "secret_common"}))
+            .await
+            .unwrap();
+        assert_eq!(kinds, json!([secret]));
+        let all = json!({"implements": "secret_common", "abstract": true});
+        let kind = json!({"abstract": true, "name": "secret_common", "parent": "object"});
+        assert_eq!(listed(all).await.unwrap(), json!([secret, kind]));
+        let made = listed(json!({"implements": "user-creatable"}))
+            .await
+            .unwrap();
+        let objects = listed(json!({"implements": "object"})).await.unwrap();
+        assert_eq!(made, objects);
+        engine.shut_down().await.unwrap();
+    });
+}

@@ -1,10 +1,12 @@
 //! A named thread with an executor of its own.
 
+use std::cell::Cell;
 use std::io;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use crate::runtime::current;
 use crate::{Config, Executor, Handle};
 use nix::unistd::{SysconfVar, sysconf};
 
@@ -14,7 +16,7 @@ pub struct IoThread {
     id: String,
     handle: Handle,
     thread: Option<thread::JoinHandle<()>>,
-    options: IoThreadOptions,
+    options: Cell<IoThreadOptions>,
 }
 
 /// What can be said of an iothread.
@@ -66,7 +68,7 @@ impl IoThread {
             id: id.to_owned(),
             handle: started?,
             thread: Some(thread),
-            options,
+            options: Cell::new(options),
         })
     }
 
@@ -80,9 +82,18 @@ impl IoThread {
         &self.handle
     }
 
-    /// How it was made.
+    /// How it runs.
     pub fn options(&self) -> IoThreadOptions {
-        self.options
+        self.options.get()
+    }
+
+    /// Makes it run in another way, from the next time that it has nothing to do.
+    pub fn set_options(&self, options: IoThreadOptions) {
+        self.options.set(options);
+        // A thread that has ended polls no more.
+        let _ = self.handle.spawn(move || async move {
+            current().pollers.set_max(options.poll_max);
+        });
     }
 }
 

@@ -40,7 +40,7 @@ pub(crate) struct Pollers {
     window: Cell<Duration>,
     /// Spins without success since the last one with.
     misses: Cell<u32>,
-    window_max: Duration,
+    window_max: Cell<Duration>,
 }
 
 impl Pollers {
@@ -50,8 +50,14 @@ impl Pollers {
             armed: Cell::new(false),
             window: Cell::new(window_max),
             misses: Cell::new(0),
-            window_max,
+            window_max: Cell::new(window_max),
         }
+    }
+
+    /// Spins up to `window_max` from now on.
+    pub(crate) fn set_max(&self, window_max: Duration) {
+        self.window_max.set(window_max);
+        self.window.set(window_max);
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -60,7 +66,7 @@ impl Pollers {
 
     /// Whether there is something to spin, and the thread may.
     pub(crate) fn may_spin(&self) -> bool {
-        !self.window_max.is_zero() && !self.is_empty()
+        !self.window_max.get().is_zero() && !self.is_empty()
     }
 
     pub(crate) fn clear(&self) {
@@ -104,7 +110,7 @@ impl Pollers {
     /// How long to spin now.
     fn next_spin(&self) -> Duration {
         if self.misses.get() % SPINS_PER_TRIAL == SPINS_PER_TRIAL - 1 {
-            self.window_max
+            self.window_max.get()
         } else {
             self.window.get()
         }
@@ -114,10 +120,10 @@ impl Pollers {
     fn spun(&self, length: Duration, found: bool) {
         if found {
             self.misses.set(0);
-            self.window.set((length * 2).min(self.window_max));
+            self.window.set((length * 2).min(self.window_max.get()));
         } else {
             self.misses.set(self.misses.get().wrapping_add(1));
-            let smallest = self.window_max / SMALLEST_PART;
+            let smallest = self.window_max.get() / SMALLEST_PART;
             self.window.set((self.window.get() / 2).max(smallest));
         }
     }

@@ -210,13 +210,13 @@ fn end_on_panic() {
     }));
 }
 
-/// `--log-level` and `--trace`, else `$RUST_LOG`, else information about rare changes of state.
+/// `--log-level` and `--trace`, else `$RUST_LOG`, else what somebody should look at.
 fn log_filter<K>(command_line: &CommandLine<K>) -> Result<EnvFilter> {
     let level = command_line.log_level.as_deref();
     let targets = command_line.trace.targets();
     let traced: String = targets.map(|target| format!(",{target}=trace")).collect();
     let from_env = std::env::var("RUST_LOG").ok();
-    let directives = level.or(from_env.as_deref()).unwrap_or("info");
+    let directives = level.or(from_env.as_deref()).unwrap_or("warn");
     let filter = EnvFilter::try_new(format!("{directives}{traced}"));
     filter.map_err(|error| anyhow!("--log-level {directives}: {error}"))
 }

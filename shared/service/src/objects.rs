@@ -95,6 +95,17 @@ pub fn start_iothread(id: &str, options: IoThreadOptions) -> Result<Rc<IoThread>
     started.map(Rc::new).map_err(failed)
 }
 
+/// The error for a time or number of the property `name` that is negative.
+pub fn out_of_range(name: &str) -> Error {
+    let range = format!("[0, {}]", i64::MAX);
+    Error::generic(format!("{name} value must be in range {range}"))
+}
+
+fn poll_max(nanoseconds: i64) -> Result<Duration> {
+    let nanoseconds = u64::try_from(nanoseconds).map_err(|_| out_of_range("poll-max-ns"))?;
+    Ok(Duration::from_nanos(nanoseconds))
+}
+
 /// The `iothread` objects of a daemon. Lives on the control thread.
 #[derive(Default)]
 pub struct IoThreads {
@@ -109,14 +120,20 @@ impl IoThreads {
     pub fn add(&self, id: &str, poll_max_ns: Option<i64>) -> Result<()> {
         let mut options = IoThreadOptions::default();
         if let Some(nanoseconds) = poll_max_ns {
-            let nanoseconds = u64::try_from(nanoseconds).map_err(|_| {
-                let range = format!("[0, {}]", i64::MAX);
-                Error::generic(format!("poll-max-ns value must be in range {range}"))
-            })?;
-            options.poll_max = Duration::from_nanos(nanoseconds);
+            options.poll_max = poll_max(nanoseconds)?;
         }
         let iothread = start_iothread(id, options)?;
         self.list.borrow_mut().push(iothread);
+        Ok(())
+    }
+
+    /// Changes the property `poll-max-ns` of the object `id`, which may be in use.
+    ///
+    /// # Errors
+    /// A time out of range; no such object.
+    pub fn set_poll_max(&self, id: &str, nanoseconds: i64) -> Result<()> {
+        let poll_max = poll_max(nanoseconds)?;
+        self.find(id)?.set_options(IoThreadOptions { poll_max });
         Ok(())
     }
 

@@ -107,7 +107,7 @@ removed over QMP while the daemon runs.
   --allow-dir <dir>      files beneath it can be made after start-up
                          (capture-start); repeatable
 
-  --log-level <level>    error, warn, info (default), debug, trace, or filters
+  --log-level <level>    error, warn (default), info, debug, trace, or filters
                          as in netd=debug,info; overrides $RUST_LOG. The log
                          goes to standard error
 

@@ -10,6 +10,7 @@
 //! their life cycle and events. Promises: a verb acts only in the states that QEMU lists for it; a job
 //! that has concluded can be queried until it is dismissed; no job outlives the engine. Must not know: what a kind of job does.
 
+mod amend;
 pub(crate) mod commands;
 mod create;
 mod group;
@@ -32,6 +33,7 @@ pub use group::Group;
 pub use job::{Job, JobKind, JobOptions, Progress, Step, Work};
 pub use status::{Status, Verb};
 
+pub(crate) use amend::x_blockdev_amend;
 pub(crate) use create::blockdev_create;
 
 use crate::engine::Engine;

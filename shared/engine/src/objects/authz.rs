@@ -13,6 +13,7 @@ use super::{Home, Object, ObjectType, Property};
 /// One name.
 pub(super) const SIMPLE: ObjectType = ObjectType {
     name: "authz-simple",
+    parent: "authz",
     properties: &[Property::new("identity", "string")],
     make: |home, id, arguments| {
         let Simple { identity } = arguments.parse()?;
@@ -24,6 +25,7 @@ pub(super) const SIMPLE: ObjectType = ObjectType {
 /// A list of rules.
 pub(super) const LIST: ObjectType = ObjectType {
     name: "authz-list",
+    parent: "authz",
     properties: &[
         Property::new("policy", "QAuthZListPolicy"),
         Property::new("rules", "QAuthZListRule"),
@@ -38,6 +40,7 @@ pub(super) const LIST: ObjectType = ObjectType {
 /// A list of rules in a file.
 pub(super) const LIST_FILE: ObjectType = ObjectType {
     name: "authz-listfile",
+    parent: "authz",
     properties: &[
         Property::new("filename", "string"),
         Property::new("refresh", "bool"),

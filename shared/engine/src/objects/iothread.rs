@@ -3,14 +3,18 @@
 //! `poll-max-ns` is followed. How polling adapts and how many requests go to the kernel at a time are
 //! the executor's own decisions: the properties for these are checked and shown, and change nothing.
 
-use qmp::{Arguments, Error, Result, Value, json};
+use std::cell::Cell;
+
+use qmp::{Arguments, Error, Map, Result, Value, json};
 use serde::Deserialize;
+use service::objects::out_of_range;
 
 use super::{Home, Object, ObjectType, Property, in_use};
 
 /// The type's table line.
 pub(super) const TYPE: ObjectType = ObjectType {
     name: "iothread",
+    parent: "event-loop-base",
     properties: &[
         Property::new("aio-max-batch", "int"),
         Property::new("poll-grow", "int"),
@@ -27,7 +31,7 @@ const POLL_MAX_NS: i64 = 32768;
 /// Threads of a pool unless told otherwise.
 const POOL_MAX: i64 = 64;
 
-#[derive(Deserialize)]
+#[derive(Clone, Copy, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Properties {
     poll_max_ns: Option<i64>,
@@ -38,41 +42,59 @@ struct Properties {
     thread_pool_max: Option<i64>,
 }
 
+impl Properties {
+    /// Refuses what no thread can have.
+    fn check(&self) -> Result<()> {
+        let numbers = [
+            ("poll-max-ns", self.poll_max_ns),
+            ("poll-grow", self.poll_grow),
+            ("poll-shrink", self.poll_shrink),
+            ("aio-max-batch", self.aio_max_batch),
+            ("thread-pool-min", self.thread_pool_min),
+            ("thread-pool-max", self.thread_pool_max),
+        ];
+        let negative = |(_, value): &&(&str, Option<i64>)| value.is_some_and(|value| value < 0);
+        if let Some((name, _)) = numbers.iter().find(negative) {
+            return Err(out_of_range(name));
+        }
+        let max = self.thread_pool_max.unwrap_or(POOL_MAX);
+        if max == 0 || self.thread_pool_min.unwrap_or(0) > max {
+            return Err(Error::generic("bad thread-pool-min/thread-pool-max values"));
+        }
+        Ok(())
+    }
+
+    /// These with what `other` says besides.
+    fn changed(self, other: Self) -> Self {
+        Self {
+            poll_max_ns: other.poll_max_ns.or(self.poll_max_ns),
+            poll_grow: other.poll_grow.or(self.poll_grow),
+            poll_shrink: other.poll_shrink.or(self.poll_shrink),
+            aio_max_batch: other.aio_max_batch.or(self.aio_max_batch),
+            thread_pool_min: other.thread_pool_min.or(self.thread_pool_min),
+            thread_pool_max: other.thread_pool_max.or(self.thread_pool_max),
+        }
+    }
+}
+
 struct IoThread {
-    properties: Properties,
+    id: String,
+    properties: Cell<Properties>,
 }
 
 fn make(home: &Home<'_>, id: &str, arguments: Arguments) -> Result<Box<dyn Object>> {
     let properties: Properties = arguments.parse()?;
-    let hints = [
-        ("poll-grow", properties.poll_grow),
-        ("poll-shrink", properties.poll_shrink),
-        ("aio-max-batch", properties.aio_max_batch),
-    ];
-    if let Some((name, _)) = hints
-        .iter()
-        .find(|(_, value)| value.is_some_and(|value| value < 0))
-    {
-        let range = format!("[0, {}]", i64::MAX);
-        return Err(Error::generic(format!(
-            "{name} value must be in range {range}"
-        )));
-    }
-    let (min, max) = (
-        properties.thread_pool_min.unwrap_or(0),
-        properties.thread_pool_max.unwrap_or(POOL_MAX),
-    );
-    if min < 0 || max <= 0 || min > max {
-        let what = format!("bad thread-pool-min/thread-pool-max values: {min}, {max}");
-        return Err(Error::generic(what));
-    }
+    properties.check()?;
     home.iothreads.add(id, properties.poll_max_ns)?;
-    Ok(Box::new(IoThread { properties }))
+    Ok(Box::new(IoThread {
+        id: id.to_owned(),
+        properties: Cell::new(properties),
+    }))
 }
 
 impl Object for IoThread {
     fn get(&self, property: &str) -> Option<Value> {
-        let given = &self.properties;
+        let given = self.properties.get();
         let value = match property {
             "poll-max-ns" => given.poll_max_ns.unwrap_or(POLL_MAX_NS),
             "poll-grow" => given.poll_grow.unwrap_or(0),
@@ -85,7 +107,44 @@ impl Object for IoThread {
         Some(json!(value))
     }
 
+    fn set(&self, home: &Home<'_>, property: &str, value: Value) -> Result<()> {
+        let change = Map::from_iter([(property.to_owned(), value)]);
+        let change: Properties = Arguments::from_json(change).parse()?;
+        let changed = self.properties.get().changed(change);
+        changed.check()?;
+        if let Some(nanoseconds) = change.poll_max_ns {
+            home.iothreads.set_poll_max(&self.id, nanoseconds)?;
+        }
+        self.properties.set(changed);
+        Ok(())
+    }
+
     fn release(&self, home: &Home<'_>, id: &str) -> Result<()> {
         home.iothreads.remove(id).map_err(|_| in_use(id))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Objects;
+    use super::*;
+    use block::Graph;
+    use block::graph::NamePolicy;
+    use qmp::keyval;
+
+    #[test]
+    fn how_long_a_thread_polls_changes_while_it_is_used() {
+        let graph = Graph::new(&[], NamePolicy::default());
+        let objects = Objects::default();
+        let arguments = keyval::parse("iothread,id=i,poll-max-ns=7", Some("qom-type")).unwrap();
+        objects.add(&graph, arguments).unwrap();
+        let _user = objects.iothreads().find("i").unwrap();
+        let (object, _) = objects.find("i").unwrap();
+        let set = |value| objects.set(&graph, &*object, ("poll-max-ns", json!(value)));
+        set(0).unwrap();
+        let shown = json!([{"id": "i", "poll-max-ns": 0}]);
+        assert_eq!(objects.iothreads().describe(), shown);
+        assert!(set(-1).is_err());
+        assert_eq!(object.get("poll-max-ns"), Some(json!(0)));
     }
 }

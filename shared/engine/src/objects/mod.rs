@@ -28,6 +28,8 @@ use crate::engine::Engine;
 pub struct ObjectType {
     /// What `qom-type` says.
     pub name: &'static str,
+    /// The type that it is a kind of, one of [`ABSTRACT`] or `object`.
+    pub parent: &'static str,
     /// What can be given beside `qom-type` and `id`.
     pub properties: &'static [Property],
     /// Makes an object, and puts it where its users look.
@@ -98,6 +100,17 @@ pub const TYPES: &[&ObjectType] = &[
     &tls_creds::ANONYMOUS,
     &tls_creds::PRE_SHARED,
     &tls_creds::X509,
+];
+
+/// Types that there are only kinds of, with what they are a kind of.
+pub(crate) const ABSTRACT: &[(&str, Option<&str>)] = &[
+    ("authz", Some("object")),
+    ("event-loop-base", Some("object")),
+    ("interface", None),
+    ("object", None),
+    ("secret_common", Some("object")),
+    ("tls-creds", Some("object")),
+    ("user-creatable", Some("interface")),
 ];
 
 /// The type `name`.

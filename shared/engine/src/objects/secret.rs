@@ -22,6 +22,7 @@ use super::{Home, Object, ObjectType, Property};
 /// The type's table line.
 pub(super) const TYPE: ObjectType = ObjectType {
     name: "secret",
+    parent: "secret_common",
     properties: &[
         Property::new("data", "string"),
         Property::new("file", "string"),

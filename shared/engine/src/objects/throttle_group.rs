@@ -48,6 +48,7 @@ macro_rules! members {
         /// The type's table line.
         pub(super) const TYPE: ObjectType = ObjectType {
             name: "throttle-group",
+    parent: "object",
             properties: &[
                 Property::new("limits", "ThrottleLimits"),
                 $(Property::new($own, "int"),)*

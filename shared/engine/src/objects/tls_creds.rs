@@ -19,6 +19,7 @@ const VERIFY_PEER: Property = Property::new("verify-peer", "bool");
 /// Certificates.
 pub(super) const X509: ObjectType = ObjectType {
     name: "tls-creds-x509",
+    parent: "tls-creds",
     properties: &[
         DIR,
         ENDPOINT,
@@ -49,6 +50,7 @@ pub(super) const X509: ObjectType = ObjectType {
 /// Pre-shared keys.
 pub(super) const PRE_SHARED: ObjectType = ObjectType {
     name: "tls-creds-psk",
+    parent: "tls-creds",
     properties: &[
         DIR,
         ENDPOINT,
@@ -73,6 +75,7 @@ pub(super) const PRE_SHARED: ObjectType = ObjectType {
 /// No proof at all.
 pub(super) const ANONYMOUS: ObjectType = ObjectType {
     name: "tls-creds-anon",
+    parent: "tls-creds",
     properties: &[DIR, ENDPOINT, VERIFY_PEER],
     make: |home, id, arguments| {
         let given: AnonymousProperties = arguments.parse()?;

@@ -182,6 +182,10 @@ fn what_cannot_change_is_named_in_the_peers_words() {
         for (request, expected) in [
             (
                 with("driver", json!("raw")),
+                "Parameter 'options[0].backing' is unexpected",
+            ),
+            (
+                json!({"options": [{"driver": "raw", "node-name": "q", "file": options["file"]}]}),
                 "Cannot change the option 'driver'",
             ),
             (
@@ -202,7 +206,7 @@ fn what_cannot_change_is_named_in_the_peers_words() {
                 "Parameter 'options[0].file' is missing",
             ),
             (
-                json!({"options": [{"driver": "qcow2"}]}),
+                json!({"options": [{"driver": "qcow2", "file": "o"}]}),
                 "node-name not specified",
             ),
         ] {
@@ -371,6 +375,38 @@ fn actions_of_a_transaction_see_what_those_before_them_made() {
         let found = node.bitmaps().find("new").unwrap();
         assert!(found.next_dirty(ByteRange::new(0, LENGTH)).is_some());
         drop((handle, root, node, found));
+        rig.engine.shut_down().await.unwrap();
+    });
+}
+
+#[test]
+fn an_image_refers_to_another_backing_file_that_is_opened_next_time() {
+    on_executor(async {
+        let rig = Rig::new();
+        rig.image("base").await;
+        let sync = json!({
+            "node-name": "base", "snapshot-file": rig.path("top"), "snapshot-node-name": "top",
+        });
+        rig.ok("blockdev-snapshot-sync", sync).await;
+        rig.image("other").await;
+        let change = |image: &str| {
+            let name = "base-of-tomorrow";
+            json!({"device": "top", "image-node-name": image, "backing-file": name})
+        };
+        rig.ok("change-backing-file", change("top")).await;
+        let shown = rig
+            .ok("query-named-block-nodes", json!({"flat": true}))
+            .await;
+        let list = shown.as_array().unwrap();
+        let top = list.iter().find(|node| node["node-name"] == "top").unwrap();
+        assert_eq!(top["image"]["backing-filename"], "base-of-tomorrow");
+        assert_eq!(top["image"]["backing-filename-format"], "qcow2");
+        assert_eq!(top["backing_file"], rig.path("base"));
+        let refused = rig.refused("change-backing-file", change("other")).await;
+        assert_eq!(
+            refused,
+            "not allowing backing file change on an image without a backing file"
+        );
         rig.engine.shut_down().await.unwrap();
     });
 }

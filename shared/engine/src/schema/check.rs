@@ -5,8 +5,7 @@ use qmp::{Error, Map, Result, Value};
 use super::description;
 use super::parse::{Description, Entity, Member, Object, Shape, Type};
 
-/// Checks `members` as a value of the type `name`, which stands at `path` of the arguments. Definitions of nodes are
-/// left to those who open them.
+/// Checks `members` as a value of the type `name`, which stands at `path` of the arguments.
 ///
 /// # Errors
 /// The first mistake, in QEMU's words.
@@ -122,9 +121,15 @@ impl<'d> Checker<'d> {
                     },
                     Type::List(_) => value.is_array(),
                 };
-                match kinds.iter().any(fits) {
-                    true => Ok(()),
-                    false => Err(Error::parameter_type(path, name)),
+                let found = kinds.iter().find(|kind| fits(kind));
+                // The peer names the member alone.
+                let member = path.rsplit('.').next().unwrap_or(path);
+                match (found, value) {
+                    (None, _) => Err(Error::parameter_type(member, name)),
+                    (Some(kind), Value::Object(_) | Value::Array(_)) => {
+                        self.value(kind, value, path)
+                    }
+                    (Some(_), _) => Ok(()),
                 }
             }
             (Entity::Command { .. } | Entity::Event(_), _) => {
