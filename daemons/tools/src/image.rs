@@ -293,6 +293,9 @@ impl Tool {
             Access::Describe | Access::Inspect | Access::Read | Access::Check => Permissions::READ,
         };
         let root = Root::new("", &node, permissions, Permissions::ALL).map_err(failed)?;
+        if how.cache.write_through {
+            root.write_through();
+        }
         Ok(Image { node, root })
     }
 

@@ -38,6 +38,7 @@ use crate::error::Result;
 use crate::node::{Node, Parent, ResizeListener};
 use crate::open::ChildRole;
 use drain::Threads;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// What a root calls its node.
@@ -56,6 +57,7 @@ struct Shared {
     edge: Edge,
     permissions: Permissions,
     threads: Threads,
+    write_through: AtomicBool,
     callbacks: Mutex<Vec<ResizeCallback>>,
     this: Weak<Shared>,
 }
@@ -88,6 +90,7 @@ impl Root {
             edge,
             permissions,
             threads: Threads::default(),
+            write_through: AtomicBool::new(false),
             callbacks: Mutex::default(),
             this: this.clone(),
         });
@@ -102,6 +105,11 @@ impl Root {
     /// The edge to the node, to point it at another one.
     pub fn edge(&self) -> &Edge {
         &self.shared.edge
+    }
+    /// Each write through the handles attached from now on is durable when it completes, as if it
+    /// had [`crate::WriteFlags::fua`].
+    pub fn write_through(&self) {
+        self.shared.write_through.store(true, Ordering::Relaxed);
     }
     /// A handle for the current thread's executor.
     pub fn attach(&self) -> RootHandle {

@@ -1,5 +1,7 @@
 use super::*;
+use crate::edge::Permissions;
 use crate::memory::{Call, Memory};
+use crate::root::Root;
 use executor::Executor;
 use executor::sim::{Config, World};
 use rand::rngs::SmallRng;
@@ -194,6 +196,24 @@ fn a_forced_write_is_flushed_after_it_is_written() {
         let range = ByteRange::new(0, 512);
         node.write_zeroes(range, flags).await.unwrap();
         assert_eq!(memory.calls(), [Call::Write(0, 512), Call::Flush]);
+    });
+}
+
+#[test]
+fn each_write_through_a_root_that_writes_through_is_flushed() {
+    let memory = Memory::new(vec![0; 65536]);
+    run(async {
+        let node = node(writable(), &memory);
+        let root = Root::new("", &node, Permissions::READ_WRITE, Permissions::ALL).unwrap();
+        root.write_through();
+        let handle = root.attach();
+        let flags = WriteFlags::default();
+        handle.write(0, filled(512, 1), flags).await.unwrap();
+        assert_eq!(memory.calls(), [Call::Write(0, 512), Call::Flush]);
+        let range = ByteRange::new(0, 4096);
+        let zeroed = handle.write_zeroes(range, ZeroFlags::default());
+        zeroed.await.unwrap();
+        assert_eq!(memory.calls().last(), Some(&Call::Flush));
     });
 }
 

@@ -11,6 +11,7 @@ use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 
 /// A root on one thread; `!Send`.
@@ -19,6 +20,8 @@ pub struct RootHandle {
     thread: Rc<Thread>,
     epoch: ThreadEpoch,
     writes: bool,
+    /// Each write is durable when it completes.
+    through: bool,
     /// Requests gain by being announced: so it was when this handle was made.
     prefetches: bool,
 }
@@ -48,6 +51,7 @@ impl RootHandle {
         Self {
             epoch: ThreadEpoch::current(),
             writes: permissions.write || permissions.write_unchanged,
+            through: root.write_through.load(Ordering::Relaxed),
             // While paused, edges may change under us.
             prefetches: !thread.is_paused() && root.edge.node().driver().can_prefetch(),
             thread,
@@ -104,14 +108,16 @@ impl RootHandle {
     }
     /// Writes `buffer` at `offset`. `EPERM` without write permission.
     #[inline]
-    pub fn write(&self, offset: u64, buffer: Buffer, flags: WriteFlags) -> RootFuture<'_> {
+    pub fn write(&self, offset: u64, buffer: Buffer, mut flags: WriteFlags) -> RootFuture<'_> {
+        flags.fua |= self.through;
         if self.thread.is_paused() {
             return self.wait(Request::Write(offset, buffer, flags));
         }
         self.start(|| self.issue_write(offset, buffer, flags))
     }
     /// Makes `range` read as zeroes.
-    pub fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> RootFuture<'_> {
+    pub fn write_zeroes(&self, range: ByteRange, mut flags: ZeroFlags) -> RootFuture<'_> {
+        flags.fua |= self.through;
         self.start_or_wait(Request::WriteZeroes(range, flags))
     }
     /// Discards `range`.

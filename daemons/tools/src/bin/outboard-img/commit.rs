@@ -110,6 +110,9 @@ impl Request {
         let depth = self.find_base(tool, &spec).await?;
         let (base, top) = self.open_chain(tool, (&spec, depth)).await?;
         let target = open_root(&base)?;
+        if self.cache.write_through {
+            target.write_through();
+        }
         grow(&base, top.node.length()).await?;
         let sources = Sources::above(&top.root, &base).ok_or_else(|| failed(Errno::EFBIG))?;
         let options = CopyOptions {

@@ -15,8 +15,8 @@ mod target;
 
 use crate::{Command, Running};
 use block::copy::{
-    Backed, CHUNK_BYTES, Copy, CopyOptions, Kind, LONG_CHUNK_BYTES, Observer, SPARSE_BYTES,
-    Sources, Store, Unwritten, Walk, status::backing_of,
+    Backed, CHUNK_BYTES, Copy, CopyOptions, Kind, LONG_CHUNK_BYTES, Observer, OnReadError,
+    SPARSE_BYTES, Sources, Store, Unwritten, Walk, status::backing_of,
 };
 use block::{BlockStatus, ByteRange, Errno, Node};
 use request::Request;
@@ -71,12 +71,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     if let Some(bitmaps) = bitmaps {
         bitmaps::copy(&bitmaps, &target.node).await?;
     }
-    let handle = target.root.attach();
-    if request.target_cache.write_through {
-        let flushed = handle.flush().await;
-        flushed.map_err(|errno| Failure::block("", &block::Error::io("Failed to flush", errno)))?;
-    }
-    drop((handle, sources));
+    drop(sources);
     source.close(tool, images).await?;
     tool.close_image(target).await?;
     progress.at(1, 1);
@@ -100,7 +95,9 @@ async fn copy(
         done: Cell::new(0),
         total: Cell::new(sources.length()),
     };
-    if request.progress && !request.common.quiet {
+    // What is unknown of a disk to be salvaged is told before its data is read, which may take long.
+    let salvages = request.on_read_error == OnReadError::Salvage;
+    if salvages || request.progress && !request.common.quiet {
         shown.total.set(to_copy(sources, &options, &shown).await?);
     }
     let copied = Copy::new((sources, &handle), &options, &shown).run().await;
