@@ -6,6 +6,9 @@
 //! there is no backing; with one, zeroes are written by the caller and a discard does nothing,
 //! because it would let the backing's content show through.
 //!
+//! Zeroes for a part of a subcluster take all of it when the rest reads as zeroes and nothing of it is
+//! data; else the caller writes them.
+//!
 //! A host cluster is given up when none of its subclusters holds data any more. In an external data
 //! file there is nothing to give up: its storage is discarded while the guest clusters are locked,
 //! since the guest's next write goes to the same place. A raw one has to read as zeroes by itself.
@@ -15,7 +18,8 @@ use super::reclaim::DiscardKind;
 use super::redo::{L2Run, RedoRecord};
 use super::tables::{ClusterRun, GuestCluster, HostOffset, OFFSET_MASK};
 use super::{Qcow2, cache::Pinned};
-use block::{ByteRange, ZeroFlags};
+use block::copy::status;
+use block::{ByteRange, Mapping, Node, ZeroFlags};
 use executor::Errno;
 use smallvec::SmallVec;
 use std::ops::Range;
@@ -23,13 +27,21 @@ use std::ops::Range;
 /// Entries changed as one unit of the redo log.
 const MAX_ENTRIES: u64 = 256;
 
+/// What zeroes may take the place of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Old {
+    Anything,
+    /// Zeroes, or nothing: data is left alone.
+    NoData,
+}
+
 /// What becomes of subclusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Erase {
     /// They read as zeroes and keep their storage.
-    ZeroKeeping,
+    ZeroKeeping(Old),
     /// They read as zeroes; storage is given up.
-    ZeroUnmapping,
+    ZeroUnmapping(Old),
     /// The guest needs them no more: zeroes, unless that takes an effort.
     Discard,
     /// Whole clusters lose their mapping, whatever they read as then.
@@ -42,6 +54,19 @@ impl Erase {
     /// Whether nothing stays mapped.
     fn unmaps_all(self) -> bool {
         matches!(self, Self::Unmap | Self::Drop)
+    }
+
+    /// Whether storage stays mapped.
+    fn keeps_storage(self) -> bool {
+        matches!(self, Self::ZeroKeeping(_))
+    }
+
+    /// Whether it is done to data too.
+    fn takes_data(self) -> bool {
+        !matches!(
+            self,
+            Self::ZeroKeeping(Old::NoData) | Self::ZeroUnmapping(Old::NoData)
+        )
     }
 
     /// Why the clusters are given up.
@@ -58,20 +83,64 @@ impl Qcow2 {
     pub(super) async fn zero(&self, range: ByteRange, flags: ZeroFlags) -> Result<u64, Errno> {
         self.check_writable()?;
         let grain = self.geometry.subcluster_size();
-        let Some(whole) = self.whole_units(range, grain) else {
-            return Err(Errno::EOPNOTSUPP);
+        let whole = self.whole_units(range, grain);
+        let Some(whole) = whole.filter(|whole| whole.start == range.offset) else {
+            return self.zero_part(range, flags).await;
         };
-        if whole.start != range.offset {
-            return Err(Errno::EOPNOTSUPP);
-        }
         let erase = match (self.geometry.zero_clusters, flags.may_unmap) {
-            (true, true) => Erase::ZeroUnmapping,
-            (true, false) => Erase::ZeroKeeping,
+            (true, true) => Erase::ZeroUnmapping(Old::Anything),
+            (true, false) => Erase::ZeroKeeping(Old::Anything),
             (false, _) if self.backing.is_none() => Erase::Unmap,
             (false, _) => return Err(Errno::EOPNOTSUPP),
         };
         let end = self.erase_some(whole, erase).await?;
         Ok((end - range.offset).min(range.length))
+    }
+
+    /// Zeroes the part of one subcluster at the start of `range`, by making all of it zeroes.
+    async fn zero_part(&self, range: ByteRange, flags: ZeroFlags) -> Result<u64, Errno> {
+        if !self.geometry.zero_clusters {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        let grain = self.geometry.subcluster_size();
+        let start = range.offset / grain * grain;
+        let end = start.checked_add(grain).ok_or(Errno::EINVAL)?;
+        let part_end = range.checked_end().ok_or(Errno::EINVAL)?.min(end);
+        let shown_end = end.min(self.disk_size());
+        let rest = [start..range.offset, part_end..shown_end];
+        for margin in rest {
+            if !self.shows_zeroes(margin).await? {
+                return Err(Errno::EOPNOTSUPP);
+            }
+        }
+        // What is written to the rest meanwhile is data.
+        let erase = match flags.may_unmap {
+            true => Erase::ZeroUnmapping(Old::NoData),
+            false => Erase::ZeroKeeping(Old::NoData),
+        };
+        self.erase_some(start..end, erase).await?;
+        Ok(part_end - range.offset)
+    }
+
+    /// Whether the mapping says that the guest bytes of `range` read as zeroes.
+    async fn shows_zeroes(&self, mut range: Range<u64>) -> Result<bool, Errno> {
+        while !range.is_empty() {
+            let left = ByteRange::new(range.start, range.end - range.start);
+            let extent = self.resolve_mapping(left).await?;
+            let length = match (extent.mapping, &self.backing) {
+                (Mapping::Zero(_), _) | (Mapping::Unallocated, None) => extent.length,
+                (Mapping::Unallocated, Some(backing)) => {
+                    let left = ByteRange::new(range.start, extent.length);
+                    match zero_length(backing.node(), left).await {
+                        0 => return Ok(false),
+                        length => length,
+                    }
+                }
+                (Mapping::Data(_) | Mapping::Encoded(_), _) => return Ok(false),
+            };
+            range.start += length;
+        }
+        Ok(true)
     }
 
     /// See [`block::Format::discard`].
@@ -124,7 +193,7 @@ impl Qcow2 {
         let shows_something = self.backing.is_some() || self.is_raw_data_file();
         let needs_mark = match erase {
             Erase::Discard => shows_something,
-            Erase::ZeroKeeping | Erase::ZeroUnmapping => true,
+            Erase::ZeroKeeping(_) | Erase::ZeroUnmapping(_) => true,
             Erase::Unmap | Erase::Drop => false,
         };
         if self.l1.entry(l1_index) & OFFSET_MASK == 0 && !needs_mark {
@@ -206,7 +275,7 @@ impl Qcow2 {
 
     /// Whether host clusters stay with their entries though their storage is given up.
     fn keeps(&self, erase: Erase) -> bool {
-        matches!(erase, Erase::Discard | Erase::ZeroUnmapping) && self.discards.keeps_clusters
+        matches!(erase, Erase::Discard | Erase::ZeroUnmapping(_)) && self.discards.keeps_clusters
     }
 
     /// The entry that takes the place of `old` when `touched` subclusters are erased.
@@ -214,7 +283,7 @@ impl Qcow2 {
         if erase.unmaps_all() {
             return Ok(EntryWords::default());
         }
-        let is_whole = touched == self.geometry.all_subclusters();
+        let is_whole = touched == self.geometry.all_subclusters() && erase.takes_data();
         let old = match old {
             // Its subclusters cannot be told apart.
             Cluster::Compressed(_) if !is_whole => return Err(Errno::EOPNOTSUPP),
@@ -222,6 +291,9 @@ impl Qcow2 {
                 allocated: touched,
                 ..Subclusters::default()
             },
+            Cluster::Standard(old) if old.allocated & touched != 0 && !erase.takes_data() => {
+                return Err(Errno::EOPNOTSUPP);
+            }
             Cluster::Standard(old) => *old,
         };
         // What is unallocated reads as zeroes anyway when there is nothing below: enough for a discard. Who
@@ -235,7 +307,7 @@ impl Qcow2 {
             zero: old.zero | marked,
             ..old
         };
-        let unmaps = erase != Erase::ZeroKeeping && !self.keeps(erase);
+        let unmaps = !erase.keeps_storage() && !self.keeps(erase);
         if unmaps && new.allocated == 0 && !self.is_raw_data_file() {
             new.host = None;
             new.copied = false;
@@ -252,7 +324,7 @@ impl Qcow2 {
         let end = range.end.min(self.disk_size());
         let bytes = ByteRange::new(range.start, end.saturating_sub(range.start));
         let is_raw = self.is_raw_data_file();
-        let unmaps = erase != Erase::ZeroKeeping;
+        let unmaps = !erase.keeps_storage();
         let is_wanted = is_raw || (unmaps && self.discards.request);
         if bytes.length == 0 || erase.unmaps_all() || !is_wanted {
             return Ok(true);
@@ -292,6 +364,19 @@ impl Qcow2 {
             };
             let _ = self.file.node().write_zeroes(range, flags).await;
         }
+    }
+}
+
+/// How many bytes at the start of `range` of a backing chain are known to read as zeroes.
+async fn zero_length(backing: &Node, range: ByteRange) -> u64 {
+    let within = backing.length().saturating_sub(range.offset);
+    if within == 0 {
+        return range.length;
+    }
+    let range = ByteRange::new(range.offset, range.length.min(within));
+    match status::above(backing, None, range).await {
+        Ok(above) if above.status.zero => above.length,
+        _ => 0,
     }
 }
 
