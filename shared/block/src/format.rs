@@ -219,6 +219,15 @@ pub trait Format: Send + Sync + 'static {
     async fn storage_is_sparse(&self) -> bool {
         false
     }
+    /// Where saved machine state begins, counted as the disk is; `None` when the format keeps none.
+    fn machine_state(&self) -> Option<u64> {
+        None
+    }
+    /// Lets machine state up to `end` be mapped, counted as the disk is.
+    async fn reserve_machine_state(&self, end: u64) -> Result<(), Errno> {
+        let _ = end;
+        Err(Errno::EOPNOTSUPP)
+    }
     /// See [`crate::Driver::describe`].
     fn describe(&self) -> serde_json::Map<String, serde_json::Value>;
     /// See [`crate::Driver::snapshots`].

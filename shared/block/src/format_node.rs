@@ -18,6 +18,7 @@ mod announced;
 mod cipher;
 mod encode;
 mod pieces;
+mod state;
 mod write;
 
 use crate::bitmap::BitmapStore;
@@ -480,6 +481,9 @@ impl<F: Format> Driver for FormatNode<F> {
     }
     fn identity(&self) -> Option<ImageIdentity> {
         None
+    }
+    fn machine_state(&self) -> Option<&dyn crate::MachineState> {
+        self.format.machine_state().map(|_| self as _)
     }
     fn snapshots(&self) -> Option<&dyn Snapshots> {
         self.format.snapshots()

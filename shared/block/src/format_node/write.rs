@@ -189,7 +189,11 @@ impl<F: Format> FormatNode<F> {
 
     /// Reads what the virtual disk holds before the plan is committed, into zeroed memory.
     async fn read_old(&self, offset: u64, buffer: Buffer) -> Result<(), Errno> {
-        let within = self.format.virtual_size().saturating_sub(offset);
+        let end = match self.format.machine_state() {
+            Some(start) if offset >= start => u64::MAX,
+            _ => self.format.virtual_size(),
+        };
+        let within = end.saturating_sub(offset);
         let length = within.min(buffer.len() as u64) as usize;
         let target = (buffer.slice(0..length), Memory::Zeroes);
         self.read_pieces(offset, target).await

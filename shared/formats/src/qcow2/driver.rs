@@ -215,6 +215,15 @@ impl Format for Qcow2 {
     async fn amend(&self, changes: &mut AmendRequest<'_>) -> Result<(), Error> {
         self.amend_serving(changes).await
     }
+    fn machine_state(&self) -> Option<u64> {
+        // An external data file holds the disk alone.
+        (!self.geometry.external_data).then(|| self.machine_state_start())
+    }
+
+    async fn reserve_machine_state(&self, end: u64) -> Result<(), Errno> {
+        self.reserve_state(end).await
+    }
+
     fn describe(&self) -> Map<String, Value> {
         let header = &self.header;
         let corrupt =

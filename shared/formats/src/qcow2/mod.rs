@@ -121,6 +121,8 @@ pub struct Qcow2 {
     virtual_size: AtomicU64,
     /// Guest bytes that may get a mapping; differs from the size while that changes.
     mappable: AtomicU64,
+    /// Where the machine state that may be mapped ends, counted as the disk is; 0 when none may.
+    machine_state_end: AtomicU64,
     /// Whether mapped storage may be holes of the file, once it is known.
     sparse: std::sync::OnceLock<bool>,
     /// The disk became smaller: the file is cut off when the image is closed.

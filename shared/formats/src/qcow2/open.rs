@@ -28,7 +28,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 
 /// log2 of the bytes of a table that are cached as one, unless tables are smaller or too many.
-const SLICE_BITS: u32 = 12;
+pub(super) const SLICE_BITS: u32 = 12;
 /// How much of a long table is read at once, in bytes.
 const READ_STEP: u64 = 1 << 20;
 
@@ -152,6 +152,7 @@ impl Qcow2 {
             writable: !options.read_only,
             virtual_size: AtomicU64::new(header.size),
             mappable: AtomicU64::new(header.size),
+            machine_state_end: AtomicU64::new(0),
             sparse: Default::default(),
             shrunk: AtomicBool::new(false),
             plain_end: AtomicU64::new(0),

@@ -25,7 +25,7 @@ use super::{Qcow2, cache, header};
 use block::{ByteRange, Error, ErrorKind, Event, Mapping, Preallocation, Resize, ZeroFlags};
 use executor::Errno;
 use std::ops::Range;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
 impl Qcow2 {
     /// Bytes of the virtual disk.
@@ -35,10 +35,29 @@ impl Qcow2 {
 
     /// Whether the guest cluster at `offset` may get a mapping. Asked under its lock.
     pub(super) fn may_map(&self, offset: u64) -> Result<(), Errno> {
-        match offset < self.mappable.load(Acquire) {
+        let of_disk = offset < self.mappable.load(Acquire);
+        let of_state =
+            offset >= self.machine_state_start() && offset < self.machine_state_end.load(Acquire);
+        match of_disk || of_state {
             true => Ok(()),
             false => Err(Errno::EINVAL),
         }
+    }
+
+    /// Where saved machine state begins: behind everything that the disk's L1 entries map.
+    pub(super) fn machine_state_start(&self) -> u64 {
+        let geometry = &self.geometry;
+        geometry.l1_entries_for(self.disk_size()) * geometry.l1_entry_coverage()
+    }
+
+    /// Lets machine state up to `end` be mapped.
+    pub(super) async fn reserve_state(&self, end: u64) -> Result<(), Errno> {
+        self.check_writable()?;
+        let _alone = self.snapshotting.lock().await;
+        let grown = self.grow_l1(end).await;
+        grown.map_err(|error| error.errno.unwrap_or(Errno::EIO))?;
+        self.machine_state_end.fetch_max(end, AcqRel);
+        Ok(())
     }
 
     pub(super) async fn resize_disk(&self, resize: Resize) -> Result<(), Error> {
@@ -56,6 +75,8 @@ impl Qcow2 {
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
         self.check_bitmaps_resizable()?;
+        // What was machine state may become a part of the disk.
+        self.machine_state_end.store(0, Release);
         self.flush_metadata().await.map_err(failed)?;
         match resize.length.cmp(&old) {
             std::cmp::Ordering::Less => {
@@ -146,7 +167,8 @@ impl Qcow2 {
         let cluster_size = self.geometry.cluster_size();
         let old = self.disk_size();
         let first = GuestCluster(length.div_ceil(cluster_size));
-        let end = GuestCluster(old.div_ceil(cluster_size));
+        // Saved machine state goes with its L2 tables.
+        let end = GuestCluster(self.l1.len() << self.geometry.l2_bits());
         self.mappable.store(length, Release);
         if let Err(errno) = self.set_size(length).await {
             self.mappable.store(old, Release);

@@ -2,7 +2,9 @@
 
 use crate::command::{Needs, Problem};
 use block::edge::Permissions;
-use block::{Buffer, ByteRange, Errno, Node, Root, RootHandle, WriteFlags, ZeroFlags};
+use block::{
+    Buffer, ByteRange, Errno, Node, Root, RootHandle, StatusExtent, WriteFlags, ZeroFlags,
+};
 use executor::JoinHandle;
 use serde_json::{Map, Value};
 use std::cell::{Cell, OnceCell, RefCell};
@@ -228,18 +230,26 @@ impl Opened {
         self.handle.flush().await
     }
 
+    /// What is known about the start of a range of the file itself.
+    pub(crate) async fn status(&self, range: ByteRange) -> Result<StatusExtent, Errno> {
+        self.handle.visit().await.node().block_status(range).await
+    }
+
     /// Reads saved machine state.
     pub(crate) async fn read_state(&self, offset: u64, buffer: Buffer) -> Result<(), Errno> {
-        let state = self.node.driver().machine_state();
+        let visit = self.handle.visit().await;
+        let state = visit.node().driver().machine_state();
         let state = state.ok_or(Errno::EOPNOTSUPP)?;
         state.read(offset, buffer).await
     }
 
     /// Writes saved machine state.
     pub(crate) async fn write_state(&self, offset: u64, buffer: Buffer) -> Result<(), Errno> {
-        let state = self.node.driver().machine_state();
+        let visit = self.handle.visit().await;
+        let state = visit.node().driver().machine_state();
         let state = state.ok_or(Errno::EOPNOTSUPP)?;
         state.write(offset, buffer).await?;
+        drop(visit);
         match self.through() {
             true => self.handle.flush().await,
             false => Ok(()),

@@ -6,7 +6,7 @@ use crate::output;
 use crate::report::size;
 use crate::session::{Opened, Session};
 use block::error::reason;
-use block::{ByteRange, Errno};
+use block::{ByteRange, Errno, Layer};
 use serde_json::Value;
 use tools::dump;
 use tools::json::ordered;
@@ -61,7 +61,7 @@ pub(crate) const INFO: Command = Command {
 
 /// Whether the start of `range` is allocated in the file itself, and for how many bytes.
 async fn allocated(image: &Opened, range: ByteRange) -> Result<(bool, u64), Errno> {
-    let extent = image.node().block_status(range).await?;
+    let extent = image.status(range).await?;
     let length = extent.length.clamp(1, range.length);
     Ok((extent.status.allocated, length))
 }
@@ -129,7 +129,16 @@ fn info(session: &Session<'_>) -> Answer {
     let facts = driver.describe();
     let cluster_size = facts.get("cluster-size").and_then(Value::as_u64);
     let state = driver.machine_state().map_or(0, |state| state.offset());
-    output::line(&format!("format name: {}", driver.driver_name()));
+    let name = format!("format name: {}", driver.driver_name());
+    output::line(&name);
+    if driver.layer() == Layer::Protocol {
+        // Once for the format, once for the protocol: they are the same.
+        output::line(&name);
+    }
+    // What is no image in a file has neither clusters nor machine state.
+    if cluster_size.is_none() && driver.identity().is_none() {
+        return Err(Problem::Said);
+    }
     output::line(&format!(
         "cluster size: {}",
         size(cluster_size.unwrap_or(0))

@@ -10,6 +10,7 @@ mod compressed;
 mod crash;
 mod encrypted;
 mod hostile;
+mod machine_state;
 mod pace;
 pub(crate) mod peers;
 pub(crate) mod rig;
