@@ -74,7 +74,10 @@ fn take_options(request: &mut OpenRequest<'_>) -> Result<OpenOptions, Error> {
         l2: request.take_size("l2-cache-size")?,
         l2_entry: request.take_size("l2-cache-entry-size")?,
         refcounts: request.take_size("refcount-cache-size")?,
-        clean_interval_s: request.take_size("cache-clean-interval")?,
+        // A negative number is too big a one.
+        clean_interval_s: request
+            .take_int("cache-clean-interval")?
+            .map(i64::cast_unsigned),
     };
     if let Some(value) = request.take("overlap-check") {
         options.overlap_checks = OverlapChecks::parse(&value)?;

@@ -5,6 +5,7 @@
 //! rest. Options give the bytes of one cache or of both together.
 
 use super::super::header::Header;
+use super::super::open::SLICE_BITS;
 use block::{Error, ErrorKind};
 use std::time::Duration;
 
@@ -50,6 +51,10 @@ impl CacheOptions {
     pub(in crate::qcow2) fn sizes(&self, header: &Header) -> Result<CacheSizes, Error> {
         let cluster_size = 1_u64 << header.cluster_bits;
         let default = default_sizes(header);
+        let covering = header
+            .geometry()
+            .l1_entries_for(header.size)
+            .saturating_mul(cluster_size);
         let (l2, refcounts) = match (self.total, self.l2, self.refcounts) {
             (Some(_), Some(_), Some(_)) => {
                 return Err(invalid(
@@ -70,10 +75,6 @@ impl CacheOptions {
                 (rest.ok_or_else(exceeds)?, refcounts)
             }
             (Some(total), None, None) => {
-                let covering = header
-                    .geometry()
-                    .l1_entries_for(header.size)
-                    .saturating_mul(cluster_size);
                 let least = LEAST_REFCOUNT_CLUSTERS * cluster_size;
                 let l2 = covering.min(total.saturating_sub(least));
                 (l2, total - l2)
@@ -83,10 +84,14 @@ impl CacheOptions {
                 refcounts.unwrap_or(default.refcounts),
             ),
         };
+        self.check_entry_size(cluster_size)?;
+        let entry = self.l2_entry.unwrap_or(1 << SLICE_BITS);
+        if l2.min(covering) / entry > i32::MAX as u64 {
+            return Err(invalid("L2 cache size too big"));
+        }
         if refcounts / cluster_size > i32::MAX as u64 {
             return Err(invalid("Refcount cache size too big"));
         }
-        self.check_entry_size(cluster_size)?;
         Ok(CacheSizes {
             l2: l2.min(MAX_CACHE),
             refcounts: refcounts.min(MAX_CACHE),
@@ -206,6 +211,18 @@ mod tests {
                             cluster size (65536)";
             assert_eq!(message, expected);
         }
+        let options = CacheOptions {
+            l2: Some(1 << 40),
+            l2_entry: Some(512),
+            ..CacheOptions::default()
+        };
+        assert!(options.sizes(&header()).is_ok());
+        let huge = Header {
+            size: 1 << 53,
+            ..header()
+        };
+        let message = options.sizes(&huge).unwrap_err().message;
+        assert_eq!(message, "L2 cache size too big");
         let options = CacheOptions {
             clean_interval_s: Some(1 << 32),
             ..CacheOptions::default()
