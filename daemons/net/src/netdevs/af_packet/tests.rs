@@ -1,5 +1,6 @@
 use std::net::UdpSocket;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use crate::frame::VnetHeader;
 use crate::link::{DropReason, NetQueue, Offloads, Received};
@@ -18,6 +19,7 @@ fn open_veth(name: &str, more: &str) -> Option<Rc<dyn Netdev>> {
         let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{end}/disable_ipv6"), "1");
         run(["ip", "link", "set", end, "up"]);
     }
+    await_carrier(&ours, &other);
     match open(&format!("af-packet,ifname={ours}{more}")) {
         Ok(netdev) => Some(netdev),
         Err(error) => {
@@ -25,6 +27,19 @@ fn open_veth(name: &str, more: &str) -> Option<Rc<dyn Netdev>> {
             assert!(text.contains("CAP_NET_RAW"), "{text}");
             println!("skipped: {text}");
             None
+        }
+    }
+}
+
+/// Waits until the kernel has noticed that both ends have a carrier: what is sent before is lost.
+fn await_carrier(ours: &str, other: &str) {
+    let start = Instant::now();
+    for end in [ours, other] {
+        while !run(["ip", "-br", "link", "show", "dev", end]).contains(" UP ") {
+            assert!(
+                start.elapsed() < Duration::from_secs(10),
+                "{end} does not come up"
+            );
         }
     }
 }
@@ -153,7 +168,7 @@ fn an_open_checksum_reaches_guests_that_can_and_is_filled_in_for_others() {
         ]);
         let socket = UdpSocket::bind("10.0.0.2:7").unwrap();
         socket
-            .set_read_timeout(Some(std::time::Duration::from_secs(10)))
+            .set_read_timeout(Some(Duration::from_secs(10)))
             .unwrap();
         let mac = std::fs::read_to_string("/sys/class/net/ob-ck1/address");
         if let Ok(mac) = mac {
