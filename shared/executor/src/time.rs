@@ -98,6 +98,35 @@ pub async fn sleep(duration: Duration) {
     poll_fn(|context| timer.poll(context)).await;
 }
 
+/// Pauses between attempts, each twice as long as the one before it, up to the longest.
+#[derive(Clone, Copy, Debug)]
+pub struct Backoff {
+    next: Duration,
+    longest: Duration,
+}
+
+impl Backoff {
+    /// From the first pause to the longest.
+    pub fn new((first, longest): (Duration, Duration)) -> Self {
+        Self {
+            next: first,
+            longest,
+        }
+    }
+
+    /// Waits until the next attempt.
+    pub async fn pause(&mut self) {
+        self.pause_at_most(Duration::MAX).await;
+    }
+
+    /// Waits until the next attempt, but not longer than `limit`.
+    pub async fn pause_at_most(&mut self, limit: Duration) {
+        let pause = self.next.min(limit);
+        self.next = (self.next * 2).min(self.longest);
+        sleep(pause).await;
+    }
+}
+
 /// The output of `future`, or `None` when `duration` passes first (the future is dropped).
 pub async fn timeout<F: Future>(duration: Duration, future: F) -> Option<F::Output> {
     let mut future = pin!(future);

@@ -21,17 +21,16 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
+use executor::JoinHandle;
 use executor::net::{Listener, Stream};
 use executor::sync::Notify;
-use executor::{JoinHandle, time};
+use executor::time::Backoff;
 
 use crate::device::Device;
 use crate::session::Session;
 
-/// First wait after a failed connection or accept; doubles up to [`BACKOFF_MAX`].
-const BACKOFF_MIN: Duration = Duration::from_millis(2);
-/// Longest wait between two attempts.
-const BACKOFF_MAX: Duration = Duration::from_millis(250);
+/// First and longest wait after a failed connection or accept.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(250));
 
 /// Where the front-end is met.
 #[derive(Debug)]
@@ -157,7 +156,7 @@ async fn unless_stopped<F: Future>(shared: &Shared, future: F) -> Option<F::Outp
 }
 
 async fn serve<D: Device>(device: Rc<D>, source: Source, shared: Rc<Shared>) {
-    let mut backoff = BACKOFF_MIN;
+    let mut backoff = Backoff::new(PAUSE);
     while let Some(next) = unless_stopped(&shared, source.next()).await {
         let served = match next {
             Ok(stream) => run_session(&device, stream, &shared).await,
@@ -169,16 +168,12 @@ async fn serve<D: Device>(device: Rc<D>, source: Source, shared: Rc<Shared>) {
         // Whoever connects to a listener has waited enough; but neither an absent front-end nor
         // one that leaves at once may make connecting to it a busy loop.
         if served == Served::Messages || (served == Served::Silence && source.listens()) {
-            backoff = BACKOFF_MIN;
+            backoff = Backoff::new(PAUSE);
             continue;
         }
-        if unless_stopped(&shared, time::sleep(backoff))
-            .await
-            .is_none()
-        {
+        if unless_stopped(&shared, backoff.pause()).await.is_none() {
             break;
         }
-        backoff = (backoff * 2).min(BACKOFF_MAX);
     }
 }
 

@@ -18,7 +18,8 @@
 use block::edge::Permissions;
 use block::error::Result;
 use block::{Errno, Error, ErrorKind};
-use executor::{File, time};
+use executor::File;
+use executor::time::{self, Backoff};
 use nix::fcntl::{FcntlArg, fcntl};
 use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, PoisonError};
@@ -136,7 +137,7 @@ impl Locks {
             not_shared: WRITE,
         };
         let begin = time::now();
-        let (mut pause, longest) = LOOK_AGAIN;
+        let mut backoff = Backoff::new(LOOK_AGAIN);
         // A file that cannot be locked is not waited for.
         let busy = || {
             writer
@@ -144,8 +145,7 @@ impl Locks {
                 .any(|byte| is_held_elsewhere(fd, byte) == Ok(true))
         };
         while busy() && time::now().saturating_sub(begin) < PATIENCE {
-            time::sleep(pause).await;
-            pause = (pause * 2).min(longest);
+            backoff.pause().await;
         }
     }
 

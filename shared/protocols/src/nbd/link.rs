@@ -17,7 +17,7 @@ use super::target::Target;
 use block::error::Result;
 use block::{Buffer, Errno, Error, ErrorKind};
 use executor::sync::{Notify, Semaphore};
-use executor::time;
+use executor::time::{self, Backoff};
 use nbd::Request;
 use std::cell::RefCell;
 use std::rc::{Rc, Weak};
@@ -65,7 +65,7 @@ pub(super) async fn attempt(target: &Target) -> Result<Rc<Session>> {
 /// Those of the last attempt.
 pub(super) async fn first_session(target: &Target) -> Result<Rc<Session>> {
     let until = time::now().saturating_add(target.open_timeout);
-    let (mut pause, longest) = PAUSE;
+    let mut backoff = Backoff::new(PAUSE);
     loop {
         let error = match attempt(target).await {
             Ok(session) => return Ok(session),
@@ -75,8 +75,7 @@ pub(super) async fn first_session(target: &Target) -> Result<Rc<Session>> {
         if left.is_zero() || !handshake::is_worth_retrying(&error) {
             return Err(error);
         }
-        time::sleep(pause.min(left)).await;
-        pause = (pause * 2).min(longest);
+        backoff.pause_at_most(left).await;
     }
 }
 
@@ -224,7 +223,7 @@ enum Look {
 
 /// Tries to connect until it works, the time for it is over, or the link is gone.
 async fn keep_dialling(link: Weak<Link>) {
-    let (mut pause, longest) = PAUSE;
+    let mut backoff = Backoff::new(PAUSE);
     loop {
         let Some(target) = link.upgrade().map(|link| Arc::clone(&link.target)) else {
             return;
@@ -235,7 +234,6 @@ async fn keep_dialling(link: Weak<Link>) {
             return;
         }
         drop(link);
-        time::sleep(pause).await;
-        pause = (pause * 2).min(longest);
+        backoff.pause().await;
     }
 }

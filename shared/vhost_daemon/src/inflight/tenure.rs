@@ -14,7 +14,8 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use executor::{Errno, Hold, time};
+use executor::time::{self, Backoff};
+use executor::{Errno, Hold};
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::stat::Mode;
 
@@ -55,7 +56,7 @@ impl Tenure {
 
     /// Locks, after whoever holds the lock.
     pub(super) async fn begin(&self, device: &str) {
-        let (mut pause, longest) = LOOK_AGAIN;
+        let mut backoff = Backoff::new(LOOK_AGAIN);
         let began = time::now();
         let mut patience = PATIENCE;
         while let Err(errno) = fcntl(&self.file, FcntlArg::F_OFD_SETLK(&self.lock)) {
@@ -64,8 +65,7 @@ impl Tenure {
                 tracing::warn!(device, ?waited, %errno, "waiting for what the killed predecessor has in flight");
                 patience *= 2;
             }
-            time::sleep(pause).await;
-            pause = (pause * 2).min(longest);
+            backoff.pause().await;
         }
     }
 
