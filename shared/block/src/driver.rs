@@ -141,6 +141,18 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    /// Those of a node that passes its requests on to a node with these: what is efficient there is
+    /// efficient here; that node aligns and splits by itself.
+    pub fn passed_on(self) -> Self {
+        Self {
+            optimal_transfer: self.optimal_transfer,
+            zero_alignment: self.zero_alignment,
+            ..Self::default()
+        }
+    }
+}
+
 /// Preallocation of an image or of the new part of a grown one (`preallocation=` of qemu-img).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Preallocation {

@@ -248,9 +248,7 @@ impl Filter for LogWrites {
         Limits {
             request_alignment: self.sector_bytes as u32,
             max_transfer: MAX_TRANSFER.max(self.sector_bytes as u32),
-            optimal_transfer: child.optimal_transfer,
-            zero_alignment: child.zero_alignment,
-            ..Limits::default()
+            ..child.passed_on()
         }
     }
     fn compresses(&self) -> bool {

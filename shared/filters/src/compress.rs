@@ -53,9 +53,7 @@ impl Filter for Compress {
         let child = self.child().driver().limits();
         Limits {
             request_alignment: child.optimal_transfer.max(1),
-            optimal_transfer: child.optimal_transfer,
-            zero_alignment: child.zero_alignment,
-            ..Limits::default()
+            ..child.passed_on()
         }
     }
     fn grows(&self) -> bool {

@@ -36,13 +36,7 @@ pub trait Filter: Send + Sync {
     }
     /// What one call can take.
     fn limits(&self) -> Limits {
-        // The child's node aligns and splits by itself.
-        let child = self.child().driver().limits();
-        Limits {
-            optimal_transfer: child.optimal_transfer,
-            zero_alignment: child.zero_alignment,
-            ..Limits::default()
-        }
+        self.child().driver().limits().passed_on()
     }
     /// Current length in bytes.
     fn length(&self) -> u64 {

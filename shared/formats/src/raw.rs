@@ -153,13 +153,7 @@ impl Driver for Raw {
         }
     }
     fn limits(&self) -> Limits {
-        // The child's node aligns and splits by itself.
-        let child = self.child().driver().limits();
-        Limits {
-            optimal_transfer: child.optimal_transfer,
-            zero_alignment: child.zero_alignment,
-            ..Limits::default()
-        }
+        self.child().driver().limits().passed_on()
     }
     fn grows(&self) -> bool {
         self.size.is_none() && self.child().driver().grows()

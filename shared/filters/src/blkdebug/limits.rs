@@ -73,12 +73,11 @@ impl Sizes {
         Limits {
             request_alignment: self.align.max(1) as u32,
             max_transfer: self.max_transfer as u32,
-            optimal_transfer: child.optimal_transfer,
             zero_alignment: match self.opt_write_zero {
                 0 => child.zero_alignment,
                 size => size as u32,
             },
-            ..Limits::default()
+            ..child.passed_on()
         }
     }
 
