@@ -18,9 +18,6 @@ use crate::redo_dir;
 /// `--redo-dir`
 pub(crate) const REDO_DIR: &str = "redo-dir";
 
-/// Directories, separated by `:`, that are allowed as those of `--allow-dir` are.
-const ALLOWED_DIRS: &str = "OUTBOARD_ALLOW_DIRS";
-
 /// The option that names drivers which images may ask for.
 pub(crate) const ALLOW_DRIVERS: &str = "allow-drivers";
 
@@ -76,8 +73,7 @@ impl Daemon for Blkd {
     type Kind = StepKind;
 
     fn new(options: &Options, start: Start) -> Result<Rc<Self>> {
-        let listed = std::env::var_os(ALLOWED_DIRS).unwrap_or_default();
-        let listed = std::env::split_paths(&listed).filter(|path| !path.as_os_str().is_empty());
+        let listed = engine::host::allowed_dirs();
         let given = options.allowed_dirs.iter().cloned().chain(listed);
         let allowed_dirs: std::io::Result<Vec<_>> = given.map(std::path::absolute).collect();
         let allowed_dirs = allowed_dirs.context("--allow-dir")?;

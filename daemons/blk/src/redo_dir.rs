@@ -22,7 +22,7 @@ const OTHERS_WRITE: u32 = 0o022;
 pub(crate) fn prepare(given: Option<&Path>) -> Result<PathBuf> {
     let path = match given {
         Some(path) => std::path::absolute(path)?,
-        None => PathBuf::from(format!("/dev/shm/outboard-{}", geteuid())),
+        None => engine::host::redo_dir(),
     };
     checked(&path).with_context(|| format!("--redo-dir {}", path.display()))?;
     Ok(path)

@@ -4,15 +4,13 @@ use crate::failure::{Failure, described, report};
 use block::edge::Permissions;
 use block::graph::NamePolicy;
 use block::{Graph, Node, Purpose, Root};
+use engine::host;
 use engine::objects::Objects;
 use qmp::keyval;
 use serde_json::{Map, Value, json};
 use std::cell::Cell;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-
-/// Directories, separated by `:`, that names inside images may open files in.
-const ALLOWED_DIRS: &str = "OUTBOARD_ALLOW_DIRS";
 
 /// Drivers, separated by `,`, that names inside images may ask for (`nbd`, `https`).
 const ALLOWED_DRIVERS: &str = "OUTBOARD_ALLOW_DRIVERS";
@@ -180,7 +178,7 @@ impl Tool {
     /// daemon was killed is brought up to date before it is changed.
     pub fn new() -> Self {
         let graph = Graph::new(&engine::catalogue::drivers(), NamePolicy::default()).with_probing();
-        let redo_dir = PathBuf::from(format!("/dev/shm/outboard-{}", nix::unistd::geteuid()));
+        let redo_dir = host::redo_dir();
         let graph = match std::fs::symlink_metadata(&redo_dir) {
             Ok(metadata) if metadata.is_dir() && is_own(&metadata) => graph.with_redo_dir(redo_dir),
             _ => graph,
@@ -190,8 +188,7 @@ impl Tool {
             graph,
             opened: Cell::new(0),
         };
-        for directory in std::env::split_paths(&std::env::var_os(ALLOWED_DIRS).unwrap_or_default())
-        {
+        for directory in host::allowed_dirs() {
             tool.allow_dir(&directory);
         }
         let drivers = std::env::var(ALLOWED_DRIVERS).unwrap_or_default();

@@ -23,6 +23,7 @@ mod engine;
 mod error;
 mod exports;
 mod graph_query;
+pub mod host;
 pub mod jobs;
 mod node_events;
 mod nodes;
