@@ -38,6 +38,16 @@ pub struct Parsed {
     pub operands: Vec<String>,
 }
 
+/// The only operand of a command that takes one image.
+///
+/// # Errors
+/// When there are more or less.
+pub fn one_image(operands: Vec<String>) -> Result<String, Failure> {
+    let wrong = |_| Failure::usage("Expecting one image file name");
+    let [name] = <[String; 1]>::try_from(operands).map_err(wrong)?;
+    Ok(name)
+}
+
 /// Parses `arguments`.
 pub fn parse(arguments: Vec<String>, known: &[Opt]) -> Result<Parsed, Failure> {
     let mut parsed = Parsed::default();

@@ -4,7 +4,10 @@ mod client;
 mod sockets;
 mod tls;
 
+use nix::errno::Errno;
+use nix::sys::prctl::set_child_subreaper;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 use std::fs;
 use std::io::{Read, Write};
@@ -61,6 +64,7 @@ impl Place {
         all.extend(arguments);
         all.push(&image);
         // Not `output`: the server in the background holds the pipe of stderr.
+        set_child_subreaper(true).expect("orphans come to us");
         let status = Command::new(program).args(&all).status();
         assert!(status.expect("the server runs").success(), "{all:?}");
         server
@@ -137,15 +141,12 @@ impl Drop for Server {
     }
 }
 
-/// Waits until a process that is not our child has ended; perhaps nobody has buried it yet.
+/// Waits until a server in the background has ended: it became a child of ours when its parent ended.
 fn wait_for_end(pid: i32) {
-    let lives = || {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let state = stat.rsplit(')').next().unwrap_or_default().trim_start();
-        !state.is_empty() && !state.starts_with('Z')
-    };
-    while lives() {
-        std::thread::sleep(Duration::from_millis(5));
+    match waitpid(Pid::from_raw(pid), None) {
+        // Waited for already.
+        Ok(_) | Err(Errno::ECHILD) => {}
+        Err(errno) => panic!("waitpid: {errno}"),
     }
 }
 

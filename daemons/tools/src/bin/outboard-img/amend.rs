@@ -53,9 +53,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     if let (Some(format), true) = (&common.format, texts.iter().any(|text| asks_for_help(text))) {
         return show_options(tool, format);
     }
-    let Ok([name]) = <[String; 1]>::try_from(parsed.operands) else {
-        return Err(Failure::usage("Expecting one image file name"));
-    };
+    let name = getopt::one_image(parsed.operands)?;
     let opening = Opening {
         cache,
         ..Opening::new(Access::Write)

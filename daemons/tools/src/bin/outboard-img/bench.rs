@@ -280,9 +280,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
             load.take(name, &value)?;
         }
     }
-    let Ok([name]) = <[String; 1]>::try_from(parsed.operands) else {
-        return Err(Failure::usage("Expecting one image file name"));
-    };
+    let name = getopt::one_image(parsed.operands)?;
     load.check()?;
     let image = load.open(tool, (&common, name)).await?;
     let handle = image.root.attach();

@@ -72,9 +72,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
             }
         }
     }
-    let Ok([name]) = <[String; 1]>::try_from(parsed.operands) else {
-        return Err(Failure::usage("Expecting one image file name"));
-    };
+    let name = getopt::one_image(parsed.operands)?;
     let opening = Opening {
         sharing: common.sharing,
         ..Opening::new(Access::Describe)

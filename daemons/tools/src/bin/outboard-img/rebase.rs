@@ -99,9 +99,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
             }
         }
     }
-    let Ok([name]) = <[String; 1]>::try_from(parsed.operands) else {
-        return Err(Failure::usage("Expecting one image file name"));
-    };
+    let name = getopt::one_image(parsed.operands)?;
     if request.backing.is_none() && request.mode == Mode::Safe {
         return Err(Failure::usage(
             "Must specify backing file (-b) or use unsafe mode (-u)",

@@ -64,9 +64,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
             return Err(Failure::usage("Cannot mix '-l', '-a', '-c', '-d'"));
         }
     }
-    let Ok([name]) = <[String; 1]>::try_from(parsed.operands) else {
-        return Err(Failure::usage("Expecting one image file name"));
-    };
+    let name = getopt::one_image(parsed.operands)?;
     let access = match action {
         Some(Action::List) => Access::Describe,
         _ => Access::Write,
