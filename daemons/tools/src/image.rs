@@ -1,6 +1,7 @@
 //! Opening images: by name, by format, by `--image-opts`, or by looking at the content.
 
 use crate::failure::{Failure, described, report};
+use crate::output;
 use block::edge::Permissions;
 use block::graph::NamePolicy;
 use block::{Graph, Node, Purpose, Root};
@@ -421,7 +422,7 @@ impl Common {
     /// Prints a line unless `-q` was given.
     pub fn say(&self, line: &str) {
         if !self.quiet {
-            println!("{line}");
+            output::line(line);
         }
     }
 }

@@ -15,6 +15,7 @@ pub mod getopt;
 pub mod image;
 pub mod json;
 pub mod options;
+pub mod output;
 pub mod progress;
 pub mod size;
 pub mod start;

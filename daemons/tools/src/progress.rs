@@ -1,9 +1,9 @@
 //! How far a long operation is: a line that is written over (`-p`), or one on SIGUSR1.
 
+use crate::output;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use std::cell::Cell;
-use std::io::Write;
 
 /// Least change that is shown, in percent.
 const STEP: f64 = 1.0;
@@ -62,10 +62,8 @@ impl Progress {
 
     fn print(&self) {
         self.shown.set(self.percent.get());
-        let mut out = std::io::stdout();
-        // Whoever closed stdout does not want to know.
-        let _ = write!(out, "    ({:.2}/100%)\r", self.percent.get());
-        let _ = out.flush();
+        output::print(&format!("    ({:.2}/100%)\r", self.percent.get()));
+        output::flush();
     }
 
     fn answer_signal(&self) {
@@ -80,7 +78,7 @@ impl Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         if self.show == Show::Always {
-            println!();
+            output::line("");
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::failure::{self, Failure, Outcome};
 use crate::image::Tool;
+use crate::output;
 use executor::{Config, Executor};
 use std::process::ExitCode;
 use tracing_subscriber::fmt::format;
@@ -11,10 +12,10 @@ use tracing_subscriber::fmt::format;
 pub fn main(name: &str, run: impl FnOnce(Vec<String>) -> Outcome) -> ExitCode {
     failure::set_program(std::env::args_os().next(), name);
     log_warnings();
-    match arguments().and_then(run) {
-        Ok(code) => ExitCode::from(code),
-        Err(failure) => ExitCode::from(failure.report()),
-    }
+    let code = arguments().and_then(run);
+    let code = code.unwrap_or_else(Failure::report);
+    output::flush();
+    ExitCode::from(code)
 }
 
 /// Runs `work` on an executor of its own with no image open, and closes what it leaves open.

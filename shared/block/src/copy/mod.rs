@@ -138,7 +138,8 @@ impl Default for CopyOptions {
 
 /// Who is told how a copy goes on.
 pub trait Observer {
-    /// `bytes` more were read (or found to be zeroes that are to be written).
+    /// `bytes` more were read (or found to be zeroes that are to be written): portions of
+    /// [`Step::ends_portion`].
     fn copied(&self, bytes: u64);
     /// The sector at `offset` could not be read and is zeroes in the target.
     fn lost(&self, offset: u64, errno: Errno);
@@ -201,6 +202,8 @@ pub struct Copy<'a> {
     turns: Turns,
     rate: Option<Rate>,
     failed: Cell<Option<CopyError>>,
+    /// Bytes copied that the observer has not been told of.
+    untold: Cell<u64>,
     memory: RefCell<Vec<HeapBuffer>>,
 }
 
@@ -227,6 +230,7 @@ impl<'a> Copy<'a> {
             turns: Turns::default(),
             rate: options.rate.map(Rate::new),
             failed: Cell::new(None),
+            untold: Cell::new(0),
             memory: RefCell::default(),
         }
     }
@@ -295,6 +299,14 @@ impl<'a> Copy<'a> {
             self.failed.set(Some(error));
         }
         self.turns.give_up();
+    }
+
+    /// Counts what was copied, and tells of it at the end of a portion.
+    fn count(&self, step: Step) {
+        self.untold.set(self.untold.get() + step.range.length);
+        if step.ends_portion {
+            self.observer.copied(self.untold.take());
+        }
     }
 
     /// Waits until all earlier steps are written, where that matters. False after a failure.

@@ -218,6 +218,35 @@ fn what_cannot_be_read_is_zeroes_when_the_rest_is_salvaged() {
     });
 }
 
+#[derive(Default)]
+struct Portions(RefCell<Vec<u64>>);
+
+impl Observer for Portions {
+    fn copied(&self, bytes: u64) {
+        self.0.borrow_mut().push(bytes);
+    }
+    fn lost(&self, _offset: u64, _errno: Errno) {}
+    fn status_unknown(&self, _offset: u64, _errno: Errno) {}
+}
+
+#[test]
+fn progress_is_told_in_portions_however_short_the_chunks_are() {
+    simulated(async || {
+        let length = (5 << 20) as usize / 2;
+        let from = slow(vec![1; length], 0);
+        let (source, target) = (root(&from), root(&slow(vec![0; length], 0)).attach());
+        let sources = Sources::new([&source]).unwrap();
+        let options = CopyOptions {
+            chunk: CHUNK_BYTES,
+            ..options()
+        };
+        let told = Portions::default();
+        let copy = Copy::new((&sources, &target), &options, &told);
+        copy.run().await.unwrap();
+        assert_eq!(told.0.take(), [LONG_CHUNK_BYTES, CHUNK_BYTES]);
+    });
+}
+
 #[test]
 fn a_rate_is_kept() {
     simulated(async || {

@@ -19,15 +19,13 @@ impl Copy<'_> {
                 self.zero(step.range).await
             }
             (Kind::Zero, None) => {
-                self.observer.copied(length);
                 let mut zeroes = self.take_memory(length as usize);
                 zeroes.fill(0);
-                self.write(offset, zeroes, turn).await
+                self.write(step, zeroes, turn).await
             }
             (Kind::Data, _) => {
                 let data = self.read(offset, self.take_memory(length as usize)).await?;
-                self.observer.copied(length);
-                self.write(offset, data, turn).await
+                self.write(step, data, turn).await
             }
         }
     }
@@ -61,10 +59,13 @@ impl Copy<'_> {
     }
 
     /// Writes a chunk when it is its turn, zeroes as zeroes.
-    async fn write(&self, offset: u64, data: HeapBuffer, turn: u64) -> Result<(), CopyError> {
+    async fn write(&self, step: Step, data: HeapBuffer, turn: u64) -> Result<(), CopyError> {
         if !self.wait_for(turn).await {
             return Ok(());
         }
+        // In turn: portions end in the order in which they began.
+        self.count(step);
+        let offset = step.range.offset;
         let runs = self.runs(offset, &data);
         let buffer = data.into_buffer();
         let mut at = 0;

@@ -1,7 +1,7 @@
 //! The walk over the sources: what each part of them is, in pieces that are copied at once.
 
 use super::sources::Sources;
-use super::{Act, CopyError, CopyOptions, Observer, OnReadError, SECTOR, Store};
+use super::{Act, CopyError, CopyOptions, LONG_CHUNK_BYTES, Observer, OnReadError, SECTOR, Store};
 use crate::driver::ByteRange;
 
 /// Longest piece of any kind, in bytes.
@@ -39,6 +39,8 @@ pub struct Step {
     pub range: ByteRange,
     /// What it is.
     pub kind: Kind,
+    /// Whether a portion ends with it: what is alike, in lengths of [`LONG_CHUNK_BYTES`] at most.
+    pub ends_portion: bool,
 }
 
 /// A walk from the start to the end.
@@ -50,6 +52,7 @@ pub struct Walk<'a> {
     /// What is known, and up to where.
     kind: Kind,
     known_until: u64,
+    portion_until: u64,
 }
 
 impl<'a> Walk<'a> {
@@ -62,6 +65,7 @@ impl<'a> Walk<'a> {
             at: 0,
             kind: Kind::Data,
             known_until: 0,
+            portion_until: 0,
         }
     }
 
@@ -95,9 +99,13 @@ impl<'a> Walk<'a> {
             (Store::Plain, true) => known.min(chunk),
             (Store::Plain, false) => known,
         };
+        if self.portion_until <= self.at {
+            self.portion_until = self.known_until.min(self.at + LONG_CHUNK_BYTES);
+        }
         let step = Step {
             range: ByteRange::new(self.at, length),
             kind: self.kind,
+            ends_portion: self.at + length >= self.portion_until,
         };
         self.at += length;
         Ok(Some(step))

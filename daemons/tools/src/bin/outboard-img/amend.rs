@@ -8,6 +8,7 @@ use tools::failure::{Failure, Outcome};
 use tools::getopt::{self, Opt};
 use tools::image::{Access, Cache, Common, Opening, Tool, could_not_open};
 use tools::options::{Given, asks_for_help, help};
+use tools::output;
 use tools::progress::{Progress, Show};
 
 /// The subcommand.
@@ -123,6 +124,6 @@ fn show_options(tool: &Tool, format: &str) -> Outcome {
         return Err(Failure::message(message));
     }
     let (known, _) = known(tool, format)?;
-    print!("Amend options for '{format}':\n{}", help(&known));
+    output::print(&format!("Amend options for '{format}':\n{}", help(&known)));
     Ok(0)
 }

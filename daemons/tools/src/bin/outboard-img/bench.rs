@@ -9,6 +9,7 @@ use std::time::Instant;
 use tools::failure::{Failure, Outcome};
 use tools::getopt::{self, Opt};
 use tools::image::{Access, Cache, Common, Image, Opening, Tool};
+use tools::output;
 use tools::size;
 
 /// The subcommand.
@@ -139,7 +140,7 @@ impl Load {
             Direction::Read => "read",
             Direction::Write => "write",
         };
-        println!(
+        output::line(&format!(
             "Sending {} {direction} requests, {} bytes each, {} in parallel (starting at offset \
              {}, step size {})",
             self.requests,
@@ -147,9 +148,12 @@ impl Load {
             self.depth,
             self.offset,
             self.step()
-        );
+        ));
         if self.flush_interval != 0 {
-            println!("Sending flush every {} requests", self.flush_interval);
+            output::line(&format!(
+                "Sending flush every {} requests",
+                self.flush_interval
+            ));
         }
     }
 
@@ -291,10 +295,10 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     let begun = Instant::now();
     let done = load.run(&handle).await;
     done.map_err(|errno| Failure::message(format!("Failed request: {}", reason(errno))))?;
-    println!(
+    output::line(&format!(
         "Run completed in {:.3} seconds.",
         begun.elapsed().as_secs_f64()
-    );
+    ));
     drop(handle);
     tool.close_image(image).await?;
     Ok(0)

@@ -13,6 +13,7 @@ use tools::failure::{Failure, Outcome};
 use tools::getopt::{self, Opt};
 use tools::image::{Access, Cache, Common, Image, ImageSpec, Opening, Tool};
 use tools::json;
+use tools::output;
 
 /// The subcommand.
 pub(crate) const COMMAND: Command = Command {
@@ -79,9 +80,9 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     let image = tool.open(&spec, opening).await?;
     let result = check(&image, repair, (&common, output)).await?;
     match output {
-        Output::Human => print!("{}", human(&result, &common)),
+        Output::Human => output::print(&human(&result, &common)),
         Output::Json if common.quiet => {}
-        Output::Json => print!("{}", json::text(&in_json(&spec, &image, &result))),
+        Output::Json => output::print(&json::text(&in_json(&spec, &image, &result))),
     }
     match result {
         CheckResult {

@@ -9,6 +9,7 @@ use tools::failure::{Failure, Outcome};
 use tools::getopt::{self, Opt};
 use tools::image::{Access, Common, ImageSpec, Notation, Opening, Tool};
 use tools::options::{Given, asks_for_help, help, of_image};
+use tools::output;
 use tools::size;
 
 /// What makes the files that images are in.
@@ -126,17 +127,20 @@ pub(crate) fn find(tool: &Tool, format: &str) -> Result<&'static DriverEntry, St
 pub(crate) fn show_options(tool: &Tool, format: &str, with_protocol: bool) -> Outcome {
     let entry = find(tool, format).map_err(Failure::message)?;
     if with_protocol {
-        print!("Supported options:\n{}", help(&known(tool, entry)));
+        output::print(&format!(
+            "Supported options:\n{}",
+            help(&known(tool, entry))
+        ));
     } else {
         let own = entry
             .create
             .as_ref()
             .map_or(&[][..], |creator| creator.options);
         let own: Vec<_> = own.iter().collect();
-        print!("Supported {format} options:\n{}", help(&own));
-        println!(
+        output::print(&format!("Supported {format} options:\n{}", help(&own)));
+        output::line(
             "\nThe protocol level may support further options.\n\
-             Specify the target filename to include those options."
+             Specify the target filename to include those options.",
         );
     }
     Ok(0)

@@ -9,6 +9,7 @@ use tools::failure::{Failure, Outcome};
 use tools::getopt::{self, Opt};
 use tools::image::{Access, Common, Opening, Tool};
 use tools::json;
+use tools::output;
 
 /// The subcommand.
 pub(crate) const COMMAND: Command = Command {
@@ -88,10 +89,10 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
                 .iter()
                 .map(|info| text::image(&ordered(info)))
                 .collect();
-            print!("{}", texts.join("\n"));
+            output::print(&texts.join("\n"));
         }
-        (Output::Json, Depth::Chain) => print!("{}", json::text(&infos.into())),
-        (Output::Json, Depth::One) => print!("{}", json::text(&infos.remove(0))),
+        (Output::Json, Depth::Chain) => output::print(&json::text(&infos.into())),
+        (Output::Json, Depth::One) => output::print(&json::text(&infos.remove(0))),
     }
     Ok(0)
 }

@@ -7,6 +7,7 @@ use block::{BlockStatus, ByteRange, Node};
 use tools::failure::{Failure, Outcome};
 use tools::getopt::{self, Opt};
 use tools::image::{Access, Common, Opening, Tool};
+use tools::output;
 use tools::size;
 
 /// The subcommand.
@@ -135,8 +136,11 @@ struct Printer {
 impl Printer {
     fn begin(output: Output) -> Self {
         match output {
-            Output::Human => println!("{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to"),
-            Output::Json => print!("["),
+            Output::Human => output::line(&format!(
+                "{:<16}{:<16}{:<16}File",
+                "Offset", "Length", "Mapped to"
+            )),
+            Output::Json => output::print("["),
         }
         Self { output }
     }
@@ -152,11 +156,11 @@ impl Printer {
                 if status.data && !status.zero {
                     let columns = [entry.start, entry.length, status.offset.unwrap_or(0)];
                     let columns: String = columns.map(column).concat();
-                    println!("{columns}{}", entry.file);
+                    output::line(&format!("{columns}{}", entry.file));
                 }
             }
             Output::Json => {
-                print!(
+                output::print(&format!(
                     "{{ \"start\": {}, \"length\": {}, \"depth\": {}, \"present\": {}, \
                      \"zero\": {}, \"data\": {}",
                     entry.start,
@@ -165,11 +169,14 @@ impl Printer {
                     status.allocated,
                     status.zero,
                     status.data
-                );
+                ));
                 if let Some(offset) = status.offset {
-                    print!(", \"offset\": {offset}");
+                    output::print(&format!(", \"offset\": {offset}"));
                 }
-                print!("}}{}", if more == More::Follow { ",\n" } else { "" });
+                output::print(&format!(
+                    "}}{}",
+                    if more == More::Follow { ",\n" } else { "" }
+                ));
             }
         }
         Ok(())
@@ -177,7 +184,7 @@ impl Printer {
 
     fn end(self) {
         if self.output == Output::Json {
-            println!("]");
+            output::line("]");
         }
     }
 }

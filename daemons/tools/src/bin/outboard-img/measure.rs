@@ -10,6 +10,7 @@ use tools::failure::{Failure, Outcome, described, report};
 use tools::getopt::{self, Opt};
 use tools::image::{Access, Common, Notation, Opening, Tool};
 use tools::options::Given;
+use tools::output;
 use tools::{json, size};
 
 /// The subcommand.
@@ -79,8 +80,8 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     request.check()?;
     let measured = request.measure(tool).await?;
     match request.output {
-        Output::Human => print!("{}", human(measured)),
-        Output::Json => print!("{}", json::text(&in_json(measured))),
+        Output::Human => output::print(&human(measured)),
+        Output::Json => output::print(&json::text(&in_json(measured))),
     }
     Ok(0)
 }

@@ -8,6 +8,7 @@ use std::fmt::Write;
 use tools::failure::{Failure, Outcome};
 use tools::getopt::{self, Opt};
 use tools::image::{Access, Common, Opening, Tool};
+use tools::output;
 use tools::size::human;
 
 /// The subcommand.
@@ -77,7 +78,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     let node = &*image.node;
     match action {
         None => {}
-        Some(Action::List) => print!("{}", listing(node)),
+        Some(Action::List) => output::print(&listing(node)),
         Some(Action::Create(name)) => create(node, &name).await?,
         Some(Action::Apply(name)) => apply(node, &name).await?,
         Some(Action::Delete(name)) => delete(node, &name).await?,

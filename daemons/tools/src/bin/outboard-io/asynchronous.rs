@@ -2,7 +2,6 @@
 
 use crate::arguments::{self, Words, number, pattern, total};
 use crate::command::{Answer, Command, Needs, Problem, Running};
-use crate::output;
 use crate::report::{Done, Style};
 use crate::requests::{Reading, USUAL, filled, operands, style};
 use crate::session::{Opened, Session};
@@ -10,6 +9,7 @@ use block::error::reason;
 use block::{Buffer, ByteRange, Errno, WriteFlags, ZeroFlags};
 use std::rc::Rc;
 use std::time::Instant;
+use tools::output;
 
 pub(crate) const FLUSH: Command = Command {
     names: &["aio_flush"],

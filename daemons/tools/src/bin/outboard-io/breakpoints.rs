@@ -1,12 +1,12 @@
 //! The commands that stop and resume requests at events of the block layer.
 
 use crate::command::{Answer, Command, Needs, Problem, Running};
-use crate::output;
 use crate::session::Session;
 use block::Node;
 use block::debug::{Change, Debugger, Event};
 use block::error::reason;
 use block::{ChildRole, Errno};
+use tools::output;
 
 pub(crate) const BREAK: Command = Command {
     names: &["break"],

@@ -1,10 +1,11 @@
 //! The commands: their table, how a line becomes a call, what they answer.
 
 use crate::session::Session;
-use crate::{asynchronous, breakpoints, control, files, output, requests, status};
+use crate::{asynchronous, breakpoints, control, files, requests, status};
 use std::future::Future;
 use std::pin::Pin;
 use tools::failure::report;
+use tools::output;
 
 /// Why a command failed. What is to be said about it is said in [`Problem::report`] alone.
 #[derive(Debug, PartialEq, Eq)]

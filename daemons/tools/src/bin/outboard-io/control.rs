@@ -2,9 +2,9 @@
 
 use crate::arguments::{integer, number};
 use crate::command::{Answer, COMMANDS, Command, Needs, Problem, Running, find};
-use crate::output;
 use nix::sys::signal::{Signal, raise};
 use std::time::Duration;
+use tools::output;
 
 /// How many signals there are.
 const SIGNALS: u64 = 65;

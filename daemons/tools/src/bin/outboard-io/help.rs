@@ -1,7 +1,7 @@
 //! `--help` and `--version`.
 
-use crate::output;
 use tools::failure::program;
+use tools::output;
 
 const USAGE: &str = "\
 Exercises disk images: runs commands that read, write and change one.

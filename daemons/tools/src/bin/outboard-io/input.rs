@@ -1,11 +1,11 @@
 //! Commands from standard input: a prompt, a line, what it does, and again.
 
 use crate::command::{self, Verdict};
-use crate::output;
 use crate::session::Session;
 use block::Errno;
 use executor::net::poll_fd;
 use std::os::fd::AsFd;
+use tools::output;
 
 /// What asks for a command.
 const PROMPT: &str = "qemu-io> ";

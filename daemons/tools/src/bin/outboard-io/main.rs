@@ -21,7 +21,6 @@ mod files;
 mod help;
 mod input;
 mod open;
-mod output;
 mod reopen;
 mod report;
 mod requests;
@@ -135,7 +134,6 @@ impl Invocation {
             false => self.run_commands(&session).await,
         };
         session.close().await;
-        output::flush();
         Ok(match verdict {
             Verdict::Done => 0,
             Verdict::Failed => 1,

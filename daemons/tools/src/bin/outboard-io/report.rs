@@ -1,8 +1,8 @@
 //! What is printed of requests: sizes, rates, hex dumps.
 
-use crate::output;
 use std::fmt::Write;
 use std::time::Duration;
+use tools::output;
 
 /// Bytes with a binary unit and three decimals, which are left out when they are zero.
 pub(crate) fn amount(value: f64) -> String {

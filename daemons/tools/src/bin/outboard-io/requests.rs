@@ -2,7 +2,6 @@
 
 use crate::arguments::{self, Words, length, number, pattern, sectors, total};
 use crate::command::{Answer, Command, Needs, Problem, Running};
-use crate::output;
 use crate::report::{Done, Style, dump};
 use crate::session::{Opened, Session};
 use block::error::reason;
@@ -10,6 +9,7 @@ use block::{Buffer, ByteRange, Errno, WriteFlags, ZeroFlags};
 use std::fs::File;
 use std::io::Read;
 use std::time::Instant;
+use tools::output;
 
 /// What memory is filled with before it is read into.
 const UNREAD: u8 = 0xab;

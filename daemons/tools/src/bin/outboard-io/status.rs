@@ -2,7 +2,6 @@
 
 use crate::arguments::number;
 use crate::command::{Answer, Command, Needs, Problem, Running};
-use crate::output;
 use crate::report::size;
 use crate::session::{Opened, Session};
 use block::error::reason;
@@ -10,6 +9,7 @@ use block::{ByteRange, Errno, Layer};
 use serde_json::Value;
 use tools::dump;
 use tools::json::ordered;
+use tools::output;
 
 /// What is looked at when no length is given, in bytes.
 const SECTOR: u64 = 512;

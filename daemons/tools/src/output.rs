@@ -1,5 +1,6 @@
 //! Standard output, buffered as C programs buffer theirs: line by line on a terminal, else in
-//! blocks, so that what goes to stderr comes first unless somebody waits for the output.
+//! blocks, so that what goes to stderr comes first unless somebody waits for the output. A tool's
+//! end ([`crate::start::main`]) writes out the rest.
 
 use std::io::{IsTerminal, Write};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,12 +15,12 @@ fn pending() -> MutexGuard<'static, Vec<u8>> {
 }
 
 /// Prints a line.
-pub(crate) fn line(text: &str) {
+pub fn line(text: &str) {
     print(&format!("{text}\n"));
 }
 
 /// Prints text.
-pub(crate) fn print(text: &str) {
+pub fn print(text: &str) {
     let mut pending = pending();
     pending.extend_from_slice(text.as_bytes());
     if pending.len() >= BLOCK || std::io::stdout().is_terminal() {
@@ -28,7 +29,7 @@ pub(crate) fn print(text: &str) {
 }
 
 /// Writes out what was printed.
-pub(crate) fn flush() {
+pub fn flush() {
     write_out(&mut pending());
 }
 
