@@ -221,7 +221,8 @@ impl Check<'_> {
                      allocation bitmap"
                 ),
             );
-        } else if !self.layout.is_aligned(offset) {
+        }
+        if !self.layout.is_aligned(offset) {
             if entry.contains_data(&self.layout) {
                 self.bad_entry(
                     times,

@@ -120,6 +120,11 @@ fn sound_images_are_sound() {
     }
 }
 
+/// Whether QEMU says nothing of the image, while the check goes on: it opens none with bitmaps that cannot be loaded.
+fn is_refused(found: &Outcome, expected: &Outcome, theirs: &str) -> bool {
+    expected.code == 1 && found.code != 1 && theirs.contains(": Could not open '")
+}
+
 /// Collects what differs, to show more than the first case.
 #[derive(Default)]
 struct Differences {
@@ -168,10 +173,49 @@ fn damage_is_counted_as_qemu_counts_it() {
         let path = pair.fresh("a.qcow2");
         let (expected, theirs) = peer(&path, Repair::None);
         let (found, messages) = ours(&path, Repair::None);
-        differences.compare(context, (&found, &messages), (&expected, &theirs));
+        if !is_refused(&found, &expected, &theirs) {
+            differences.compare(context, (&found, &messages), (&expected, &theirs));
+        }
         assert_eq!(std::fs::read(&path).unwrap(), pair.bytes, "{context}");
     });
     differences.finish();
+}
+
+#[test]
+fn a_data_cluster_that_is_wrong_in_two_ways_counts_twice() {
+    if !has_qemu() {
+        return;
+    }
+    let shape = SHAPES
+        .iter()
+        .find(|shape| shape.options.contains("extended_l2"));
+    let files = tempfile::tempdir().unwrap();
+    images::make(files.path(), "a.qcow2", shape.unwrap());
+    let path = files.path().join("a.qcow2");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let word = |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let offset = |word: u64| (word & 0x00ff_ffff_ffff_fe00) as usize;
+    let l1_table = word(&bytes, 40) as usize;
+    let l2_table = offset(word(&bytes, l1_table));
+    let holds_data = |at: &usize| word(&bytes, *at) >> 62 == 2 && word(&bytes, at + 8) as u32 != 0;
+    let entry = (l2_table..).step_by(16).find(holds_data).unwrap();
+    let unaligned = word(&bytes, entry) + 512;
+    bytes[entry..entry + 8].copy_from_slice(&unaligned.to_be_bytes());
+    let allocated = word(&bytes, entry + 8) & 0xffff_ffff;
+    let contradiction = allocated << 32 | allocated;
+    bytes[entry + 8..entry + 16].copy_from_slice(&contradiction.to_be_bytes());
+    std::fs::write(&path, &bytes).unwrap();
+
+    let (expected, theirs) = peer(&path, Repair::None);
+    let (found, messages) = ours(&path, Repair::None);
+    assert_eq!(found, expected, "{messages:#?} {theirs}");
+    assert_eq!(
+        messages
+            .iter()
+            .filter(|message| message.contains("cluster is not properly aligned"))
+            .count(),
+        1
+    );
 }
 
 #[test]
@@ -183,7 +227,16 @@ fn leaks_are_repaired_as_qemu_repairs_them() {
     each_damaged(2, rounds(12), |pair, context| {
         let (expected, theirs) = peer(&pair.fresh("theirs.qcow2"), Repair::Leaks);
         let (found, messages) = ours(&pair.fresh("ours.qcow2"), Repair::Leaks);
-        differences.compare(context, (&found, &messages), (&expected, &theirs));
+        // QEMU discards the clusters that it takes for leaked. When the broken entry is the reason why nothing refers to
+        // the snapshot table, that is the end of the table.
+        let end_of_table = "snapshot table entry 0 is incomplete";
+        let destroyed = theirs.contains(end_of_table)
+            && !messages
+                .iter()
+                .any(|message| message.contains(end_of_table));
+        if !destroyed && !is_refused(&found, &expected, &theirs) {
+            differences.compare(context, (&found, &messages), (&expected, &theirs));
+        }
     });
     differences.finish();
 }
