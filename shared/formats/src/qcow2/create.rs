@@ -105,10 +105,6 @@ impl CreateOptions {
                  is on",
             );
         }
-        if has_backing && self.preallocation != Preallocation::Off {
-            let message = "qcow2: preallocation over a backing file is not supported";
-            return Err(Error::new(ErrorKind::Unsupported, message));
-        }
         if self.data_file_raw && self.data_file.is_none() {
             return invalid("data-file-raw requires data-file");
         }
@@ -261,13 +257,9 @@ pub async fn create_with_data(
     write_tables(&file, &geometry, &layout, header)
         .await
         .map_err(|errno| Error::io("Could not write qcow2 metadata", errno))?;
-    let mut file = file;
+    let (mut file, mut data_file) = (file, data_file);
     if let Some(encryption) = &options.encryption {
-        if data_file.is_some() {
-            let message = "qcow2: images with an external data file are not created encrypted";
-            return Err(Error::new(ErrorKind::Unsupported, message));
-        }
-        file = encrypt_new(file, encryption).await?;
+        (file, data_file) = encrypt_new((file, data_file), encryption).await?;
     }
     if !options.maps_everything() && data_file.is_none() {
         return Ok(());

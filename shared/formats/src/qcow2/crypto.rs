@@ -279,10 +279,18 @@ impl Qcow2 {
     }
 }
 
-/// Makes a new, empty image an encrypted one; gives the file back. The header comes last.
-pub(super) async fn encrypt_new(file: Edge, encryption: &Encryption) -> Result<Edge, Error> {
+/// Makes a new, empty image an encrypted one; gives the file and the data file back. The header comes
+/// last. Key material lies in the image's own file, wherever its data is.
+pub(super) async fn encrypt_new(
+    (file, data_file): (Edge, Option<Edge>),
+    encryption: &Encryption,
+) -> Result<(Edge, Option<Edge>), Error> {
     let failed = |errno| Error::io("Could not write encryption header", errno);
-    let image = Qcow2::open(file, None, OpenOptions::default()).await?;
+    let open = OpenOptions {
+        data_file,
+        ..OpenOptions::default()
+    };
+    let image = Qcow2::open(file, None, open).await?;
     let (method, pointer) = match encryption {
         Encryption::Aes(_) => (CryptMethod::AES, None),
         Encryption::Luks(options, password) => {
@@ -305,14 +313,15 @@ pub(super) async fn encrypt_new(file: Edge, encryption: &Encryption) -> Result<E
         }
     };
     image.close().await.map_err(failed)?;
-    let (file, cluster_bits) = (image.file, image.geometry.cluster_bits);
+    let (file, data_file) = (image.file, image.data_file);
+    let cluster_bits = image.geometry.cluster_bits;
     edit(&file, cluster_bits, |header| {
         header.set_u32(field::CRYPT_METHOD, method);
         header.set_extension(extension::CRYPTO, pointer);
         Ok(())
     })
     .await?;
-    Ok(file)
+    Ok((file, data_file))
 }
 
 /// How often a row of clusters is looked for.

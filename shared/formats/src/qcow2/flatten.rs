@@ -1,6 +1,7 @@
 //! Turning zero clusters into what version 2 has: data, or no mapping where nothing would show.
 
 use super::Qcow2;
+use super::preallocate::Storage;
 use super::tables::{
     COPIED, ClusterRun, GuestCluster, HostOffset, L2Entry, L2Kind, OFFSET_MASK, ZERO,
 };
@@ -33,8 +34,8 @@ pub(super) async fn zero_clusters(
     image.reach_host_end().await?;
     image.flush_metadata().await.map_err(failed)?;
     let mut references = BTreeMap::new();
-    for &table in &snapshots {
-        *references.entry(table).or_insert(0) += 1;
+    for table in &snapshots {
+        *references.entry(table.offset).or_insert(0) += 1;
     }
     // Those that the disk uses too have no zero clusters any more: they were copied to change them.
     references.remove(&0);
@@ -42,7 +43,7 @@ pub(super) async fn zero_clusters(
         references.remove(&(entry & OFFSET_MASK));
     }
     for (done, table) in (disk + 1..).zip(snapshots) {
-        if let Some(references) = references.remove(&table) {
+        if let Some(references) = references.remove(&table.offset) {
             let flattened = flatten_table(image, table, references).await;
             flattened.map_err(failed)?;
         }
@@ -76,8 +77,17 @@ async fn flatten_entry(image: &Qcow2, l1_index: u64) -> Result<(), Error> {
     Ok(())
 }
 
-/// The L2 tables of the snapshots' L1 tables, one for each entry; 0 where there is none.
-async fn snapshot_tables(image: &Qcow2) -> Result<Vec<u64>, Error> {
+/// An L2 table of a snapshot.
+#[derive(Clone, Copy)]
+struct Table {
+    /// In the file; 0 where there is none.
+    offset: u64,
+    /// The first guest cluster that it maps.
+    first: GuestCluster,
+}
+
+/// The L2 tables of the snapshots' L1 tables, one for each entry.
+async fn snapshot_tables(image: &Qcow2) -> Result<Vec<Table>, Error> {
     let l1_tables: Vec<_> = {
         let state = image.state();
         let entries = state.snapshots.entries.iter();
@@ -91,12 +101,13 @@ async fn snapshot_tables(image: &Qcow2) -> Result<Vec<u64>, Error> {
         let bytes = read_bytes(&image.file, offset.0, entries as usize * 8)
             .await
             .map_err(failed)?;
-        tables.extend(words(&bytes).map(|word| {
+        tables.extend((0..).zip(words(&bytes)).map(|(index, word)| {
             let table = word & OFFSET_MASK;
             let end = table + image.geometry.cluster_size();
-            match image.geometry.is_aligned(table) && end <= file_length {
-                true => table,
-                false => 0,
+            let is_there = image.geometry.is_aligned(table) && end <= file_length;
+            Table {
+                offset: if is_there { table } else { 0 },
+                first: GuestCluster(index << image.geometry.l2_bits()),
             }
         }));
     }
@@ -105,19 +116,20 @@ async fn snapshot_tables(image: &Qcow2) -> Result<Vec<u64>, Error> {
 
 /// Replaces the zero clusters of one table where it is. The entries of a sector become what they
 /// are to be together or not at all, and read as the same in any case.
-async fn flatten_table(image: &Qcow2, table: u64, references: u64) -> Result<(), Errno> {
+async fn flatten_table(image: &Qcow2, table: Table, references: u64) -> Result<(), Errno> {
     let cluster_size = image.geometry.cluster_size();
-    let mut bytes = read_bytes(&image.file, table, cluster_size as usize).await?;
+    let mut bytes = read_bytes(&image.file, table.offset, cluster_size as usize).await?;
     let mut changed = false;
-    for word in bytes.chunks_exact_mut(8) {
+    for (cluster, word) in (table.first.0..).zip(bytes.chunks_exact_mut(8)) {
+        let cluster = GuestCluster(cluster);
         let entry = L2Entry(u64::from_be_bytes(
             (&*word).try_into().expect("eight bytes"),
         ));
         let new = match entry.kind(&image.geometry) {
             L2Kind::ZeroPlain if image.backing.is_none() => 0,
-            L2Kind::ZeroPlain => zeroed_cluster(image, references).await?,
+            L2Kind::ZeroPlain => zeroed_cluster(image, cluster, references).await?,
             L2Kind::ZeroAllocated(host) => {
-                zero_storage(image, host).await?;
+                zero_storage(image, cluster, host).await?;
                 entry.0 & !ZERO
             }
             _ => continue,
@@ -129,16 +141,20 @@ async fn flatten_table(image: &Qcow2, table: u64, references: u64) -> Result<(),
         // Refcounts and zeroes are durable before the entries that refer to them.
         image.flush_metadata().await?;
         image.file.node().flush().await?;
-        write_to(&image.file, table, &bytes).await?;
+        write_to(&image.file, table.offset, &bytes).await?;
     }
     Ok(())
 }
 
 /// A new cluster of zeroes that counts `references`; the L2 entry for it.
-async fn zeroed_cluster(image: &Qcow2, references: u64) -> Result<u64, Errno> {
+async fn zeroed_cluster(
+    image: &Qcow2,
+    cluster: GuestCluster,
+    references: u64,
+) -> Result<u64, Errno> {
     let (run, _) = image.allocate(1).await?;
     let host = image.geometry.host_offset(run.first);
-    zero_storage(image, host).await?;
+    zero_storage(image, cluster, host).await?;
     if references == 1 {
         return Ok(host.0 | COPIED);
     }
@@ -156,10 +172,19 @@ async fn count(image: &Qcow2, run: ClusterRun, references: u64) -> Result<(), Er
     }
 }
 
-async fn zero_storage(image: &Qcow2, host: HostOffset) -> Result<(), Errno> {
-    let range = ByteRange::new(host.0, image.geometry.cluster_size());
-    let flags = ZeroFlags::default();
-    image.file.node().write_zeroes(range, flags).await
+/// Makes the storage of `cluster` read as zeroes.
+async fn zero_storage(image: &Qcow2, cluster: GuestCluster, host: HostOffset) -> Result<(), Errno> {
+    let storage = Storage {
+        guest: image.geometry.guest_offset(cluster),
+        host: ByteRange::new(host.0, image.geometry.cluster_size()),
+    };
+    match image.cipher() {
+        Some(cipher) => image.fill_encrypted(&storage, cipher).await,
+        None => {
+            let flags = ZeroFlags::default();
+            image.file.node().write_zeroes(storage.host, flags).await
+        }
+    }
 }
 
 fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {

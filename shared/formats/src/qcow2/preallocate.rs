@@ -1,8 +1,10 @@
 //! Preallocation: clusters mapped before anything is written to them.
 //!
-//! What is mapped reads as zeroes at every moment: storage that something else may have used is
-//! zeroed before the mapping that shows it can reach the disk (a flush makes data durable before
-//! mappings).
+//! What is mapped reads as zeroes, or as the backing, at every moment. Extended entries, as QEMU's,
+//! only reserve their host clusters: they show what they did before. So do those of encrypted images,
+//! as zero clusters, because zero bytes on disk are no zeroes there. Other storage is shown, so what
+//! something else may have used is zeroed before the mapping can reach the disk (a flush makes data
+//! durable before mappings).
 //!
 //! | mode     | storage |
 //! |----------|---------|
@@ -12,12 +14,31 @@
 
 use super::tables::{MAX_HOST_OFFSET, REFCOUNT_BLOCK_MASK};
 use super::{Qcow2, read_bytes, refcount};
-use block::{Buffer, ByteRange, Errno, Error, Preallocation, Resize, WriteFlags, ZeroFlags};
+use block::{
+    Buffer, ByteRange, Errno, Error, Format, Preallocation, Resize, SectorCipher, Tweak,
+    WriteFlags, ZeroFlags,
+};
 use std::ops::Range;
 use std::sync::atomic::Ordering::Acquire;
 
 /// Zero bytes written at a time.
 const FILL_BYTES: u64 = 1 << 20;
+
+/// What becomes of the clusters that are mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Use {
+    /// Data, all zeroes.
+    Zeroes,
+    /// Storage for later.
+    Reserve,
+}
+
+/// Storage that is about to be mapped.
+pub(super) struct Storage {
+    /// Where its content is on the disk.
+    pub(super) guest: u64,
+    pub(super) host: ByteRange,
+}
 
 impl Qcow2 {
     /// Maps the guest bytes `range`, which may lie beyond the present end of the disk. Its mapping
@@ -28,7 +49,15 @@ impl Qcow2 {
         mode: Preallocation,
     ) -> Result<(), Error> {
         let failed = |errno| Error::io("Could not preallocate metadata", errno);
-        self.map_zeroed(range, mode).await.map_err(failed)?;
+        let is_reserved = match self.cipher() {
+            Some(_) => self.geometry.zero_clusters,
+            None => self.geometry.extended_l2 && !self.is_raw_data_file(),
+        };
+        let shown = match is_reserved {
+            true => Use::Reserve,
+            false => Use::Zeroes,
+        };
+        self.map_as(range, mode, shown).await.map_err(failed)?;
         self.flush_metadata().await.map_err(failed)?;
         self.reach_host_end().await
     }
@@ -39,19 +68,37 @@ impl Qcow2 {
         range: Range<u64>,
         mode: Preallocation,
     ) -> Result<(), Errno> {
+        self.map_as(range, mode, Use::Zeroes).await
+    }
+
+    async fn map_as(
+        &self,
+        range: Range<u64>,
+        mode: Preallocation,
+        shown: Use,
+    ) -> Result<(), Errno> {
         // What lies beyond the end of the file reads as zeroes already.
         let fresh_from = self.file.node().length();
         let end = range.end.next_multiple_of(self.geometry.cluster_size());
         let mut offset = range.start;
         while offset < end {
             let wanted = ByteRange::new(offset, end - offset);
-            let plan = self.prepare(wanted).await?;
+            let mut plan = self.prepare(wanted).await?;
             let next = plan.range.offset + plan.range.length;
-            let storage = ByteRange::new(plan.host_offset, plan.range.length);
-            // An external data file has been given its length, and storage, as a whole.
-            if self.data_file.is_none()
-                && let Err(errno) = self.fill(storage, mode, fresh_from).await
-            {
+            let storage = Storage {
+                guest: plan.range.offset,
+                host: ByteRange::new(plan.host_offset, plan.range.length),
+            };
+            if shown == Use::Reserve {
+                plan.token.reserve_only();
+            }
+            let filled = match (&self.data_file, self.cipher(), shown) {
+                // An external data file has been given its length, and storage, as a whole.
+                (Some(_), ..) => Ok(()),
+                (None, Some(cipher), Use::Zeroes) => self.fill_encrypted(&storage, cipher).await,
+                _ => self.fill(storage.host, mode, fresh_from).await,
+            };
+            if let Err(errno) = filled {
                 self.abort_write(plan);
                 return Err(errno);
             }
@@ -151,6 +198,28 @@ impl Qcow2 {
                 Ok(())
             }
         }
+    }
+
+    /// Makes storage read as zeroes through the cipher.
+    pub(super) async fn fill_encrypted(
+        &self,
+        storage: &Storage,
+        cipher: &dyn SectorCipher,
+    ) -> Result<(), Errno> {
+        let mut done = 0;
+        while done < storage.host.length {
+            let step = FILL_BYTES.min(storage.host.length - done);
+            let host = storage.host.offset + done;
+            let tied_to = match cipher.tweak() {
+                Tweak::HostOffset => host,
+                Tweak::GuestOffset => storage.guest + done,
+            };
+            let mut bytes = vec![0; step as usize];
+            cipher.encrypt(tied_to, &mut bytes);
+            self.write_bytes(host, &bytes).await?;
+            done += step;
+        }
+        Ok(())
     }
 
     /// Makes the file as long as the clusters in it, so that reading them is no reading past its

@@ -45,7 +45,27 @@ struct Change<'a> {
     ends: [Subclusters; 2],
     /// New host clusters, which take the place of whatever was there.
     replaces: bool,
+    /// What the entries show afterwards.
+    shows: Shows,
     reserved: Option<Reserved<'a>>,
+}
+
+/// What the entries of a committed write show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Shows {
+    /// What was written.
+    Data,
+    /// What they did before, or zeroes where an entry cannot say so: the clusters are only reserved.
+    NoData,
+}
+
+impl Token<'_> {
+    /// The write is to reserve its clusters only. They hold no data.
+    pub(super) fn reserve_only(&mut self) {
+        if let Some(change) = &mut self.change {
+            change.shows = Shows::NoData;
+        }
+    }
 }
 
 /// Where a write goes.
@@ -228,6 +248,7 @@ impl Qcow2 {
             host: placement.host,
             ends,
             replaces,
+            shows: Shows::Data,
             reserved,
         };
         (plan, Some(change))
@@ -377,7 +398,7 @@ impl Qcow2 {
         }
         let step = self.geometry.cluster_size();
         for cluster in clusters() {
-            let words = self.new_entry(&change, cluster);
+            let words = self.new_entry(&change, (slice, cluster));
             if let Some(RedoRecord::L2(run)) = records.last_mut()
                 && run.extend(cluster, words, step)
             {
@@ -394,7 +415,7 @@ impl Qcow2 {
         records.extend(freed.iter().map(|&run| RedoRecord::Free { run, pass }));
         let committed = self.log_change(&records, |state| {
             for cluster in clusters() {
-                let words = self.new_entry(&change, cluster);
+                let words = self.new_entry(&change, (slice, cluster));
                 self.set_entry(state, slice, (cluster, words));
             }
             freed.iter().for_each(|&run| state.free(run, pass));
@@ -409,9 +430,16 @@ impl Qcow2 {
     }
 
     /// The entry that a commit gives `cluster`.
-    fn new_entry(&self, change: &Change<'_>, cluster: GuestCluster) -> EntryWords {
+    fn new_entry(
+        &self,
+        change: &Change<'_>,
+        (slice, cluster): (&Pinned<'_>, GuestCluster),
+    ) -> EntryWords {
         let number = cluster.0 - change.first.0;
         let state = match number {
+            _ if change.shows == Shows::NoData => {
+                self.without_data(self.entry_words(slice, cluster), cluster)
+            }
             0 => change.ends[0],
             number if number + 1 == change.count => change.ends[1],
             _ => Subclusters {
@@ -427,6 +455,21 @@ impl Qcow2 {
             ..state
         }
         .encode(&self.geometry)
+    }
+
+    /// What an entry says when it gets a host cluster and no data. A standard entry with a host cluster
+    /// is data or zeroes.
+    fn without_data(&self, old: EntryWords, cluster: GuestCluster) -> Subclusters {
+        let zero = match Cluster::decode(old, cluster, &self.geometry) {
+            _ if !self.geometry.extended_l2 => self.geometry.all_subclusters(),
+            Some(Cluster::Standard(old)) => old.zero,
+            _ => 0,
+        };
+        Subclusters {
+            copied: true,
+            zero,
+            ..Subclusters::default()
+        }
     }
 
     pub(super) fn abort_write(&self, plan: WritePlan<Token<'_>>) {

@@ -6,6 +6,7 @@ use super::rig::{self, Disk, Setup};
 use super::workload::pattern;
 use crate::qcow2::CreateOptions;
 use crate::qcow2::amend::amend_parts;
+use crate::qcow2::crypto::Crypto;
 use crate::qcow2::entry::Parts;
 use crate::qcow2::open::{OpenOptions, read_header};
 use block::amend::{AmendRequest, Force};
@@ -14,6 +15,7 @@ use executor::sim::{Config, Fault, PowerCut, Subset, World};
 use executor::{Errno, Executor};
 use serde_json::{Value, json};
 use std::path::Path;
+use std::sync::Arc;
 
 const IMAGE: &str = "disk.qcow2";
 const CLUSTER: u64 = 1024;
@@ -48,19 +50,7 @@ impl Change {
                 resized?;
                 closed.map_err(|errno| Error::io("close", errno))
             }
-            Self::Amend(members) => {
-                let file = rig::image_edge(path);
-                let parts = Parts {
-                    header: read_header(&file).await?,
-                    file,
-                    backing: None,
-                    options: OpenOptions::default(),
-                };
-                let members = members.as_object().unwrap().clone();
-                let mut progress = |_, _| {};
-                let mut changes = AmendRequest::new(members, Force::Refuse, &mut progress);
-                amend_parts(parts, &mut changes).await
-            }
+            Self::Amend(members) => amend(path, None, members.clone()).await,
         }
     }
 
@@ -71,6 +61,29 @@ impl Change {
             Self::Amend(members) => members["size"].as_u64().unwrap_or(SIZE),
         }
     }
+}
+
+/// Amends an image by members as QMP has them.
+pub(super) async fn amend(path: &Path, key: Option<&str>, members: Value) -> Result<(), Error> {
+    let file = rig::image_edge(path);
+    let header = read_header(&file).await?;
+    let crypto = match key {
+        Some(key) => Crypto::open(&file, &header, &rig::password(key)).await?,
+        None => None,
+    };
+    let parts = Parts {
+        header,
+        file,
+        backing: None,
+        options: OpenOptions {
+            crypto: crypto.map(Arc::new),
+            ..OpenOptions::default()
+        },
+    };
+    let members = members.as_object().unwrap().clone();
+    let mut progress = |_, _| {};
+    let mut changes = AmendRequest::new(members, Force::Refuse, &mut progress);
+    amend_parts(parts, &mut changes).await
 }
 
 /// Changes of version 3 images, then of version 2.
@@ -132,7 +145,7 @@ fn world(version: u32) -> (World, Vec<u8>) {
     (world.restart(&all, config), content)
 }
 
-fn cut(prefix: usize, subset: Subset) -> PowerCut {
+pub(super) fn cut(prefix: usize, subset: Subset) -> PowerCut {
     PowerCut {
         prefix,
         subset,
@@ -169,16 +182,22 @@ fn a_power_cut_leaves_the_old_image_or_the_new_one() {
         let done = Checker::new(&files[Path::new(IMAGE)]);
         assert_eq!(done.check(), Default::default(), "{change:?}");
         assert!(done.read_all(&[]) == resized(&old, change.size()));
-        for epoch in world.epochs() {
-            let random = SUBSETS.div_ceil(epoch.len()) as u64;
-            for prefix in epoch {
-                let parts = (0..random).map(Subset::Random);
-                for subset in [Subset::None, Subset::All].into_iter().chain(parts) {
-                    let cut = cut(prefix, subset);
-                    let files = world.power_cut(&cut);
-                    let context = format!("v{version} {change:?}, {cut:?}");
-                    assert_old_or_new(&files[Path::new(IMAGE)], &old, change.size(), &context);
-                }
+        each_cut(&world, |cut| {
+            let files = world.power_cut(cut);
+            let context = format!("v{version} {change:?}, {cut:?}");
+            assert_old_or_new(&files[Path::new(IMAGE)], &old, change.size(), &context);
+        });
+    }
+}
+
+/// Cuts the power at every entry of a world's log.
+pub(super) fn each_cut(world: &World, mut judge: impl FnMut(&PowerCut)) {
+    for epoch in world.epochs() {
+        let random = SUBSETS.div_ceil(epoch.len()) as u64;
+        for prefix in epoch {
+            let parts = (0..random).map(Subset::Random);
+            for subset in [Subset::None, Subset::All].into_iter().chain(parts) {
+                judge(&cut(prefix, subset));
             }
         }
     }

@@ -1,13 +1,14 @@
 //! Encrypted images: QEMU's tools both ways, wrong passwords, and what crash tests need of them.
 
 use super::cases::Method;
+use super::change;
 use super::peers::{Files, has_qemu, on_host, qemu, work, work_here};
 use super::rig::{self, Disk, Setup, password};
 use crate::luks;
 use crate::qcow2::header::CryptMethod;
 use crate::qcow2::open::read_header;
 use crate::qcow2::{CreateOptions, Encryption};
-use block::{ByteRange, Errno, SectorCipher, Tweak, ZeroFlags};
+use block::{ByteRange, Errno, NewSnapshot, Preallocation, Resize, SectorCipher, Tweak, ZeroFlags};
 use std::path::Path;
 use std::time::Duration;
 
@@ -19,6 +20,18 @@ fn setup() -> Setup {
     Setup {
         password: Some(PASSWORD),
         ..Setup::default()
+    }
+}
+
+/// The name of an external data file.
+const DATA: &str = "a.data";
+
+/// With the external data file, where the image has one.
+fn setup_of(files: &Files) -> Setup {
+    let data = files.path(DATA);
+    Setup {
+        data_file: data.exists().then_some(data),
+        ..setup()
     }
 }
 
@@ -67,6 +80,9 @@ fn images_that_qemu_encrypted_are_read_and_written() {
         ),
         "encrypt.format=aes,encrypt.key-secret=s,cluster_size=512".to_owned(),
         format!("{luks},compat=0.10"),
+        format!("{luks},data_file={DATA},cluster_size=2k"),
+        format!("encrypt.format=aes,encrypt.key-secret=s,data_file={DATA},data_file_raw=on"),
+        format!("encrypt.format=aes,encrypt.key-secret=s,data_file={DATA},extended_l2=on"),
     ]
     .iter()
     .enumerate()
@@ -74,6 +90,7 @@ fn images_that_qemu_encrypted_are_read_and_written() {
         println!("{options}");
         let files = Files::new();
         let (image, size) = (files.text("a.qcow2"), SIZE.to_string());
+        let options = &options.replace(DATA, &files.text(DATA));
         let create = [
             "create", "-q", "--object", SECRET, "-f", "qcow2", "-o", options,
         ];
@@ -82,10 +99,12 @@ fn images_that_qemu_encrypted_are_read_and_written() {
         let write = "write -P 0x5a 100k 300k";
         let io = ["--object", SECRET, "--image-opts", "-c", write, &by_name];
         qemu("qemu-io", &io);
+        // A raw data file is all mapped from the start: nothing else is zeroes through the cipher.
+        let mut right = content_by_qemu(&files, "a.qcow2");
         on_host(async {
-            let disk = Disk::open(&files.path("a.qcow2"), setup()).await.unwrap();
-            let mut right = vec![0; SIZE as usize];
-            right[100 << 10..400 << 10].fill(0x5a);
+            let setup = setup_of(&files);
+            let disk = Disk::open(&files.path("a.qcow2"), setup).await.unwrap();
+            assert!(right[100 << 10..400 << 10].iter().all(|byte| *byte == 0x5a));
             assert!(disk.read_all().await.unwrap() == right);
             // Not whole sectors, at both ends.
             disk.write(1001, &[7; 3000]).await.unwrap();
@@ -96,7 +115,7 @@ fn images_that_qemu_encrypted_are_read_and_written() {
             zeroed.await.unwrap();
             disk.close().await.unwrap();
         });
-        let content = work(&files.path("a.qcow2"), setup(), seed as u64);
+        let content = work(&files.path("a.qcow2"), setup_of(&files), seed as u64);
         check(&files, "a.qcow2");
         assert!(content == content_by_qemu(&files, "a.qcow2"));
     }
@@ -115,15 +134,18 @@ fn images_that_are_encrypted_here_are_read_by_qemu() {
         return;
     }
     let key = || password(PASSWORD);
-    for (seed, (encryption, cluster_size)) in [
-        (Encryption::Luks(quick_luks(), key()), 65536),
-        (Encryption::Luks(quick_luks(), key()), 512),
-        (Encryption::Aes(key()), 4096),
+    let luks = || Encryption::Luks(quick_luks(), key());
+    for (seed, (encryption, cluster_size, has_data_file)) in [
+        (luks(), 65536, false),
+        (luks(), 512, false),
+        (luks(), 2048, true),
+        (Encryption::Aes(key()), 4096, false),
+        (Encryption::Aes(key()), 4096, true),
     ]
     .into_iter()
     .enumerate()
     {
-        println!("{encryption:?} {cluster_size}");
+        println!("{encryption:?} {cluster_size} {has_data_file}");
         let files = Files::new();
         let path = files.path("a.qcow2");
         let options = CreateOptions {
@@ -132,8 +154,11 @@ fn images_that_are_encrypted_here_are_read_by_qemu() {
             ..CreateOptions::new(SIZE)
         };
         let content = on_host(async {
-            rig::make(&path, &options).await;
-            work_here(&path, setup(), seed as u64 + 50).await
+            match has_data_file {
+                true => rig::make_with_data(&path, &files.path(DATA), options).await,
+                false => rig::make(&path, &options).await,
+            }
+            work_here(&path, setup_of(&files), seed as u64 + 50).await
         });
         check(&files, "a.qcow2");
         assert!(content == content_by_qemu(&files, "a.qcow2"));
@@ -143,16 +168,111 @@ fn images_that_are_encrypted_here_are_read_by_qemu() {
         );
         assert!(info.contains("\"encrypted\": true"), "{info}");
         on_host(async {
-            let refused = Disk::open(&path, Setup::default()).await;
+            let keyless = Setup {
+                password: None,
+                ..setup_of(&files)
+            };
+            let refused = Disk::open(&path, keyless).await;
             let message = refused.err().map(|error| error.message);
             let expected = "Parameter 'encrypt.key-secret' is required for cipher";
             assert_eq!(message.as_deref(), Some(expected));
-            let disk = Disk::open(&path, setup()).await.unwrap();
+            let disk = Disk::open(&path, setup_of(&files)).await.unwrap();
             let cluster = vec![0; cluster_size as usize];
             let compressed = disk.write_compressed(0, &cluster);
             assert_eq!(compressed.await, Err(Errno::EOPNOTSUPP));
             disk.close().await.unwrap();
         });
+    }
+}
+
+#[test]
+fn version_2_shows_the_zeroes_of_version_3_through_the_cipher() {
+    if !has_qemu() {
+        return;
+    }
+    let luks = Encryption::Luks(quick_luks(), password(PASSWORD));
+    for encryption in [luks, Encryption::Aes(password(PASSWORD))] {
+        let files = Files::new();
+        let path = files.path("a.qcow2");
+        let options = CreateOptions {
+            cluster_size: 4096,
+            encryption: Some(encryption),
+            ..CreateOptions::new(SIZE)
+        };
+        let (content, taken) = on_host(async {
+            rig::make(&path, &options).await;
+            let disk = Disk::open(&path, setup()).await.unwrap();
+            disk.write(0, &[7; 256 << 10]).await.unwrap();
+            let zero = async |start: u64| {
+                let range = ByteRange::new(start, 32 << 10);
+                let zeroed = disk.root.write_zeroes(range, ZeroFlags::default());
+                zeroed.await.unwrap();
+            };
+            zero(64 << 10).await;
+            // A snapshot's own table has zero clusters, too.
+            let new = NewSnapshot::now("one");
+            let taken = disk.snapshots().create(new).await.unwrap();
+            zero(128 << 10).await;
+            disk.write(64 << 10, &[9; 4096]).await.unwrap();
+            let content = disk.read_all().await.unwrap();
+            disk.close().await.unwrap();
+            change::amend(&path, Some(PASSWORD), serde_json::json!({"version": "v2"}))
+                .await
+                .unwrap();
+            (content, taken.id)
+        });
+        check(&files, "a.qcow2");
+        assert!(content == content_by_qemu(&files, "a.qcow2"));
+        let snapshot = on_host(async {
+            let disk = Disk::open(&path, setup()).await.unwrap();
+            assert!(disk.read_all().await.unwrap() == content);
+            disk.snapshots().apply(&taken).await.unwrap();
+            let snapshot = disk.read_all().await.unwrap();
+            disk.close().await.unwrap();
+            snapshot
+        });
+        let mut right = vec![0; SIZE as usize];
+        right[..256 << 10].fill(7);
+        right[64 << 10..96 << 10].fill(0);
+        assert!(snapshot == right);
+    }
+}
+
+#[test]
+fn preallocated_clusters_of_an_encrypted_disk_read_as_zeroes() {
+    if !has_qemu() {
+        return;
+    }
+    for preallocation in [
+        Preallocation::Metadata,
+        Preallocation::Falloc,
+        Preallocation::Full,
+    ] {
+        let files = Files::new();
+        let path = files.path("a.qcow2");
+        let options = CreateOptions {
+            encryption: Some(Encryption::Aes(password(PASSWORD))),
+            preallocation,
+            ..CreateOptions::new(SIZE)
+        };
+        on_host(async {
+            rig::make(&path, &options).await;
+            let disk = Disk::open(&path, setup()).await.unwrap();
+            let resize = Resize {
+                length: SIZE + (1 << 20),
+                preallocation,
+            };
+            disk.node.resize(resize).await.unwrap();
+            disk.write(100, &[7; 100]).await.unwrap();
+            disk.close().await.unwrap();
+        });
+        check(&files, "a.qcow2");
+        let mut right = vec![0; SIZE as usize + (1 << 20)];
+        right[100..200].fill(7);
+        assert!(content_by_qemu(&files, "a.qcow2") == right);
+        let clusters = right.len() / 65536;
+        let bytes = std::fs::metadata(&path).unwrap().len() as usize;
+        assert!(bytes >= clusters * 65536, "{preallocation:?}: {bytes}");
     }
 }
 

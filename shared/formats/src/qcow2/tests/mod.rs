@@ -13,6 +13,7 @@ mod hostile;
 mod machine_state;
 mod pace;
 pub(crate) mod peers;
+mod preallocation;
 pub(crate) mod rig;
 mod snapshots;
 mod threads;

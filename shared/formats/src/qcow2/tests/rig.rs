@@ -3,7 +3,9 @@
 use crate::luks::Password;
 use crate::qcow2::crypto::Crypto;
 use crate::qcow2::open::read_header;
-use crate::qcow2::{CacheOptions, CreateOptions, DiscardPolicy, OpenOptions, Qcow2, create};
+use crate::qcow2::{
+    CacheOptions, CreateOptions, DiscardPolicy, OpenOptions, Qcow2, create, create_with_data,
+};
 use block::edge::{EdgeSpec, Permissions};
 use block::node::Discard;
 use block::open::ChildRole;
@@ -195,6 +197,17 @@ pub(super) fn image_edge(path: &Path) -> Edge {
 pub(super) async fn make(path: &Path, options: &CreateOptions) {
     let file = edge(&leaf(path), "file", ChildRole::Image);
     create(file, options).await.unwrap();
+}
+
+/// Makes an image with an external data file, whose name in the image is its path.
+pub(super) async fn make_with_data(path: &Path, data: &Path, options: CreateOptions) {
+    let options = CreateOptions {
+        data_file: Some(data.display().to_string()),
+        ..options
+    };
+    let data = edge(&leaf(data), "data-file", ChildRole::Data);
+    let file = image_edge(path);
+    create_with_data(file, Some(data), &options).await.unwrap();
 }
 
 /// Turns an empty image of version 3 into one with other incompatible and autoclear features, for a
