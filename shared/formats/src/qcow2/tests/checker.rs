@@ -45,8 +45,9 @@ pub(super) struct Bitmap {
 
 impl Bitmap {
     pub(super) fn is_dirty(&self, granule: u64) -> bool {
-        let bits: Vec<u8> = self.clusters.concat();
-        bits[granule as usize / 8] >> (granule % 8) & 1 != 0
+        let byte = granule as usize / 8;
+        let cluster = self.clusters.first().map_or(1, Vec::len);
+        self.clusters[byte / cluster][byte % cluster] >> (granule % 8) & 1 != 0
     }
 }
 

@@ -1,6 +1,7 @@
 //! Tests of the whole driver: on the simulated world (crashes, failures, kills), on real files
 //! with QEMU's tools as oracle, and on hostile images.
 
+mod bitmap_resize;
 mod bitmaps;
 mod cases;
 mod change;
