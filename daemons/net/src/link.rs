@@ -85,6 +85,8 @@ pub enum DropReason {
     BadHeader,
     /// The link is down.
     LinkDown,
+    /// The front-end has disabled the transmit ring, or the driver uses fewer queue pairs.
+    RingDisabled,
     /// A rate limit, where the sender cannot be made to wait.
     RateLimited,
     /// The guest's receive filter: not its address, not its VLAN.
@@ -111,12 +113,13 @@ pub enum DropReason {
 
 impl DropReason {
     /// All of them, in the order of their discriminants.
-    pub const ALL: [DropReason; 16] = [
+    pub const ALL: [DropReason; 17] = [
         DropReason::NoBuffers,
         DropReason::TooLong,
         DropReason::TooShort,
         DropReason::BadHeader,
         DropReason::LinkDown,
+        DropReason::RingDisabled,
         DropReason::RateLimited,
         DropReason::Filtered,
         DropReason::SpoofedMac,
@@ -138,6 +141,7 @@ impl DropReason {
             DropReason::TooShort => "too-short",
             DropReason::BadHeader => "bad-header",
             DropReason::LinkDown => "link-down",
+            DropReason::RingDisabled => "ring-disabled",
             DropReason::RateLimited => "rate-limited",
             DropReason::Filtered => "filtered",
             DropReason::SpoofedMac => "spoofed-mac",

@@ -63,6 +63,11 @@ pub trait Device: 'static {
     fn send_rarp(&self, _address: [u8; 6]) -> Result<(), DeviceError> {
         Err(DeviceError::Unsupported("network"))
     }
+    /// Whether ring `index` runs on while the front-end has it disabled, as the text wants where that has no effect outside: the
+    /// device is told by [`QueueSetup::enabled`] and [`QueueChange`]. Other rings are stopped until they are enabled.
+    fn serves_disabled(&self, _index: u16) -> bool {
+        false
+    }
     /// Starts serving a ring. It is not running.
     fn start_queue(&self, setup: QueueSetup) -> impl Future<Output = Result<(), QueueError>>;
     /// Changes something of a running queue at a point where no descriptor is half parsed.

@@ -127,7 +127,14 @@ fn described(entry: &PortEntry) -> Value {
         port["queues-in-use"] = json!(state.pairs);
         let rings = state.rings.iter();
         port["rings"] = rings
-            .map(|ring| json!({"index": ring.index, "size": ring.size, "broken": ring.broken}))
+            .map(|ring| {
+                json!({
+                    "index": ring.index,
+                    "size": ring.size,
+                    "enabled": ring.enabled,
+                    "broken": ring.broken,
+                })
+            })
             .collect();
     }
     let (rate_rx, rate_tx) = entry.rates();

@@ -207,6 +207,7 @@ mod tests {
             pairs_in_use: 1,
             capture: Some((5, 2)),
             rings: vec![RingReport {
+                enabled: true,
                 index: 1,
                 size: 256,
                 broken: true,

@@ -19,6 +19,15 @@ const RARP_LEN: usize = 14 + 28;
 /// Shortest Ethernet frame without its check sequence.
 const MIN_FRAME: usize = 60;
 
+/// A ring that runs.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RunningRing {
+    /// In descriptors.
+    pub(super) size: u16,
+    /// Whether the front-end has it enabled.
+    pub(super) enabled: bool,
+}
+
 /// A port's state.
 pub(super) struct Core {
     pub(super) options: PortOptions,
@@ -34,8 +43,8 @@ pub(super) struct Core {
     pub(super) announcing: Cell<bool>,
     /// Whose turn it is to execute a command.
     pub(super) commands: Mutex<()>,
-    /// Sizes of the rings that run, by index.
-    rings: RefCell<Vec<Option<u16>>>,
+    /// The rings that run, by index.
+    rings: RefCell<Vec<Option<RunningRing>>>,
     /// Notified when the configuration space changes.
     changed: OnceCell<Arc<Notify>>,
     /// Notified when [`Core::state`] has changed.
@@ -138,10 +147,18 @@ impl Core {
         self.state_changed.notify_all();
     }
 
-    /// Ring `index` runs with so many descriptors, or no more.
-    pub(super) fn note_ring(&self, index: u16, size: Option<u16>) {
+    /// Ring `index` runs, or no more.
+    pub(super) fn note_ring(&self, index: u16, running: Option<RunningRing>) {
         if let Some(ring) = self.rings.borrow_mut().get_mut(usize::from(index)) {
-            *ring = size;
+            *ring = running;
+        }
+        self.tell_change();
+    }
+
+    /// The front-end has enabled or disabled ring `index`, which runs.
+    pub(super) fn note_enabled(&self, index: u16, enabled: bool) {
+        if let Some(Some(ring)) = self.rings.borrow_mut().get_mut(usize::from(index)) {
+            ring.enabled = enabled;
         }
         self.tell_change();
     }
@@ -224,16 +241,17 @@ impl Core {
     /// As it is now, but for the connection.
     pub(super) fn state(&self, connected: bool) -> PortState {
         let rings = self.rings.borrow();
-        let running = rings.iter().zip(0u16..).filter_map(|(size, index)| {
-            size.map(|size| RingReport {
+        let running = rings.iter().zip(0u16..).filter_map(|(ring, index)| {
+            ring.map(|ring| RingReport {
                 index,
-                size,
+                size: ring.size,
+                enabled: ring.enabled,
                 broken: self.shared.is_broken(index),
             })
         });
         let rings: Vec<RingReport> = running.collect();
         let enabled = (0..self.options.queues).filter(|pair| {
-            let of_pair = |ring: &RingReport| ring.index / 2 == *pair;
+            let of_pair = |ring: &RingReport| ring.index / 2 == *pair && ring.enabled;
             rings.iter().any(of_pair)
         });
         let enabled = enabled.count() as u16;

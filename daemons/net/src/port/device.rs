@@ -9,7 +9,7 @@ use vhost_daemon::session::{NET_PROTOCOL_FEATURES, PROTOCOL_FEATURES};
 use vhost_daemon::{Device, DeviceError, QueueError, QueueRemote, QueueSetup, RunningQueue};
 
 use super::control::Control;
-use super::core::{Core, ring_count};
+use super::core::{Core, RunningRing, ring_count};
 use super::options::MIN_MTU;
 use crate::frame::MacAddress;
 
@@ -97,19 +97,33 @@ impl Device for NetDevice {
         Ok(())
     }
 
+    /// Frames of a disabled ring are dropped, and none are given to it; commands wait.
+    fn serves_disabled(&self, index: u16) -> bool {
+        !self.core.is_control(index)
+    }
+
     async fn start_queue(&self, setup: QueueSetup) -> Result<(), QueueError> {
-        let (index, size) = (setup.index, setup.size);
+        let index = setup.index;
+        let ring = RunningRing {
+            size: setup.size,
+            enabled: setup.enabled,
+        };
         let mut queue = self.queues[usize::from(index)].lock().await;
         let remote = match self.core.pairs.get(usize::from(index / 2)) {
             Some(pair) if !self.core.is_control(index) => pair.start_ring(setup).await?,
             _ => self.start_control(&setup).await?,
         };
         *queue = Some(remote);
-        self.core.note_ring(index, Some(size));
+        self.core.note_ring(index, Some(ring));
         Ok(())
     }
 
     async fn change_queue(&self, index: u16, change: QueueChange) {
+        match change {
+            QueueChange::Enabled => self.core.note_enabled(index, true),
+            QueueChange::Disabled => self.core.note_enabled(index, false),
+            _ => {}
+        }
         if let Some(queue) = &*self.queues[usize::from(index)].lock().await {
             queue.change(change).await;
         }

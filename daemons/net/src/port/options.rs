@@ -135,6 +135,8 @@ pub struct RingReport {
     pub index: u16,
     /// Its size in descriptors.
     pub size: u16,
+    /// Whether the front-end has it enabled: if not, what the guest sends there is dropped, and it receives nothing.
+    pub enabled: bool,
     /// Whether the guest broke it.
     pub broken: bool,
 }

@@ -122,14 +122,31 @@ impl Pair {
         stopped.expect("a ring that runs is stopped once")
     }
 
+    /// Makes a change of a ring.
+    fn change_ring(self: &Rc<Self>, side: Side, change: QueueChange) {
+        let used = matches!(change, QueueChange::Enabled | QueueChange::Disabled);
+        if used {
+            self.disconnect();
+        }
+        match side {
+            Side::Receive => self.rx.change(change),
+            Side::Transmit => self.tx.change(change),
+        }
+        if used {
+            self.refresh();
+        }
+        self.rx.wake();
+    }
+
     /// Whether frames go through.
     fn wanted(&self) -> bool {
-        let runs = self.rx.runs() || self.tx.runs();
-        runs && match self.shared.used() {
-            Used::Enabled => true,
-            Used::Filled => self.filled.get(),
-            Used::First(pairs) => self.index < pairs,
-        }
+        let enabled = self.rx.is_enabled() || self.tx.is_enabled();
+        enabled
+            && match self.shared.used() {
+                Used::Enabled => true,
+                Used::Filled => self.filled.get(),
+                Used::First(pairs) => self.index < pairs,
+            }
     }
 
     /// Looks at what is shared.
@@ -180,7 +197,15 @@ impl Pair {
         if self.connected.replace(false) {
             self.connection.replace(None);
             self.network.disconnect();
+            self.tx.unblock();
         }
+    }
+
+    /// Whether what the guest sends is dropped: nobody said that it goes anywhere, and it is known that nobody will.
+    #[inline]
+    fn discards(&self) -> bool {
+        let used = self.connected.get() || self.shared.used() == Used::Filled;
+        !(used && self.tx.is_enabled())
     }
 
     /// Tells the control thread which rings are broken.
@@ -210,10 +235,11 @@ impl Pair {
 impl Poller for Pair {
     #[inline]
     fn poll(&self) -> bool {
+        let discarded = self.discards() && self.tx.discard();
         if !self.connected.get() {
-            return self.look_for_use();
+            return self.look_for_use() || discarded;
         }
-        let mut worked = self.tx.poll(&*self.network);
+        let mut worked = discarded || self.tx.poll(&*self.network);
         worked |= self.rx.poll();
         if self.polled {
             let received = self.network.receive(BURST);
@@ -226,12 +252,13 @@ impl Poller for Pair {
         self.note_broken();
         if self.connected.get() {
             let transmit = self.tx.arm();
-            return self.rx.arm(self.rx.is_awaited()) || transmit;
+            return self.rx.arm_if_awaited() || transmit;
         }
+        let transmit = self.tx.arm();
         // A driver that begins to use the pair fills its rings.
         let unknown = self.shared.used() == Used::Filled;
-        let filled = unknown && (self.tx.arm() | self.rx.arm(true));
-        filled && self.look_for_use()
+        let filled = unknown && (self.rx.arm() | transmit);
+        filled && self.look_for_use() || transmit && self.discards()
     }
 
     fn disarm(&self) {
@@ -249,11 +276,7 @@ struct RunningRing {
 impl RunningQueue for RunningRing {
     fn change(self: Rc<Self>, change: QueueChange) -> LocalFuture<()> {
         Box::pin(async move {
-            match self.side {
-                Side::Receive => self.pair.rx.change(change),
-                Side::Transmit => self.pair.tx.change(change),
-            }
-            self.pair.rx.wake();
+            self.pair.change_ring(self.side, change);
         })
     }
 

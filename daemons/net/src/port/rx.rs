@@ -33,6 +33,8 @@ pub(super) struct Rx {
     filter: LiveReader<Filter>,
     offloads: Cell<Offloads>,
     fifo: RefCell<Option<Fifo>>,
+    /// Whether the front-end has the ring enabled.
+    enabled: Cell<bool>,
     /// The next frame needs more than what is fetched and what was in the ring.
     starved: Cell<bool>,
     /// How many wait for [`Sink::ready`].
@@ -51,6 +53,7 @@ impl Rx {
             hooks,
             offloads: Cell::new(Offloads::NONE),
             fifo: RefCell::new(None),
+            enabled: Cell::new(false),
             starved: Cell::new(false),
             waiting: Cell::new(0),
             armed: Cell::new(false),
@@ -61,6 +64,7 @@ impl Rx {
     /// The ring runs from now on.
     pub(super) fn start(&self, served: Rc<ServedRing>, setup: &QueueSetup) {
         self.fifo.replace(Some(Fifo::new(served, setup)));
+        self.enabled.set(setup.enabled);
         self.wake();
     }
 
@@ -69,9 +73,14 @@ impl Rx {
         self.fifo.borrow().is_some()
     }
 
-    /// Whether the guest has given any buffers.
+    /// Whether it runs and frames are given to it.
+    pub(super) fn is_enabled(&self) -> bool {
+        self.enabled.get()
+    }
+
+    /// Whether the guest has given any buffers that are to be used.
     pub(super) fn is_filled(&self) -> bool {
-        self.fifo.borrow().as_ref().is_some_and(Fifo::has_chain)
+        self.is_enabled() && self.fifo.borrow().as_ref().is_some_and(Fifo::has_chain)
     }
 
     /// Whether the guest broke the ring.
@@ -88,6 +97,15 @@ impl Rx {
                     fifo.rewind();
                     true
                 }
+                QueueChange::Enabled => {
+                    self.enabled.set(true);
+                    false
+                }
+                QueueChange::Disabled => {
+                    self.enabled.set(false);
+                    fifo.rewind();
+                    false
+                }
                 _ => false,
             };
             fifo.served.change(change);
@@ -100,6 +118,7 @@ impl Rx {
     /// Stops the ring and gives back what was not used.
     pub(super) fn stop(&self) -> Option<Stopped> {
         let mut fifo = self.fifo.take()?;
+        self.enabled.set(false);
         fifo.rewind();
         Some(fifo.served.close())
     }
@@ -123,23 +142,38 @@ impl Rx {
         if self.waiting.get() == 0 {
             return false;
         }
-        let more = self.fifo.borrow().as_ref().is_some_and(Fifo::has_more);
-        if more {
+        let ready = self.ready();
+        if ready {
             self.wake();
         }
-        more
+        ready
     }
 
-    /// Whether somebody waits for buffers.
-    pub(super) fn is_awaited(&self) -> bool {
-        self.waiting.get() > 0
+    /// Whether the next frame has buffers, as far as is known.
+    fn has_room(&self) -> bool {
+        let fifo = self.fifo.borrow();
+        let enough = fifo.as_ref().map(|fifo| match self.starved.get() {
+            true => fifo.has_more(),
+            false => fifo.has_chain(),
+        });
+        self.is_enabled() && enough == Some(true)
     }
 
-    /// Asks for kicks when they are `wanted`; whether there is something already.
-    pub(super) fn arm(&self, wanted: bool) -> bool {
+    /// Asks for kicks when somebody waits for buffers; whether it need not wait. Who waits for a limit or the link is told of
+    /// these.
+    pub(super) fn arm_if_awaited(&self) -> bool {
+        match self.waiting.get() {
+            0 => false,
+            _ if self.has_room() => self.ready(),
+            _ => self.arm(),
+        }
+    }
+
+    /// Asks for kicks; whether there is something already.
+    pub(super) fn arm(&self) -> bool {
         let fifo = self.fifo.borrow();
         match &*fifo {
-            Some(fifo) if wanted && !fifo.served.is_broken() => {
+            Some(fifo) if self.is_enabled() && !fifo.served.is_broken() => {
                 self.armed.set(true);
                 fifo.served.arm()
             }
@@ -227,15 +261,7 @@ impl Sink for Rx {
     }
 
     fn ready(&self) -> bool {
-        let fifo = self.fifo.borrow();
-        let Some(fifo) = &*fifo else {
-            return false;
-        };
-        let room = match self.starved.get() {
-            true => fifo.has_more(),
-            false => fifo.has_chain(),
-        };
-        room && self.shared.link() && self.take_tokens(0, 0).is_ok()
+        self.has_room() && self.shared.link() && self.take_tokens(0, 0).is_ok()
     }
 
     fn until_ready(&self) -> LocalFuture<'_, ()> {
@@ -252,7 +278,7 @@ impl Sink for Rx {
             return self.drop_frame(DropReason::LinkDown);
         }
         let mut fifo = self.fifo.borrow_mut();
-        let Some(fifo) = &mut *fifo else {
+        let Some(fifo) = fifo.as_mut().filter(|_| self.is_enabled()) else {
             return Delivery::NotReady(DropReason::NoBuffers);
         };
         if !self.filter.get().passes(frame.head()) {
@@ -279,7 +305,7 @@ impl Sink for Rx {
     }
 
     fn reserve(&self, len: usize, buffers: &mut Vec<libc::iovec>) -> usize {
-        if !self.shared.link() || self.take_tokens(0, 0).is_err() {
+        if !self.is_enabled() || !self.shared.link() || self.take_tokens(0, 0).is_err() {
             return 0;
         }
         let mut fifo = self.fifo.borrow_mut();

@@ -52,6 +52,8 @@ pub(super) struct Tx {
     shared: Arc<Shared>,
     hooks: Rc<PairHooks>,
     ring: RefCell<Option<TxRing>>,
+    /// Whether the front-end has the ring enabled.
+    enabled: Cell<bool>,
     blocked: Cell<Option<Blocked>>,
     changed: Notify,
 }
@@ -62,6 +64,7 @@ impl Tx {
             shared,
             hooks,
             ring: RefCell::new(None),
+            enabled: Cell::new(false),
             blocked: Cell::new(None),
             changed: Notify::new(),
         }
@@ -70,6 +73,7 @@ impl Tx {
     /// The ring runs from now on.
     pub(super) fn start(&self, served: Rc<ServedRing>, setup: &QueueSetup) {
         self.ring.replace(Some(TxRing::new(served, setup)));
+        self.enabled.set(setup.enabled);
     }
 
     /// Whether the ring runs.
@@ -77,9 +81,15 @@ impl Tx {
         self.ring.borrow().is_some()
     }
 
-    /// Whether the guest has given anything to send.
+    /// Whether it runs and frames of it are sent.
+    #[inline]
+    pub(super) fn is_enabled(&self) -> bool {
+        self.enabled.get()
+    }
+
+    /// Whether the guest has given anything that is to be sent.
     pub(super) fn is_filled(&self) -> bool {
-        self.ring.borrow().as_ref().is_some_and(TxRing::has_work)
+        self.is_enabled() && self.ring.borrow().as_ref().is_some_and(TxRing::has_work)
     }
 
     /// Whether the guest broke the ring.
@@ -90,6 +100,11 @@ impl Tx {
 
     /// Makes a change with nothing fetched.
     pub(super) fn change(&self, change: QueueChange) {
+        match change {
+            QueueChange::Enabled => self.enabled.set(true),
+            QueueChange::Disabled => self.enabled.set(false),
+            _ => {}
+        }
         if let Some(ring) = &mut *self.ring.borrow_mut() {
             let renew = matches!(change, QueueChange::Memory(_) | QueueChange::Log(_));
             if renew {
@@ -106,6 +121,7 @@ impl Tx {
     /// Stops the ring and gives back what was not sent.
     pub(super) fn stop(&self) -> Option<Stopped> {
         let mut ring = self.ring.take()?;
+        self.enabled.set(false);
         ring.rewind();
         Some(ring.served.close())
     }
@@ -137,7 +153,11 @@ impl Tx {
             return false;
         };
         if ring.done == ring.count {
-            if !ring.fetch(self.shared.link()) {
+            let refused = match self.shared.link() {
+                true => None,
+                false => Some(DropReason::LinkDown),
+            };
+            if !ring.fetch(refused) {
                 return false;
             }
             if let Some(guard) = &*self.hooks.guard() {
@@ -145,6 +165,24 @@ impl Tx {
             }
         }
         self.send(ring, network);
+        true
+    }
+
+    /// Takes a burst, those that wait for the network first, and drops it; whether there was one.
+    pub(super) fn discard(&self) -> bool {
+        let mut ring = self.ring.borrow_mut();
+        let Some(ring) = &mut *ring else {
+            return false;
+        };
+        if ring.done < ring.count {
+            ring.rewind();
+        }
+        if !ring.fetch(Some(DropReason::RingDisabled)) {
+            return false;
+        }
+        let counters = &self.hooks.counters().tx;
+        ring.give_back(0, |reason| counters.count_drop(reason));
+        ring.served.publish();
         true
     }
 
@@ -329,9 +367,9 @@ impl TxRing {
         pending || !self.served.is_broken() && self.served.ring().borrow().has_work()
     }
 
-    /// Fetches a burst and reads it; whether there was one.
+    /// Fetches a burst and reads it, or refuses all of it; whether there was one.
     #[inline]
-    fn fetch(&mut self, link: bool) -> bool {
+    fn fetch(&mut self, refused: Option<DropReason>) -> bool {
         if self.served.is_broken() {
             return false;
         }
@@ -340,10 +378,7 @@ impl TxRing {
         self.tails.clear();
         for (slot, chain) in self.slots.iter_mut().zip(&self.chains[..count]) {
             let header = slot.read(chain, &mut self.tails, self.negotiated);
-            slot.header = match link {
-                true => header,
-                false => Err(DropReason::LinkDown),
-            };
+            slot.header = refused.map_or(header, Err);
         }
         self.served.settle(error);
         count > 0

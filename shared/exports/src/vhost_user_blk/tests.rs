@@ -211,6 +211,7 @@ impl Fixture {
             log: None,
             failure: Arc::default(),
             state: vhost_daemon::RingState::Sound,
+            enabled: true,
         };
         let started = self.executor.block_on(self.disk.start_queue(setup));
         started.unwrap();

@@ -117,6 +117,9 @@ pub struct QueueSetup {
     pub failure: Arc<Failure>,
     /// Whether the ring is one that is not read any more.
     pub state: RingState,
+    /// False for a ring that the front-end has disabled, of a device that serves it nevertheless
+    /// ([`crate::Device::serves_disabled`]).
+    pub enabled: bool,
 }
 
 /// Whether a ring can be relied on.
@@ -152,6 +155,10 @@ pub enum QueueChange {
     /// Where writes to guest memory are logged. Beginning to log waits for what is in flight,
     /// because nobody noted where that writes.
     Log(Option<RingLog>),
+    /// The ring's requests are executed again.
+    Enabled,
+    /// They are to have no effect from now on. Only where [`crate::Device::serves_disabled`].
+    Disabled,
 }
 
 impl QueueSetup {
@@ -163,6 +170,8 @@ impl QueueSetup {
             QueueChange::Call(call) => self.call = call,
             QueueChange::Err(err) => self.err = err,
             QueueChange::Log(log) => self.log = log,
+            QueueChange::Enabled => self.enabled = true,
+            QueueChange::Disabled => self.enabled = false,
         }
     }
 }

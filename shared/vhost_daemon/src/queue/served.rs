@@ -185,6 +185,8 @@ impl ServedRing {
             QueueChange::Err(err) => {
                 self.err.replace(err);
             }
+            // Nothing of the ring: whoever serves it goes by that.
+            QueueChange::Enabled | QueueChange::Disabled => {}
         }
     }
 

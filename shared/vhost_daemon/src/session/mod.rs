@@ -5,6 +5,8 @@
 //!                 ▲                          ▲    disable (drains)──┘ │
 //!                 └──────────────── GET_VRING_BASE (drains) ──────────┘
 //! ```
+//! Where the device says so (`Device::serves_disabled`) a ring that was disabled runs on, and has no effect outside.
+//!
 //! A ring runs once it has a size, addresses that shared memory holds, a kick (or none to come)
 //! and is enabled, in whatever order these arrive. Without `VHOST_USER_F_PROTOCOL_FEATURES` it is
 //! enabled by its kick.

@@ -22,6 +22,16 @@ enum Kick {
     Fd(Arc<OwnedFd>),
 }
 
+/// What the front-end said of a ring's use (SET_VRING_ENABLE).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Enable {
+    /// Nothing yet: it waits, for a front-end that connects again says so a moment after the kick.
+    #[default]
+    Unsaid,
+    Enabled,
+    Disabled,
+}
+
 /// A ring as the front-end has set it up so far.
 #[derive(Default)]
 pub(super) struct Vring {
@@ -34,7 +44,7 @@ pub(super) struct Vring {
     kick: Kick,
     call: Option<Arc<OwnedFd>>,
     err: Option<Arc<OwnedFd>>,
-    enabled: bool,
+    enable: Enable,
     pub(super) running: bool,
 }
 
@@ -91,13 +101,11 @@ impl<D: Device> Session<D> {
                 self.change_queue(index, QueueChange::Err(fd)).await
             }
             Message::SetVringEnable { index, enable } => {
-                self.vring(index)?.enabled = enable;
-                if enable {
-                    self.maybe_start(index).await
-                } else {
-                    self.pause(index).await;
-                    Ok(Answer::Done)
-                }
+                let enable = match enable {
+                    true => Enable::Enabled,
+                    false => Enable::Disabled,
+                };
+                self.set_enable(index, enable).await
             }
             Message::GetVringBase { index } => self.get_base(index).await,
             _ => Ok(Answer::Done),
@@ -142,6 +150,23 @@ impl<D: Device> Session<D> {
             return self.change_queue(index, QueueChange::Kick(fd)).await;
         }
         self.maybe_start(index).await
+    }
+
+    /// A device that goes on with a disabled ring is told, any other one's ring is stopped.
+    async fn set_enable(&mut self, index: u16, enable: Enable) -> Reply {
+        let vring = self.vring(index)?;
+        vring.enable = enable;
+        if !vring.running {
+            return self.maybe_start(index).await;
+        }
+        match enable {
+            Enable::Disabled if !self.device.serves_disabled(index) => {
+                self.pause(index).await;
+                Ok(Answer::Done)
+            }
+            Enable::Disabled => self.change_queue(index, QueueChange::Disabled).await,
+            _ => self.change_queue(index, QueueChange::Enabled).await,
+        }
     }
 
     async fn get_base(&mut self, index: u16) -> Reply {
@@ -195,8 +220,10 @@ impl<D: Device> Session<D> {
         let Some(addresses) = vring.addresses else {
             return Ok(None);
         };
-        let enabled = vring.enabled || self.features & F_PROTOCOL_FEATURES == 0;
-        let ready = !vring.running && vring.size > 0 && enabled;
+        let enabled = vring.enable == Enable::Enabled || self.features & F_PROTOCOL_FEATURES == 0;
+        let served =
+            enabled || vring.enable == Enable::Disabled && self.device.serves_disabled(index);
+        let ready = !vring.running && vring.size > 0 && served;
         let shape = (vring.size, self.layout());
         if !ready || self.lacks_log() || !is_mapped(&self.memory, &addresses, shape) {
             return Ok(None);
@@ -216,6 +243,7 @@ impl<D: Device> Session<D> {
             log: self.ring_log(index),
             failure: self.failure.clone(),
             state: RingState::Sound,
+            enabled,
         }))
     }
 
@@ -240,7 +268,7 @@ impl<D: Device> Session<D> {
         self.stop_all().await;
         for vring in &mut self.vrings {
             vring.kick = Kick::Unset;
-            vring.enabled = false;
+            vring.enable = Enable::Unsaid;
         }
         Ok(Answer::Done)
     }

@@ -8,7 +8,7 @@ use vhost::vhost_user::message::FrontendReq as Req;
 use vhost_daemon::testing::front_end::GUEST_BASE;
 
 use super::guest::{BackEnd, Guest, LAYOUTS, Layout, MAC, notified, options};
-use super::probe::{Control, Events, Probe};
+use super::probe::{Control, Event, Events, Probe};
 use crate::frame::VnetHeader;
 use crate::limit::{Limits, RateOptions};
 use crate::link::DropReason;
@@ -51,6 +51,58 @@ fn while_the_link_is_down_nothing_goes_through_and_the_guest_knows() {
         assert_eq!(events.sent(), (0, frame(62)));
         back_end.stop();
     }
+}
+
+#[test]
+fn frames_that_wait_for_the_network_are_dropped_with_their_ring() {
+    for layout in LAYOUTS {
+        let (back_end, control, events) = start();
+        let mut guest = Guest::start(&back_end, layout, 0, 2);
+        let tx = &back_end.hooks.counters.pairs[0].tx;
+        control.set_full(true);
+        for id in 0..3 {
+            guest.rings[1].send(id, VnetHeader::default(), &frame(60));
+        }
+        guest.front_end.enable(1, false);
+        for id in 0..3 {
+            assert_eq!(guest.rings[1].complete(), (id, 0), "{layout:?}");
+        }
+        control.set_full(false);
+        guest.rings[1].send(3, VnetHeader::default(), &frame(60));
+        assert_eq!(guest.rings[1].complete(), (3, 0));
+        assert_eq!(tx.drops(DropReason::RingDisabled), 4);
+        // It stops where a ring that was never disabled would.
+        let base = guest.front_end.get_base(1);
+        assert_eq!(
+            base as u16 & 0x7fff,
+            if layout == Layout::Split { 4 } else { 8 }
+        );
+        guest.restart(1, base);
+        guest.rings[1].send(4, VnetHeader::default(), &frame(64));
+        assert_eq!(events.sent(), (0, frame(64)), "{layout:?}");
+        back_end.stop();
+    }
+}
+
+#[test]
+fn a_pair_whose_rings_are_both_disabled_leaves_the_network() {
+    let (back_end, control, events) = start();
+    let mut guest = Guest::start(&back_end, Layout::Split, 0, 2);
+    events.all();
+    guest.front_end.enable(0, false);
+    guest.rings[0].offer(0, 1024);
+    guest.front_end.enable(1, false);
+    let seen = events.all();
+    assert_eq!(seen.last(), Some(&Event::Disconnected(0)), "{seen:?}");
+    guest.rings[1].send(0, VnetHeader::default(), &frame(60));
+    assert_eq!(guest.rings[1].complete(), (0, 0));
+    control.give(0, VnetHeader::default(), &frame(61));
+    guest.front_end.enable(0, true);
+    assert_eq!(guest.rings[0].receive().1, frame(61));
+    guest.front_end.enable(1, true);
+    guest.rings[1].send(1, VnetHeader::default(), &frame(62));
+    assert_eq!(events.sent(), (0, frame(62)));
+    back_end.stop();
 }
 
 #[test]
