@@ -9,11 +9,9 @@ use anyhow::{Context, Result, anyhow};
 use engine::{Engine, EngineOptions, NamePolicy};
 use executor::Handle;
 use qmp::{Arguments, EventSink, Request, Value};
-use service::{Daemon, Options, Reach, Server, Start};
+use service::{Daemon, Options, Reach, Server, Start, private_dir};
 use vhost_daemon::notify::NamedFds;
 use vhost_daemon::sandbox::Syscalls;
-
-use crate::redo_dir;
 
 /// `--redo-dir`
 pub(crate) const REDO_DIR: &str = "redo-dir";
@@ -77,7 +75,7 @@ impl Daemon for Blkd {
         let given = options.allowed_dirs.iter().cloned().chain(listed);
         let allowed_dirs: std::io::Result<Vec<_>> = given.map(std::path::absolute).collect();
         let allowed_dirs = allowed_dirs.context("--allow-dir")?;
-        let redo_dir = redo_dir::prepare(options.path(REDO_DIR))?;
+        let redo_dir = private_dir::prepare("--redo-dir", options.path(REDO_DIR))?;
         let engine = Engine::new(EngineOptions {
             name_policy: NamePolicy {
                 allowed_dirs: allowed_dirs.clone(),

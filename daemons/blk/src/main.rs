@@ -4,7 +4,6 @@
 
 mod daemon;
 mod help;
-mod redo_dir;
 
 use std::process::ExitCode;
 

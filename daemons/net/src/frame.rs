@@ -34,6 +34,20 @@ impl MacAddress {
     /// All stations.
     pub const BROADCAST: MacAddress = MacAddress([0xff; 6]);
 
+    /// The address as the low 48 bits of a word, its last byte lowest.
+    pub fn to_word(self) -> u64 {
+        let [a, b, c, d, e, f] = self.0;
+        u64::from_be_bytes([0, 0, a, b, c, d, e, f])
+    }
+
+    /// The address that is in a word; `None` for one of more than 48 bits.
+    pub fn from_word(word: u64) -> Option<MacAddress> {
+        let [0, 0, address @ ..] = word.to_be_bytes() else {
+            return None;
+        };
+        Some(MacAddress(address))
+    }
+
     /// Whether it names a group of stations, all of them included.
     pub fn is_multicast(self) -> bool {
         self.0[0] & 1 != 0

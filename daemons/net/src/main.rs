@@ -16,7 +16,7 @@ const PROGRAM: Program<StepKind> = Program {
     object_help: help::of_objects,
     trace_targets: &["executor", "netd", "qmp", "service", "vhost_daemon"],
     steps: STEPS,
-    settings: &[],
+    settings: &["state-dir"],
 };
 
 fn main() -> ExitCode {

@@ -14,5 +14,5 @@ pub fn allowed_dirs() -> Vec<PathBuf> {
 
 /// Where a user's redo logs are, unless a daemon is told another place: in memory, and the same after a restart.
 pub fn redo_dir() -> PathBuf {
-    PathBuf::from(format!("/dev/shm/outboard-{}", nix::unistd::geteuid()))
+    service::private_dir::of_user()
 }

@@ -21,6 +21,7 @@ mod life;
 mod monitor;
 pub mod objects;
 mod pidfile;
+pub mod private_dir;
 mod race;
 mod signals;
 mod trace;

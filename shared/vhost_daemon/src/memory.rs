@@ -378,6 +378,13 @@ impl MemoryTable {
         Some(last.guest_addr + (last.size - 1))
     }
 
+    /// Device and inode of the file that an address of the front-end's lies in.
+    pub fn file_of_user(&self, user_addr: u64) -> Option<[u64; 2]> {
+        let mapped = self.map_user(user_addr, 1)?;
+        let Backing { device, inode } = mapped.region.mapping.backing;
+        Some([device, inode])
+    }
+
     /// `len` bytes at an address of the front-end's, within one region.
     pub fn map_user(&self, user_addr: u64, len: u64) -> Option<Mapped> {
         self.regions.iter().find_map(|region| {

@@ -38,7 +38,7 @@ use executor::Handle;
 use executor::sync::{Latch, Mutex};
 use qmp::{Arguments, CommandTable, Event, EventSink, EventSinks, Request, Value, Version};
 use service::objects::IoThreads;
-use service::{Daemon, Options, Reach, Server, Start, StepOption};
+use service::{Daemon, Options, Reach, Server, Start, StepOption, private_dir};
 use vhost_daemon::notify::NamedFds;
 
 use crate::metrics;
@@ -100,6 +100,8 @@ pub struct Netd {
     ports: RefCell<Vec<Rc<PortEntry>>>,
     metrics: RefCell<Vec<metrics::Endpoint>>,
     allowed_dirs: Vec<PathBuf>,
+    /// Where a successor finds what drivers said.
+    state_dir: PathBuf,
     fds: NamedFds,
     version: Version,
     table: CommandTable<Handler>,
@@ -159,6 +161,7 @@ impl Daemon for Netd {
             ports: RefCell::default(),
             metrics: RefCell::default(),
             allowed_dirs: allowed_dirs.context("--allow-dir")?,
+            state_dir: private_dir::prepare("--state-dir", options.path("state-dir"))?,
             fds: start.fds,
             version: start.version,
             table: commands::table(),
@@ -197,8 +200,10 @@ impl Daemon for Netd {
         let peers = netdevs.iter().filter_map(|netdev| netdev.socket_path());
         let metrics = self.metrics.borrow();
         let endpoints = metrics.iter().filter_map(metrics::Endpoint::socket_path);
+        let mut file_dirs = self.allowed_dirs.clone();
+        file_dirs.push(self.state_dir.clone());
         Reach {
-            file_dirs: self.allowed_dirs.clone(),
+            file_dirs,
             sockets: sockets.chain(peers).chain(endpoints).collect(),
             tcp_peers: netdevs
                 .iter()

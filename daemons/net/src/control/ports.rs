@@ -6,11 +6,14 @@
 //! ```
 
 use std::cell::{Cell, RefCell};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
 use executor::{Handle, IoThread, IoThreadOptions, JoinHandle};
+use nix::sys::socket::{UnixAddr, getsockname};
 use qmp::{Arguments, Error, ErrorClass, Event, Result, Value, json};
 use serde::Deserialize;
 use service::objects;
@@ -48,6 +51,8 @@ pub(super) struct PortEntry {
     /// The guest's address as clients were told.
     mac: Cell<MacAddress>,
     watcher: RefCell<Option<JoinHandle<()>>>,
+    /// [`crate::port::PortOptions::kept`]
+    kept: Option<PathBuf>,
 }
 
 impl PortEntry {
@@ -131,6 +136,15 @@ impl PortEntry {
         self.hooks.capture.stop();
         if let Some(watcher) = self.watcher.take() {
             watcher.cancel();
+        }
+    }
+
+    /// Nobody will go on where it ended.
+    fn forget(&self) {
+        if let Some(path) = &self.kept
+            && let Err(error) = std::fs::remove_file(path)
+        {
+            tracing::warn!(port = self.id, "cannot remove {}: {error}", path.display());
         }
     }
 
@@ -264,7 +278,7 @@ pub(super) async fn add(netd: &Rc<Netd>, arguments: Arguments) -> Result<Value> 
     }
     let threads = shared.iter().chain(&own);
     let threads: Vec<Handle> = threads.map(|thread| thread.handle().clone()).collect();
-    let entry = PortEntry {
+    let mut entry = PortEntry {
         id: id.clone(),
         hooks: PortHooks::new(queues),
         address: arguments.address,
@@ -279,13 +293,16 @@ pub(super) async fn add(netd: &Rc<Netd>, arguments: Arguments) -> Result<Value> 
         connected: Cell::new(false),
         mac: Cell::new(arguments.options.mac),
         watcher: RefCell::default(),
+        kept: None,
     };
     let hooks = &entry.hooks;
     PortEntry::set_rate(netd, &hooks.rx_limits, &entry.rate_rx, arguments.rate_rx)?;
     PortEntry::set_rate(netd, &hooks.tx_limits, &entry.rate_tx, arguments.rate_tx)?;
     entry.set_guard(arguments.guard)?;
     let address = netd.address(&entry.address)?;
-    let (carrier, hooks) = (entry.netdev.netdev(), hooks.clone());
+    arguments.options.kept = Some(netd.state_dir.join(state_file(&id, &address)));
+    entry.kept.clone_from(&arguments.options.kept);
+    let (carrier, hooks) = (entry.netdev.netdev(), entry.hooks.clone());
     let started = Port::start(arguments.options, carrier, address, threads, hooks).await;
     let port = started.map_err(|error| netd.explained(&error, REMEDY))?;
     if !arguments.link {
@@ -297,6 +314,21 @@ pub(super) async fn add(netd: &Rc<Netd>, arguments: Arguments) -> Result<Value> 
     tracing::info!(port = id, netdev = entry.netdev_id(), "port added");
     netd.ports.borrow_mut().push(entry);
     Ok(json!({}))
+}
+
+/// The name of the file in which a port's successor finds what its driver said: the same for the same port at the same socket, and for
+/// no other daemon's.
+fn state_file(id: &str, address: &Address) -> String {
+    let path = match address {
+        Address::Listen(path) | Address::Connect(path) => Some(path.clone()),
+        Address::ListenFd(socket) => {
+            let name = getsockname::<UnixAddr>(socket.as_raw_fd()).ok();
+            name.and_then(|name| name.path().map(PathBuf::from))
+        }
+    };
+    let mut hasher = DefaultHasher::new();
+    (id, path).hash(&mut hasher);
+    format!("net-{:016x}", hasher.finish())
 }
 
 /// Makes events of the port's changes until it ends.
@@ -323,6 +355,7 @@ pub(super) async fn del(netd: &Rc<Netd>, arguments: Arguments) -> Result<Value> 
     let entry = netd.port(&id)?;
     netd.ports.borrow_mut().retain(|entry| entry.id != id);
     entry.stop().await;
+    entry.forget();
     entry.tell(netd);
     tracing::info!(port = id, "port removed");
     Ok(json!({}))

@@ -97,15 +97,20 @@ removed over QMP while the daemon runs.
   --sandbox on|strict|off
                          what the daemon gives up once it serves. on (default):
                          all capabilities, syscalls that serving does not need,
-                         and every path except --allow-dir and the directories of
-                         its own sockets and pid file (these only to make and
-                         remove sockets). What the kernel cannot restrict is
+                         and every path except --allow-dir, --state-dir and the
+                         directories of its own sockets and pid file (these only
+                         to make and remove sockets). What the kernel cannot restrict is
                          logged. strict: start only with all of it, and end the
                          process at a refused syscall. off: for debugging.
                          A tap added over QMP is then given by a descriptor
                          (getfd, and fd=<name>)
   --allow-dir <dir>      files beneath it can be made after start-up
                          (capture-start); repeatable
+
+  --state-dir <dir>      where what guests said on their control queues is kept for
+                         the daemon that is started after a kill. Private, in
+                         memory, the same after a restart
+                         (default: /dev/shm/outboard-<uid>)
 
   --log-level <level>    error, warn (default), info, debug, trace, or filters
                          as in netd=debug,info; overrides $RUST_LOG. The log

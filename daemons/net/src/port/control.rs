@@ -4,7 +4,8 @@
 //!   readable: class u8 │ command u8 │ data        writable: ack u8
 //! ```
 //!
-//! Commands are executed one after the other on the control thread, and acknowledged when every pair goes by them.
+//! Commands are executed one after the other on the control thread, and acknowledged when every pair goes by them and a
+//! successor would.
 
 use std::rc::Rc;
 
@@ -204,6 +205,7 @@ impl Handler for Control {
             } else {
                 net::VIRTIO_NET_ERR
             };
+            core.keep();
             ack.write(&[answer as u8]);
             queue.complete(head, 1);
         });

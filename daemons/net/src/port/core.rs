@@ -8,6 +8,7 @@ use virtio_bindings::virtio_net as net;
 
 use super::features::{self, Config, guest_offload_bits, has};
 use super::filter::{Filter, Vlans};
+use super::kept::{Driver, Kept, Said};
 use super::options::{PortOptions, PortState, RingReport};
 use super::pair::PairRemote;
 use super::shared::{Shared, Used};
@@ -49,6 +50,10 @@ pub(super) struct Core {
     changed: OnceCell<Arc<Notify>>,
     /// Notified when [`Core::state`] has changed.
     state_changed: Arc<Notify>,
+    /// Where a successor finds what the driver said.
+    kept: Option<Kept>,
+    /// Whose control queue runs, with what was returned to it by now.
+    driver: Cell<Option<Driver>>,
 }
 
 impl Core {
@@ -75,7 +80,14 @@ impl Core {
             changed: OnceCell::new(),
             state_changed,
             options,
+            kept: None,
+            driver: Cell::new(None),
         }
+    }
+
+    /// The same, with what the driver says kept there.
+    pub(super) fn keeping(self, kept: Option<Kept>) -> Core {
+        Core { kept, ..self }
     }
 
     /// Tells where to notify of changes of the configuration space.
@@ -132,12 +144,20 @@ impl Core {
         self.begin(0);
     }
 
-    /// Starts over with a driver that acknowledged `features`.
+    /// Starts over with a driver that acknowledged `features`. Until its control queue runs it may be one that a predecessor
+    /// knew, which gets no frame that it said it cannot take.
     pub(super) fn begin(&self, features: u64) {
         self.acked.set(features);
+        self.driver.set(None);
         self.announcing.set(false);
         self.shared.set_used(Used::Enabled);
-        self.shared.set_guest_offloads(guest_offload_bits(features));
+        let before = self
+            .kept
+            .as_ref()
+            .and_then(|kept| kept.of_features(features));
+        let offloads = before.map_or(u64::MAX, |said| said.guest_offloads);
+        self.shared
+            .set_guest_offloads(guest_offload_bits(features) & offloads);
         self.shared.filter.set(Filter::open(self.mac.get()));
         self.tell_change();
     }
@@ -163,9 +183,60 @@ impl Core {
         self.tell_change();
     }
 
-    /// The control queue runs. With a driver that used it before (`known` is false) it is not known what it said; everything
-    /// passes then, and the pairs are those with something in their rings.
-    pub(super) fn begin_control(&self, known: bool) {
+    /// The control queue of `driver` runs. Of one that used it before (`was_used`) is obeyed what it said then. Where that is not
+    /// known everything passes, and the pairs are those with something in their rings.
+    pub(super) fn begin_control(&self, driver: Driver, was_used: bool) {
+        self.driver.set(Some(driver));
+        let features = self.features();
+        match &self.kept {
+            Some(kept) if !was_used => kept.forget(),
+            Some(kept) => {
+                if let Some(said) = kept.load(&driver).filter(|said| self.makes_sense(said)) {
+                    return self.obey(said);
+                }
+                let port = &self.options.id;
+                tracing::warn!(port, "nothing is known of what the driver said before");
+            }
+            None => {}
+        }
+        self.shared.set_guest_offloads(guest_offload_bits(features));
+        self.begin_unknown(!was_used);
+    }
+
+    /// Whether a driver of this port, as it is now, can have said that.
+    fn makes_sense(&self, said: &Said) -> bool {
+        let pairs = match said.used {
+            Used::First(pairs) => pairs <= self.pair_count(),
+            Used::Enabled | Used::Filled => true,
+        };
+        pairs && said.guest_offloads & !guest_offload_bits(self.features()) == 0
+    }
+
+    /// Goes by what the driver said to a predecessor.
+    fn obey(&self, said: Said) {
+        self.shared.set_used(said.used);
+        self.shared.set_guest_offloads(said.guest_offloads);
+        self.shared.filter.set(said.filter);
+        self.tell_change();
+    }
+
+    /// One more command is executed and about to be returned: what the driver has said by now is kept.
+    pub(super) fn keep(&self) {
+        let (Some(kept), Some(mut driver)) = (&self.kept, self.driver.get()) else {
+            return;
+        };
+        driver.returned = driver.returned.map(|returned| returned.wrapping_add(1));
+        self.driver.set(Some(driver));
+        let said = Said {
+            used: self.shared.used(),
+            guest_offloads: self.shared.guest_offload_bits(),
+            filter: self.shared.filter.get(),
+        };
+        kept.store(&driver, &said);
+    }
+
+    /// What is gone by for a driver that said nothing yet (`known`), or nobody knows what.
+    fn begin_unknown(&self, known: bool) {
         let multiqueue = has(self.features(), net::VIRTIO_NET_F_MQ);
         let used = match (multiqueue, known) {
             (false, _) => Used::Enabled,

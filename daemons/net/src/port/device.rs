@@ -4,12 +4,17 @@ use std::rc::Rc;
 
 use executor::sync::Mutex;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
-use vhost_daemon::queue::{QueueChange, RequestQueue};
+use vhost_daemon::queue::{Begun, QueueChange, RequestQueue};
+use vhost_daemon::ring::RingLayout;
 use vhost_daemon::session::{NET_PROTOCOL_FEATURES, PROTOCOL_FEATURES};
-use vhost_daemon::{Device, DeviceError, QueueError, QueueRemote, QueueSetup, RunningQueue};
+use vhost_daemon::wire::RingAddresses;
+use vhost_daemon::{
+    Device, DeviceError, QueueError, QueueRemote, QueueSetup, RingOrigin, RunningQueue,
+};
 
 use super::control::Control;
 use super::core::{Core, RunningRing, ring_count};
+use super::kept::Driver;
 use super::options::MIN_MTU;
 use crate::frame::MacAddress;
 
@@ -31,10 +36,33 @@ impl NetDevice {
 
     /// Starts the control queue here.
     async fn start_control(&self, setup: &QueueSetup) -> Result<QueueRemote, QueueError> {
-        let running = RequestQueue::start(Control::new(self.core.clone()), setup)?;
-        self.core.begin_control(!running.was_used());
+        let handler = Control::new(self.core.clone());
+        let running = RequestQueue::start(handler, setup, RingOrigin::Used)?;
+        self.core.begin_control(
+            driver_of(self.core.features(), setup, running.begun()),
+            running.begun().was_used,
+        );
         self.core.refresh_pairs().await;
         Ok(QueueRemote::here(running as Rc<dyn RunningQueue>))
+    }
+}
+
+/// The driver with these features whose control queue that of `setup` is.
+fn driver_of(features: u64, setup: &QueueSetup, begun: Begun) -> Driver {
+    let RingAddresses {
+        descriptors,
+        available,
+        used,
+    } = setup.addresses;
+    let file = setup.memory.file_of_user(used);
+    Driver {
+        features,
+        ring: [descriptors, available, used, u64::from(setup.size)],
+        memory: file.expect("a ring that runs lies in shared memory"),
+        returned: match RingLayout::of(setup.features) {
+            RingLayout::Split => Some(begun.base as u16),
+            RingLayout::Packed => None,
+        },
     }
 }
 

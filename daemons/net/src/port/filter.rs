@@ -1,14 +1,14 @@
 //! The guest's receive filter: which frames its driver wants (virtio 1.2 section 5.1.6.5.1 to 5.1.6.5.3).
 //!
 //! Changed by the control queue, read by every pair. Until the driver says otherwise everything passes, and so it does for a
-//! successor that does not know what the driver said to its predecessor: to receive too much is harmless.
+//! successor that cannot know what the driver said to its predecessor ([`super::kept`]): to receive too much is harmless.
 
 use crate::frame::MacAddress;
 
 /// Entries of each address table; a driver that has more gets all frames of that kind.
 pub(super) const TABLE_MAX: usize = 64;
 /// Words of the VLAN table.
-const VLAN_WORDS: usize = 4096 / 64;
+pub(super) const VLAN_WORDS: usize = 4096 / 64;
 /// EtherType of a VLAN tag.
 const TAGGED: [u8; 2] = [0x81, 0x00];
 /// Bytes of a frame that decide: addresses and tag.
@@ -29,6 +29,35 @@ pub(super) struct Modes {
     pub(super) no_unicast: bool,
     /// No broadcast passes.
     pub(super) no_broadcast: bool,
+}
+
+impl Modes {
+    /// The switches, one after the other from the lowest bit.
+    pub(super) fn bits(self) -> u8 {
+        let switches = [
+            self.promiscuous,
+            self.all_multicast,
+            self.all_unicast,
+            self.no_multicast,
+            self.no_unicast,
+            self.no_broadcast,
+        ];
+        let bits = (0..).zip(switches).map(|(at, on)| u8::from(on) << at);
+        bits.sum()
+    }
+
+    /// What [`Modes::bits`] gave.
+    pub(super) fn from_bits(bits: u8) -> Modes {
+        let on = |at: u8| bits >> at & 1 != 0;
+        Modes {
+            promiscuous: on(0),
+            all_multicast: on(1),
+            all_unicast: on(2),
+            no_multicast: on(3),
+            no_unicast: on(4),
+            no_broadcast: on(5),
+        }
+    }
 }
 
 /// A table of addresses.
@@ -64,6 +93,16 @@ impl Vlans {
     /// None of them.
     pub(super) fn none() -> Box<Vlans> {
         Box::new(Vlans([0; VLAN_WORDS]))
+    }
+
+    /// Those whose bits are set, 64 in a word.
+    pub(super) fn from_words(words: [u64; VLAN_WORDS]) -> Box<Vlans> {
+        Box::new(Vlans(words))
+    }
+
+    /// What [`Vlans::from_words`] takes.
+    pub(super) fn words(&self) -> [u64; VLAN_WORDS] {
+        self.0
     }
 
     /// Adds or removes VLAN `id`; false when there is no such VLAN.

@@ -17,6 +17,7 @@ mod features;
 mod fifo;
 mod filter;
 mod hooks;
+mod kept;
 mod options;
 mod pair;
 mod rx;
@@ -35,6 +36,7 @@ use vhost_daemon::{Address, Server};
 use crate::netdev::{Attachment, Netdev};
 use core::{Core, ring_count};
 use device::NetDevice;
+use kept::Kept;
 use pair::{PairParts, PairRemote};
 use shared::Shared;
 
@@ -72,10 +74,16 @@ impl Port {
                 options.queues
             );
         }
+        let kept = options.kept.as_deref().map(|path| {
+            let what = || format!("port '{id}': cannot keep its state in {}", path.display());
+            Kept::open(path).with_context(what)
+        });
+        let kept = kept.transpose()?;
         let shared = Arc::new(Shared::new(options.mac, ring_count(&options)));
         let pairs = attach(&options, &*netdev, &threads, (&shared, &hooks)).await?;
         let offloads = (netdev.host_offloads(), netdev.guest_offloads());
-        let core = Rc::new(Core::new(options, shared, pairs, offloads, hooks.changed));
+        let core = Core::new(options, shared, pairs, offloads, hooks.changed);
+        let core = Rc::new(core.keeping(kept));
         let device = Rc::new(NetDevice::new(core.clone()));
         let socket = match &address {
             Address::Listen(path) | Address::Connect(path) => path.display().to_string(),

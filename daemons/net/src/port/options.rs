@@ -1,5 +1,7 @@
 //! What a port is told when it starts, and what it tells of itself.
 
+use std::path::PathBuf;
+
 use crate::frame::MacAddress;
 use crate::netdev::VlanMode;
 
@@ -27,6 +29,8 @@ pub struct PortOptions {
     pub isolated: bool,
     /// What the guest may use.
     pub offer: Offer,
+    /// The file in which a successor of a killed daemon finds what the driver said on the control queue; `None`: it finds nothing.
+    pub kept: Option<PathBuf>,
 }
 
 impl PortOptions {
@@ -41,6 +45,7 @@ impl PortOptions {
             vlan: VlanMode::default(),
             isolated: false,
             offer: Offer::default(),
+            kept: None,
         }
     }
 

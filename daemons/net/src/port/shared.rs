@@ -14,14 +14,15 @@ use crate::live::Live;
 pub(super) enum Used {
     /// Those whose rings the front-end enables.
     Enabled,
-    /// Those of the enabled ones with something in their rings: the driver told a predecessor which.
+    /// Those of the enabled ones with something in their rings: the driver told a predecessor which, and nothing is known of it.
     Filled,
     /// The first of the enabled ones, so many, as the driver told.
     First(u16),
 }
 
 impl Used {
-    fn encode(self) -> u16 {
+    /// As a word.
+    pub(super) fn encode(self) -> u16 {
         match self {
             Used::Enabled => u16::MAX,
             Used::Filled => 0,
@@ -29,7 +30,8 @@ impl Used {
         }
     }
 
-    fn decode(word: u16) -> Used {
+    /// What [`Used::encode`] gave.
+    pub(super) fn decode(word: u16) -> Used {
         match word {
             u16::MAX => Used::Enabled,
             0 => Used::Filled,
@@ -84,6 +86,11 @@ impl Shared {
     /// What the guest can do by itself for what it receives.
     pub(super) fn guest_offloads(&self) -> Offloads {
         features::guest_offloads(self.guest_offloads.load(Ordering::Relaxed))
+    }
+
+    /// The same as feature bits.
+    pub(super) fn guest_offload_bits(&self) -> u64 {
+        self.guest_offloads.load(Ordering::Relaxed)
     }
 
     pub(super) fn set_guest_offloads(&self, bits: u64) {

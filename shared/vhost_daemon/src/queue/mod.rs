@@ -29,10 +29,10 @@ use executor::sync::Notify;
 use crate::dirty_log::RingLog;
 use crate::inflight::{InflightError, InflightRegion};
 use crate::memory::MemoryTable;
-use crate::ring::{RingError, StartError};
+use crate::ring::{RingError, RingOrigin, StartError};
 use crate::wire::RingAddresses;
 
-pub use requests::{Handler, Queue, RequestQueue};
+pub use requests::{Begun, Handler, Queue, RequestQueue};
 pub use served::ServedRing;
 pub(crate) use served::signal;
 
@@ -221,7 +221,7 @@ impl QueueRemote {
         make: impl FnOnce() -> H + Send + 'static,
     ) -> Result<QueueRemote, QueueError> {
         let start = move || {
-            let running = RequestQueue::start(make(), &setup)?;
+            let running = RequestQueue::start(make(), &setup, RingOrigin::Base)?;
             Ok(running as Rc<dyn RunningQueue>)
         };
         QueueRemote::start_with(thread, start).await

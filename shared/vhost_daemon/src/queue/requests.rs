@@ -169,22 +169,38 @@ impl<H: Handler> Poller for Worker<H> {
 pub struct RequestQueue<H: Handler> {
     worker: Rc<Worker<H>>,
     poller: Cell<Option<PollerRegistration>>,
-    was_used: bool,
+    begun: Begun,
+}
+
+/// Where a queue began.
+#[derive(Clone, Copy, Debug)]
+pub struct Begun {
+    /// Whether a driver had requests served from the ring before.
+    pub was_used: bool,
+    /// Next request, as GET_VRING_BASE would have told it.
+    pub base: u32,
 }
 
 impl<H: Handler> RequestQueue<H> {
-    /// Whether a driver had requests served from the ring before it started here.
-    pub fn was_used(&self) -> bool {
-        self.was_used
+    /// Where it began to serve its ring.
+    pub fn begun(&self) -> Begun {
+        self.begun
     }
 
-    /// Starts serving the ring of `setup` on the current executor.
+    /// Starts serving the ring of `setup` on the current executor, where `origin` says.
     ///
     /// # Errors
     /// [`QueueError`]
-    pub fn start(handler: H, setup: &QueueSetup) -> Result<Rc<Self>, QueueError> {
-        let (served, resubmit) = ServedRing::open(setup, RingOrigin::Base)?;
-        let was_used = served.ring().borrow().was_used();
+    pub fn start(
+        handler: H,
+        setup: &QueueSetup,
+        origin: RingOrigin,
+    ) -> Result<Rc<Self>, QueueError> {
+        let (served, resubmit) = ServedRing::open(setup, origin)?;
+        let begun = Begun {
+            was_used: served.ring().borrow().was_used(),
+            base: served.ring().borrow().base(),
+        };
         let chains = (0..BATCH).map(|_| served.chain()).collect();
         let queue = Queue {
             served,
@@ -201,7 +217,7 @@ impl<H: Handler> RequestQueue<H> {
         Ok(Rc::new(RequestQueue {
             worker: worker.clone(),
             poller: Cell::new(Some(register_poller(worker))),
-            was_used,
+            begun,
         }))
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
 use super::namespace::Namespace;
@@ -101,6 +101,8 @@ impl NetRig {
             path.join("qmp.sock").display().to_string(),
             "--allow-dir".to_owned(),
             path.display().to_string(),
+            "--state-dir".to_owned(),
+            path.join("state").display().to_string(),
         ];
         for words in &plan.groups {
             arguments.extend(["--group".to_owned(), words.clone()]);
@@ -158,6 +160,17 @@ impl NetRig {
     /// When it cannot be made.
     pub fn monitor(&self) -> Result<QmpClient> {
         QmpClient::connect(&self.directory.path().join("qmp.sock"))
+    }
+
+    /// Ends the daemon in order and starts its successor.
+    ///
+    /// # Errors
+    /// When it does not end well, or the successor does not become ready.
+    pub fn restart(&mut self) -> Result<()> {
+        let status = self.daemon.stop()?;
+        ensure!(status.success(), "{status}");
+        self.daemon = self.launch.start()?;
+        Ok(())
     }
 
     /// Kills the daemon with SIGKILL and starts its successor.

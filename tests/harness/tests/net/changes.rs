@@ -87,6 +87,52 @@ fn receive_filters_do_what_the_guest_asked() -> Result<()> {
 }
 
 #[test]
+fn receive_filters_outlive_the_daemon_and_not_the_driver() -> Result<()> {
+    for options in [Options::default(), Options::default().packed()] {
+        let mut rig = rig()?;
+        let mut device = rig.connect(0, options)?;
+        let to = |mac| numbered((mac, station(9)), 5, 80);
+        let control = device.control.as_mut().context("control queue")?;
+        control.set(command::RX_PROMISC, &[0])?;
+        control.set(command::MAC_TABLE_SET, &mac_table(&[station(7)], &[]))?;
+        control.set(command::VLAN_ADD, &7_u16.to_le_bytes())?;
+        for kills in [true, true, false] {
+            match kills {
+                true => rig.kill_and_restart()?,
+                false => rig.restart()?,
+            }
+            device.reconnect()?;
+            for (what, frame, expected) in [
+                ("another's address", to(station(6)), false),
+                ("a second address", to(station(7)), true),
+                ("VLAN 8", tagged(&to(station(1)), 8), false),
+                ("VLAN 7", tagged(&to(station(1)), 7), true),
+            ] {
+                ensure!(returns(&mut device, &frame)? == expected, "{what}");
+            }
+            // The queue goes on where it was.
+            let control = device.control.as_mut().context("control queue")?;
+            control.set(command::VLAN_ADD, &9_u16.to_le_bytes())?;
+        }
+        rig.kill_and_restart()?;
+        device.reconnect()?;
+        device.reset()?;
+        ensure!(
+            returns(&mut device, &to(station(6)))?,
+            "a new driver hears all"
+        );
+        drop(device);
+        rig.kill_and_restart()?;
+        let mut device = rig.connect(0, Options::default())?;
+        ensure!(
+            returns(&mut device, &to(station(6)))?,
+            "a new guest hears all"
+        );
+    }
+    Ok(())
+}
+
+#[test]
 fn only_vlans_that_the_guest_asked_for_arrive() -> Result<()> {
     let rig = rig()?;
     let mut device = rig.connect(0, Options::default())?;

@@ -6,6 +6,7 @@ use super::guest::{BackEnd, Guest, LAYOUTS, Layout, MAC, notified, options};
 use super::probe::{Control, Event, Events, Probe};
 use crate::frame::VnetHeader;
 use crate::link::{Delivery, DropReason, Offloads};
+use crate::port::PortOptions;
 
 /// CTRL_VQ, CTRL_RX, CTRL_VLAN, CTRL_RX_EXTRA, GUEST_ANNOUNCE, CTRL_MAC_ADDR, CTRL_GUEST_OFFLOADS.
 const CONTROL: u64 = 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20 | 1 << 21 | 1 << 23 | 1 << 2;
@@ -83,6 +84,138 @@ fn a_successor_serves_the_pairs_whose_rings_are_filled() {
     }
 }
 
+/// What becomes of a frame to `to`, with a VLAN tag or none.
+fn given(control: &Control, events: &Events, to: [u8; 6], tag: &[u8]) -> Delivery {
+    let frame = [&to, [2; 6].as_slice(), tag, &[0x88, 0xb5], &[0; 50]].concat();
+    control.give(0, VnetHeader::default(), &frame);
+    events.given()
+}
+
+/// A driver that wants little of what it could have.
+fn modest(guest: &mut Guest) {
+    let offloads = [&[5, 0], GUEST_CSUM.to_le_bytes().as_slice()].concat();
+    let table = [&[1, 0, 1, 0, 0, 0], OTHER.as_slice(), &[0; 4]].concat();
+    let commands: [&[u8]; 6] = [
+        &[4, 0, 2, 0],
+        &[0, 0, 0],
+        &table,
+        &[2, 0, 7, 0],
+        &offloads,
+        // Changes nothing, and is answered.
+        &[4, 0, 9, 0],
+    ];
+    let answers = commands.map(|command| guest.command(command));
+    assert_eq!(answers, [OK, OK, OK, OK, OK, ERR]);
+}
+
+const OTHER: [u8; 6] = [0x52, 0x54, 0, 0, 0, 9];
+const FILTERED: Delivery = Delivery::Dropped(DropReason::Filtered);
+const VLAN_7: &[u8] = &[0x81, 0, 0, 7];
+const VLAN_8: &[u8] = &[0x81, 0, 0, 8];
+
+#[test]
+fn a_successor_goes_by_what_the_driver_said_to_the_one_that_was_killed() {
+    let dir = tempfile::tempdir().unwrap();
+    for layout in LAYOUTS {
+        let options = PortOptions {
+            kept: Some(dir.path().join(format!("{layout:?}"))),
+            ..options(3)
+        };
+        let (control, _events) = Control::new();
+        let mut back_end = BackEnd::start(options.clone(), move || Probe(control));
+        let features = CONTROL | MQ | GUEST_CSUM | GUEST_TSO4;
+        let mut guest = Guest::start(&back_end, layout, features, 7);
+        modest(&mut guest);
+        for id in 0..16 {
+            guest.rings[0].offer(id, 1024);
+        }
+        for _ in 0..2 {
+            back_end.kill();
+            let (control, events) = Control::new();
+            let its_control = control.clone();
+            back_end = back_end.succeeded(options.clone(), move || Probe(its_control));
+            guest.reconnect(&back_end);
+            let seen = events.all();
+            let csum = Offloads {
+                csum: true,
+                ..Offloads::NONE
+            };
+            let told = seen.iter().filter_map(|event| match event {
+                Event::Offloads(_, offloads) => Some(*offloads),
+                _ => None,
+            });
+            let told: Vec<Offloads> = told.collect();
+            assert!(
+                !told.is_empty() && told.iter().all(|one| *one == csum),
+                "{seen:?}"
+            );
+            let state = back_end.with(|port| async move { port.state() });
+            assert_eq!(state.pairs, 2);
+            let given = |to, tag: &[u8]| given(&control, &events, to, tag);
+            assert_eq!(given([0x52, 0, 0, 0, 0, 1], &[]), FILTERED);
+            assert_eq!(given(OTHER, &[]), Delivery::Taken);
+            assert_eq!(given(OTHER, VLAN_8), FILTERED);
+            assert_eq!(given(OTHER, VLAN_7), Delivery::Taken);
+            // A packed ring goes on where the driver saw it used.
+            for _ in 0..2 {
+                guest.rings[0].receive();
+            }
+        }
+        back_end.stop();
+    }
+}
+
+#[test]
+fn a_driver_that_starts_anew_has_said_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = PortOptions {
+        kept: Some(dir.path().join("port")),
+        ..options(3)
+    };
+    let (control, _events) = Control::new();
+    let mut back_end = BackEnd::start(options.clone(), move || Probe(control));
+    let features = CONTROL | MQ | GUEST_CSUM | GUEST_TSO4;
+    let mut guest = Guest::start(&back_end, Layout::Split, features, 7);
+    modest(&mut guest);
+    drop(guest);
+    // While the daemon is away another guest starts.
+    back_end.kill();
+    let (control, events) = Control::new();
+    let its_control = control.clone();
+    let mut back_end = back_end.succeeded(options.clone(), move || Probe(its_control));
+    let mut guest = Guest::start(&back_end, Layout::Split, features, 7);
+    let both = Offloads {
+        csum: true,
+        tso4: true,
+        ..Offloads::NONE
+    };
+    assert_eq!(
+        events
+            .all()
+            .iter()
+            .rfind(|event| matches!(event, Event::Offloads(0, _))),
+        Some(&Event::Offloads(0, both))
+    );
+    for id in 0..4 {
+        guest.rings[0].offer(id, 1024);
+    }
+    assert_eq!(
+        given(&control, &events, [0x52, 0, 0, 0, 0, 1], VLAN_8),
+        Delivery::Taken
+    );
+    // It has not spoken either when the next daemon comes.
+    back_end.kill();
+    let (control, events) = Control::new();
+    let its_control = control.clone();
+    let back_end = back_end.succeeded(options, move || Probe(its_control));
+    guest.reconnect(&back_end);
+    assert_eq!(
+        given(&control, &events, [0x52, 0, 0, 0, 0, 1], VLAN_8),
+        Delivery::Taken
+    );
+    back_end.stop();
+}
+
 #[test]
 fn the_guests_offloads_follow_its_commands() {
     let (back_end, _control, events) = start(1);
@@ -115,13 +248,8 @@ fn the_receive_filter_keeps_what_the_driver_does_not_want() {
     for id in 0..8 {
         guest.rings[0].offer(id, 1024);
     }
-    let given = |to: [u8; 6], tag: &[u8]| {
-        let frame = [&to, [2; 6].as_slice(), tag, &[0x88, 0xb5], &[0; 50]].concat();
-        control.give(0, VnetHeader::default(), &frame);
-        events.given()
-    };
-    let filtered = Delivery::Dropped(DropReason::Filtered);
-    let other = [0x52, 0x54, 0, 0, 0, 9];
+    let given = |to: [u8; 6], tag: &[u8]| given(&control, &events, to, tag);
+    let (filtered, other) = (FILTERED, OTHER);
     let group = [0x33, 0x33, 0, 0, 0, 1];
     assert_eq!(given(other, &[]), Delivery::Taken);
     // Not promiscuous; one more address, no group.

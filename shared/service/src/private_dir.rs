@@ -1,7 +1,4 @@
-//! The directory of redo logs: private, in memory, and the same after a restart.
-//!
-//! A successor of a killed daemon finds the metadata changes there that the killed one had not
-//! written yet. It must survive the process and need not survive the host, so it is on tmpfs.
+//! A daemon's directory of what must survive it and need not survive the host: private, in memory, and the same after a restart.
 
 use std::fs::{DirBuilder, Metadata};
 use std::io;
@@ -15,20 +12,25 @@ use nix::unistd::geteuid;
 /// Permission of group and others to write.
 const OTHERS_WRITE: u32 = 0o022;
 
-/// The directory given, or the user's own below `/dev/shm`, made when absent and checked.
+/// The user's own below `/dev/shm`, which daemons use that are told no other.
+pub fn of_user() -> PathBuf {
+    PathBuf::from(format!("/dev/shm/outboard-{}", geteuid()))
+}
+
+/// The directory that `option` gives, or the user's own, made when absent and checked.
 ///
 /// # Errors
 /// When it cannot be made, or others may write to it, or it belongs to somebody else.
-pub(crate) fn prepare(given: Option<&Path>) -> Result<PathBuf> {
+pub fn prepare(option: &str, given: Option<&Path>) -> Result<PathBuf> {
     let path = match given {
         Some(path) => std::path::absolute(path)?,
-        None => engine::host::redo_dir(),
+        None => of_user(),
     };
-    checked(&path).with_context(|| format!("--redo-dir {}", path.display()))?;
+    checked(option, &path).with_context(|| format!("{option} {}", path.display()))?;
     Ok(path)
 }
 
-fn checked(path: &Path) -> Result<()> {
+fn checked(option: &str, path: &Path) -> Result<()> {
     match DirBuilder::new().mode(0o700).create(path) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error.into()),
         _ => {}
@@ -48,10 +50,8 @@ fn checked(path: &Path) -> Result<()> {
         );
     }
     if statfs(path)?.filesystem_type() != TMPFS_MAGIC {
-        tracing::warn!(
-            path = %path.display(),
-            "the directory of redo logs is not on tmpfs: writes become slow"
-        );
+        let path = path.display();
+        tracing::warn!(%path, "the directory of {option} is not on tmpfs: writes become slow");
     }
     Ok(())
 }
@@ -63,11 +63,15 @@ mod tests {
 
     #[test]
     fn a_directory_that_others_may_write_to_is_refused() {
-        let path = std::env::temp_dir().join(format!("outboard-redo-{}", std::process::id()));
-        assert_eq!(prepare(Some(&path)).unwrap(), path);
+        let path = std::env::temp_dir().join(format!("outboard-private-{}", std::process::id()));
+        assert_eq!(prepare("--redo-dir", Some(&path)).unwrap(), path);
         let open = std::fs::Permissions::from_mode(0o777);
         std::fs::set_permissions(&path, open).unwrap();
-        assert!(prepare(Some(&path)).is_err());
+        let refused = format!("{:#}", prepare("--redo-dir", Some(&path)).unwrap_err());
+        assert!(
+            refused.starts_with("--redo-dir ") && refused.contains("777"),
+            "{refused}"
+        );
         std::fs::remove_dir(&path).unwrap();
     }
 }
