@@ -230,6 +230,16 @@ impl<'a> Check<'a> {
 
     /// Counts `times` references to all clusters of a range of bytes.
     fn count(&mut self, place: Extent, times: u64) -> Result<(), Errno> {
+        self.count_and_tell(place, times, |_| {})
+    }
+
+    /// As `count`; tells `counted` the clusters whose count went up by all of `times`.
+    fn count_and_tell(
+        &mut self,
+        place: Extent,
+        times: u64,
+        mut counted: impl FnMut(HostCluster),
+    ) -> Result<(), Errno> {
         let Extent { offset, bytes } = place;
         if bytes == 0 || times == 0 {
             return Ok(());
@@ -251,7 +261,9 @@ impl<'a> Check<'a> {
         let last = self.layout.cluster(offset.0 + bytes - 1);
         for cluster in self.layout.cluster(offset.0).0..=last.0 {
             let overflow = self.references.add(HostCluster(cluster), times)?;
-            if overflow != 0 {
+            if overflow == 0 {
+                counted(HostCluster(cluster));
+            } else {
                 let at = cluster << self.layout.cluster_bits;
                 self.report.say(format_args!(
                     "ERROR: overflow cluster offset={at:#x}\nUse qemu-img amend to increase the \

@@ -9,7 +9,7 @@
 //! ```
 
 use super::super::header::{MAX_SNAPSHOTS, field};
-use super::super::tables::HostOffset;
+use super::super::tables::{HostCluster, HostOffset};
 use super::Check;
 use super::layout::{Extent, Raw};
 use block::Errno;
@@ -41,6 +41,8 @@ pub(super) struct SnapshotEntry {
 pub(super) struct SnapshotList {
     pub(super) place: Extent,
     pub(super) entries: Vec<SnapshotEntry>,
+    /// Clusters that were counted for the table: not those past the end of the file, nor those whose count is full.
+    pub(super) counted: Vec<HostCluster>,
 }
 
 /// What is wrong with the table.
@@ -208,7 +210,6 @@ impl Check<'_> {
     }
 
     async fn switch_snapshots(&mut self, place: Extent, table: &[u8]) -> Result<(), Errno> {
-        let old = self.snapshots.place;
         let count = self.snapshots.entries.len() as u32;
         let mut offset = place.offset;
         if count == 0 {
@@ -223,10 +224,10 @@ impl Check<'_> {
         self.layout.snapshots = count;
         self.layout.snapshots_offset = offset;
         self.snapshots.place = Extent { offset, ..place };
-        if old.bytes != 0 {
-            let first = self.layout.cluster(old.offset.0).0;
-            for cluster in first..=self.layout.cluster(old.offset.0 + old.bytes - 1).0 {
-                self.references.remove(super::HostCluster(cluster));
+        let old = std::mem::take(&mut self.snapshots.counted);
+        if !old.is_empty() {
+            for cluster in old {
+                self.references.remove(cluster);
             }
             let result = self.result;
             self.compare(block::Repair::Leaks).await?;

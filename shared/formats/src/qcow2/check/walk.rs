@@ -102,8 +102,9 @@ impl Check<'_> {
             self.report.sink.progress(done as u64, total);
         }
         self.put_tables(tables);
-        let snapshots = self.snapshots.place;
-        self.count(snapshots, 1)?;
+        let mut counted = Vec::new();
+        self.count_and_tell(self.snapshots.place, 1, |cluster| counted.push(cluster))?;
+        self.snapshots.counted = counted;
         if let Some(luks) = self.layout.luks {
             self.count(luks, 1)?;
         }
