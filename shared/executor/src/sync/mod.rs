@@ -8,7 +8,8 @@
 //!      └─ future dropped: leaves the queue         └─ future dropped: handed to the next
 //! ```
 //!
-//! A lock is handed over, not thrown open: a newcomer never overtakes one that waits.
+//! A lock is handed over, not thrown open: a newcomer never overtakes one that waits for the same. The
+//! exception are ranges: see [`RangeLock`].
 
 mod latch;
 mod mutex;

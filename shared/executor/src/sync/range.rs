@@ -1,4 +1,19 @@
 //! Locks byte ranges.
+//!
+//! A request waits for those that hold what it asks for. One that waits itself holds nothing, so a
+//! newcomer that only it stands in the way of overtakes it:
+//!
+//! ```text
+//!   held     AAAAAA
+//!   waits       BBBBBBBB       for A
+//!   comes             CCC      goes on: B cannot use these bytes before A ends
+//! ```
+//!
+//! The patience of one that waits has an end: after [`PATIENCE`] of them, newcomers queue behind it,
+//! so that it has its turn when those that hold its range then have ended.
+//!
+//! Nobody waits for a later one that does not hold its range, so whoever takes several ranges in
+//! ascending order cannot be part of a circle.
 
 use super::short_lock;
 use std::future::Future;
@@ -6,7 +21,11 @@ use std::ops::Range;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 
-/// Locks byte ranges; overlapping requests wait in order of arrival, shared ones overlap freely.
+/// How many may overtake one that waits.
+pub(super) const PATIENCE: u32 = 16;
+
+/// Locks byte ranges; shared requests overlap freely, exclusive ones wait for what overlaps. Of those
+/// that wait for the same range, the first to come is the first to go on.
 ///
 /// Every operation looks at all ranges held or waited for, which are as many as there are
 /// requests in flight.
@@ -17,6 +36,7 @@ pub struct RangeLock {
 
 #[derive(Default)]
 struct State {
+    /// In order of arrival.
     entries: Vec<Entry>,
     /// Entries that wait.
     waiting: usize,
@@ -30,23 +50,35 @@ struct Entry {
     access: Access,
     /// Whom to wake; `None` when the range is held.
     waker: Option<Waker>,
+    /// Later ones that were let through while it waited.
+    overtaken: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Access {
+pub(super) enum Access {
     Shared,
     Exclusive,
 }
 
 impl Entry {
-    /// Whether `self` waits for `other`.
-    fn is_behind(&self, other: &Entry) -> bool {
-        other.ticket < self.ticket
-            && (self.access == Access::Exclusive || other.access == Access::Exclusive)
+    /// Whether the two cannot be held at the same time.
+    fn excludes(&self, other: &Entry) -> bool {
+        (self.access == Access::Exclusive || other.access == Access::Exclusive)
             && self.range.start < other.range.end
             && other.range.start < self.range.end
             && !self.range.is_empty()
             && !other.range.is_empty()
+    }
+
+    fn is_held(&self) -> bool {
+        self.waker.is_none()
+    }
+
+    /// Whether `self`, which waits or has just come, waits for `other`.
+    fn is_behind(&self, other: &Entry) -> bool {
+        let in_the_way =
+            other.is_held() || (other.ticket < self.ticket && other.overtaken >= PATIENCE);
+        other.ticket != self.ticket && in_the_way && self.excludes(other)
     }
 }
 
@@ -62,6 +94,7 @@ impl State {
             range: range.clone(),
             access,
             waker: None,
+            overtaken: 0,
         }
     }
 
@@ -70,21 +103,39 @@ impl State {
         position.expect("an entry stays until its future or guard is gone")
     }
 
-    /// Removes an entry and grants what only waited for it; whom to wake.
+    /// Takes an entry in that is free now.
+    fn grant(&mut self, entry: Entry) {
+        self.entries.push(entry);
+        if self.waiting > 0 {
+            self.count_overtaken(self.entries.len() - 1);
+        }
+    }
+
+    /// The entry at `index` goes on: those that came before and still wait have been overtaken.
+    fn count_overtaken(&mut self, index: usize) {
+        let (before, rest) = self.entries.split_at_mut(index);
+        for other in before {
+            other.overtaken += u32::from(!other.is_held() && other.excludes(&rest[0]));
+        }
+    }
+
+    /// Removes an entry and grants what only waited for it, the first to come first; whom to wake.
     fn remove(&mut self, ticket: u64) -> Vec<Waker> {
         let position = self.position(ticket);
-        let removed = self.entries.swap_remove(position);
+        let removed = self.entries.remove(position);
         self.waiting -= usize::from(removed.waker.is_some());
         let mut granted = Vec::new();
-        if self.waiting == 0 {
-            return granted;
-        }
         for index in 0..self.entries.len() {
-            let entry = &self.entries[index];
-            if entry.waker.is_some() && self.is_free(entry) {
-                granted.extend(self.entries[index].waker.take());
-                self.waiting -= 1;
+            if self.waiting == 0 {
+                break;
             }
+            let entry = &self.entries[index];
+            if entry.is_held() || !self.is_free(entry) {
+                continue;
+            }
+            granted.extend(self.entries[index].waker.take());
+            self.waiting -= 1;
+            self.count_overtaken(index);
         }
         granted
     }
@@ -123,11 +174,11 @@ impl RangeLock {
             return None;
         }
         let ticket = entry.ticket;
-        state.entries.push(entry);
+        state.grant(entry);
         Some(RangeGuard { lock: self, ticket })
     }
 
-    fn wait(&self, range: Range<u64>, access: Access) -> Wait<'_> {
+    pub(super) fn wait(&self, range: Range<u64>, access: Access) -> Wait<'_> {
         Wait {
             lock: self,
             range,
@@ -145,7 +196,7 @@ impl RangeLock {
 }
 
 /// Waits for a range.
-struct Wait<'a> {
+pub(super) struct Wait<'a> {
     lock: &'a RangeLock,
     range: Range<u64>,
     access: Access,
@@ -161,18 +212,15 @@ impl<'a> Future for Wait<'a> {
         let Some(ticket) = self.ticket else {
             let mut entry = state.new_entry(&self.range, self.access);
             let ticket = entry.ticket;
-            let free = state.is_free(&entry);
-            if !free {
-                entry.waker = Some(context.waker().clone());
-                state.waiting += 1;
-                self.ticket = Some(ticket);
+            if state.is_free(&entry) {
+                state.grant(entry);
+                return Poll::Ready(RangeGuard { lock, ticket });
             }
+            entry.waker = Some(context.waker().clone());
+            state.waiting += 1;
+            self.ticket = Some(ticket);
             state.entries.push(entry);
-            return if free {
-                Poll::Ready(RangeGuard { lock, ticket })
-            } else {
-                Poll::Pending
-            };
+            return Poll::Pending;
         };
         let position = state.position(ticket);
         match &mut state.entries[position].waker {
