@@ -1,4 +1,5 @@
-//! `file`: a regular file of the host; `host_device`: a block device.
+//! `file`: a regular file of the host; `host_device`: a block or character device; `host_cdrom`: the
+//! same, by the name that it has in QEMU where guests see trays.
 //!
 //! Options: `filename`; `aio` (`threads`, `native`, `io_uring`: accepted for compatibility, the
 //! executor's ring is used whatever is asked for); `locking` (`auto`, `on`, `off`); `drop-cache`
@@ -65,6 +66,16 @@ pub const DEVICE_ENTRY: DriverEntry = DriverEntry::new("host_device", |request| 
     reach: Reach::Outside,
 });
 
+/// The table line of `host_cdrom`.
+pub const CDROM_ENTRY: DriverEntry = DriverEntry::new("host_cdrom", |request| {
+    Box::pin(open(request, Storage::Cdrom))
+})
+.with_protocol(Protocol {
+    prefixes: &["host_cdrom"],
+    parse: |_, name| Ok(filename_of(&without_prefix("host_cdrom:", name))),
+    reach: Reach::Outside,
+});
+
 /// The path behind `prefix`, spelled so that no protocol is seen in it.
 fn without_prefix(prefix: &str, name: &str) -> String {
     match name.strip_prefix(prefix) {
@@ -83,8 +94,10 @@ fn filename_of(path: &str) -> Map<String, Value> {
 enum Storage {
     /// A regular file.
     File,
-    /// A block device: its length is what it is.
+    /// A block or character device: its length is what it is.
     Device,
+    /// A device with a tray.
+    Cdrom,
 }
 
 impl Storage {
@@ -92,14 +105,33 @@ impl Storage {
         match self {
             Self::File => "file",
             Self::Device => "host_device",
+            Self::Cdrom => "host_cdrom",
         }
+    }
+
+    /// Whether a file of this kind is what the driver is for.
+    fn check(self, path: &str, kind: std::fs::FileType) -> block::error::Result<()> {
+        let wanted = match self {
+            Self::File if kind.is_file() => return Ok(()),
+            Self::File => "a regular file",
+            _ if kind.is_block_device() || kind.is_char_device() => return Ok(()),
+            _ => "either a character or block device",
+        };
+        let name = self.driver_name();
+        let message = format!("'{name}' driver requires '{path}' to be {wanted}");
+        let error = Error::new(ErrorKind::Invalid, message);
+        Err(match self == Self::File && kind.is_block_device() {
+            true => error.with_hint("Use driver 'host_device' for a block device."),
+            false => error,
+        })
     }
 }
 
-/// A regular file, or a block device.
+/// A regular file, or a device.
 pub struct FileNode {
     file: File,
     storage: Storage,
+    is_character_device: bool,
     path: String,
     length: AtomicU64,
     /// The file system has no `FALLOC_FL_ZERO_RANGE`.
@@ -162,10 +194,11 @@ fn open_file(
     }
     // Before opening: that of a FIFO blocks, that of a device may do anything.
     if let Ok(metadata) = std::fs::metadata(path) {
-        match storage {
-            Storage::File => check_type(path, &metadata)?,
-            Storage::Device => check_device(path, &metadata)?,
+        let kind = metadata.file_type();
+        if kind.is_dir() && !request.node().read_only {
+            return Err(Error::io(format!("Could not open '{path}'"), Errno::EISDIR));
         }
+        storage.check(path, kind)?;
     }
     let options = OpenOptions {
         write: !request.node().read_only,
@@ -203,33 +236,10 @@ fn set_direct(descriptor: &impl std::os::fd::AsFd) -> Result<(), Errno> {
     fcntl(descriptor, FcntlArg::F_SETFL(OFlag::O_DIRECT)).map(|_| ())
 }
 
-fn check_type(path: &str, metadata: &std::fs::Metadata) -> block::error::Result<()> {
-    let kind = metadata.file_type();
-    if kind.is_file() {
-        return Ok(());
-    }
-    if kind.is_dir() {
-        return Err(Error::io(format!("Could not open '{path}'"), Errno::EISDIR));
-    }
-    let message = format!("'file' driver requires '{path}' to be a regular file");
-    let error = Error::new(ErrorKind::Invalid, message);
-    Err(match kind.is_block_device() {
-        true => error.with_hint("Use driver 'host_device' for a block device."),
-        false => error,
-    })
-}
-
-fn check_device(path: &str, metadata: &std::fs::Metadata) -> block::error::Result<()> {
-    if metadata.file_type().is_block_device() {
-        return Ok(());
-    }
-    let message = match metadata.file_type().is_char_device() {
-        true => format!("character devices such as '{path}' are not supported"),
-        false => format!(
-            "'host_device' driver requires '{path}' to be either a character or block device"
-        ),
-    };
-    Err(Error::new(ErrorKind::Invalid, message))
+/// What the mode says that a file is; `None` in a simulated world.
+fn file_kind(file: &File) -> Option<libc::mode_t> {
+    let stat = nix::sys::stat::fstat(file.as_fd()?).ok()?;
+    Some(stat.st_mode & libc::S_IFMT)
 }
 
 fn round_up(length: u64) -> u64 {
@@ -242,6 +252,7 @@ impl FileNode {
         let length = file.len().map_err(|error| could_not_open(&path, &error))?;
         Ok(Self {
             locks: Locks::new(locking, path.clone()),
+            is_character_device: file_kind(&file) == Some(libc::S_IFCHR),
             file,
             storage: Storage::File,
             path,
@@ -316,6 +327,12 @@ impl FileNode {
             Ok(Some((start, _))) if start > range.offset => (false, start),
             Ok(Some((_, data_end))) => (true, data_end.max(range.offset + 1)),
         };
+        // Direct I/O has no part of a block: the last one is data to its end.
+        let block = u64::from(self.limits().request_alignment);
+        let until = match data {
+            true => until.checked_next_multiple_of(block).unwrap_or(until),
+            false => until,
+        };
         Ok(StatusExtent {
             length: until.min(end) - range.offset,
             status: BlockStatus {
@@ -330,7 +347,7 @@ impl FileNode {
     }
 
     async fn set_length(&self, resize: Resize) -> Result<(), Error> {
-        if self.storage == Storage::Device {
+        if self.storage != Storage::File {
             return self.check_device_length(resize);
         }
         let old = self
@@ -445,9 +462,7 @@ impl Driver for FileNode {
     }
     fn reads_zero_when_new(&self) -> bool {
         // Other files keep what they held when they are made anew.
-        let metadata = self.file.as_fd().map(nix::sys::stat::fstat);
-        let is_file = |stat: nix::sys::stat::FileStat| stat.st_mode & libc::S_IFMT == libc::S_IFREG;
-        metadata.is_none_or(|stat| stat.is_ok_and(is_file))
+        file_kind(&self.file).is_none_or(|kind| kind == libc::S_IFREG)
     }
     fn write(&self, offset: u64, buffer: Buffer, _flags: WriteFlags) -> IoFuture<'_> {
         let end = offset + buffer.len() as u64;
@@ -459,11 +474,11 @@ impl Driver for FileNode {
     fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> IoFuture<'_> {
         match self.storage {
             Storage::File => IoFuture::boxed(self.zero(range, flags)),
-            Storage::Device => IoFuture::boxed(self.zero_device(range, flags)),
+            Storage::Device | Storage::Cdrom => IoFuture::boxed(self.zero_device(range, flags)),
         }
     }
     fn discard(&self, range: ByteRange) -> IoFuture<'_> {
-        if self.storage == Storage::Device {
+        if self.storage != Storage::File {
             return IoFuture::boxed(self.discard_device(range));
         }
         self.file
@@ -471,7 +486,17 @@ impl Driver for FileNode {
             .into()
     }
     fn flush(&self) -> IoFuture<'_> {
-        self.file.sync_data().into()
+        let sync = self.file.sync_data();
+        if !self.is_character_device {
+            return sync.into();
+        }
+        // Most of them have nothing that could be made durable, and say so.
+        IoFuture::boxed(async move {
+            match sync.await {
+                Err(Errno::EINVAL) => Ok(()),
+                result => result,
+            }
+        })
     }
     fn block_status(&self, range: ByteRange) -> BoxFuture<'_, Result<StatusExtent, Errno>> {
         Box::pin(self.status(range))

@@ -13,6 +13,7 @@ use block::DriverEntry;
 pub static DRIVERS: &[DriverEntry] = &[
     file::ENTRY,
     file::DEVICE_ENTRY,
+    file::CDROM_ENTRY,
     nbd::ENTRY,
     null::ENTRY,
     null::AIO_ENTRY,

@@ -60,7 +60,7 @@ impl<'d> Names<'d> {
         let find = |driver: &str| self.drivers.iter().find(|entry| entry.name == driver);
         let missing = |prefix: &str| invalid(format!("Unknown protocol '{prefix}'"));
         let Some(prefix) = protocol_prefix(name) else {
-            let device = is_block_device(name).then(|| find(DEVICE_PROTOCOL));
+            let device = is_device(name).then(|| find(DEVICE_PROTOCOL));
             let entry = device.flatten().or_else(|| find(FILE_PROTOCOL));
             return entry.copied().ok_or_else(|| missing(FILE_PROTOCOL));
         };
@@ -81,8 +81,11 @@ impl Reach {
     }
 }
 
-fn is_block_device(name: &str) -> bool {
-    std::fs::metadata(name).is_ok_and(|metadata| metadata.file_type().is_block_device())
+fn is_device(name: &str) -> bool {
+    std::fs::metadata(name).is_ok_and(|metadata| {
+        let kind = metadata.file_type();
+        kind.is_block_device() || kind.is_char_device()
+    })
 }
 
 /// What stands before a colon that comes before any slash.

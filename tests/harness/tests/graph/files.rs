@@ -312,3 +312,70 @@ fn holes_and_data_are_told_apart() {
         assert_eq!(status(0).await, (1 << 20, false, true));
     });
 }
+
+#[test]
+fn a_file_that_ends_within_a_block_is_data_to_the_end_of_the_block_with_direct_io() {
+    let dir = disk_dir();
+    let path = image(&dir, 0);
+    let length = (64 << 10) - 1;
+    std::fs::write(&path, vec![1; length]).unwrap();
+    run(async {
+        let status = async |direct: bool| {
+            let definition = json!({"driver": "file", "filename": path, "read-only": true,
+                "node-name": if direct { "direct" } else { "cached" },
+                "cache": {"direct": direct}});
+            let graph = graph();
+            let node = graph.add(options(definition)).await.unwrap();
+            let range = ByteRange::new(0, 64 << 10);
+            let extent = node.block_status(range).await.unwrap();
+            assert!(extent.status.data);
+            extent.length
+        };
+        assert_eq!(status(true).await, 64 << 10);
+        assert_eq!(status(false).await, length as u64);
+    });
+}
+
+#[test]
+fn devices_are_opened_by_their_drivers_and_nothing_else_is() {
+    let dir = TempDir::new().unwrap();
+    let folder = dir.path().to_str().unwrap();
+    let plain = image(&dir, 512);
+    run(async {
+        let open = async |driver: &str, path: &str, read_only: bool| {
+            let definition = json!({"driver": driver, "node-name": "n", "filename": path,
+                "read-only": read_only, "locking": "off"});
+            let opened = graph().add(options(definition)).await;
+            let node = opened.map_err(|error| error.message)?;
+            // Such a device has nothing that could be made durable.
+            node.flush().await.map_err(|errno| errno.to_string())?;
+            Ok(node.length())
+        };
+        let a_directory = Err(format!("Could not open '{folder}': Is a directory"));
+        for driver in ["file", "host_device", "host_cdrom"] {
+            assert_eq!(open(driver, folder, false).await, a_directory);
+        }
+        let refused = |driver: &str, path: &str, wanted: &str| {
+            Err(format!(
+                "'{driver}' driver requires '{path}' to be {wanted}"
+            ))
+        };
+        let device = "either a character or block device";
+        for (driver, path, wanted) in [
+            ("file", folder, "a regular file"),
+            ("file", "/dev/null", "a regular file"),
+            ("host_device", folder, device),
+            ("host_device", &plain, device),
+            ("host_cdrom", folder, device),
+        ] {
+            assert_eq!(
+                open(driver, path, true).await,
+                refused(driver, path, wanted)
+            );
+        }
+        for driver in ["host_device", "host_cdrom"] {
+            assert_eq!(open(driver, "/dev/null", true).await, Ok(0));
+            assert_eq!(open(driver, "/dev/null", false).await, Ok(0));
+        }
+    });
+}

@@ -135,7 +135,7 @@ impl OpenArguments {
         let Some(aio) = &self.aio else { return };
         let is_file = |options: &Map<String, Value>| {
             let driver = options.get("driver").and_then(Value::as_str);
-            matches!(driver, Some("file" | "host_device"))
+            matches!(driver, Some("file" | "host_device" | "host_cdrom"))
         };
         let file = match is_file(definition) {
             true => Some(definition),
