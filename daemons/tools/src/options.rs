@@ -9,6 +9,19 @@ use serde_json::{Map, Value, json};
 #[derive(Clone, Debug, Default)]
 pub struct Given(Vec<(String, Value, String)>);
 
+/// The value of one `-o`: lists of several are joined, so none may begin or end with a comma that
+/// separates.
+///
+/// # Errors
+/// A message that shows the list.
+pub fn list(text: String) -> Result<String, Failure> {
+    let commas_at_end = text.len() - text.trim_end_matches(',').len();
+    match text.is_empty() || text.starts_with(',') || commas_at_end % 2 == 1 {
+        true => Err(Failure::message(format!("Invalid option list: {text}"))),
+        false => Ok(text),
+    }
+}
+
 /// Whether `-o` asks what there is.
 pub fn asks_for_help(text: &str) -> bool {
     split(text).any(|part| part == "help" || part == "?")

@@ -7,7 +7,7 @@ use block::create::OptionSpec;
 use tools::failure::{Failure, Outcome};
 use tools::getopt::{self, Opt};
 use tools::image::{Access, Cache, Common, Opening, Tool, could_not_open};
-use tools::options::{Given, asks_for_help, help};
+use tools::options::{Given, asks_for_help, help, list};
 use tools::output;
 use tools::progress::{Progress, Show};
 
@@ -39,7 +39,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     for (name, value) in parsed.options {
         match name {
             "h" => return Ok(crate::help::show()),
-            "o" => texts.push(value),
+            "o" => texts.push(list(value)?),
             "t" => cache = Cache::parse(&value)?,
             "p" => show = Show::Always,
             "force" => force = Force::Allow,
@@ -54,7 +54,8 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     if let (Some(format), true) = (&common.format, texts.iter().any(|text| asks_for_help(text))) {
         return show_options(tool, format);
     }
-    let name = getopt::one_image(parsed.operands)?;
+    let [name] = <[String; 1]>::try_from(parsed.operands)
+        .map_err(|_| Failure::message("Expecting one image file name"))?;
     let opening = Opening {
         cache,
         ..Opening::new(Access::Write)

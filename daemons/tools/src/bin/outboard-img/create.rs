@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tools::failure::{Failure, Outcome};
 use tools::getopt::{self, Opt};
 use tools::image::{Access, Common, ImageSpec, Notation, Opening, Tool};
-use tools::options::{Given, asks_for_help, help, of_image};
+use tools::options::{Given, asks_for_help, help, list, of_image};
 use tools::output;
 use tools::size;
 
@@ -59,7 +59,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
             "F" => backing_format = Some(value),
             "b" => backing = Some(value),
             "u" => unsafe_backing = true,
-            "o" => options.push(value),
+            "o" => options.push(list(value)?),
             _ => {
                 common.take(tool, (name, &value))?;
             }

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json as value};
 use tools::failure::{Failure, Outcome, described, report};
 use tools::getopt::{self, Opt};
 use tools::image::{Access, Common, Notation, Opening, Tool};
-use tools::options::Given;
+use tools::options::{self, Given};
 use tools::output;
 use tools::{json, size};
 
@@ -61,7 +61,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
         match name {
             "h" => return Ok(crate::help::show()),
             "l" => request.snapshot = Some(Selection::parse(&value)?),
-            "o" => request.options.push(checked(value)?),
+            "o" => request.options.push(options::list(value)?),
             "O" => request.format = value,
             "output" => request.output = Output::parse(&value)?,
             "size" => request.size = Some(size::argument("image size", &value)?),
@@ -84,16 +84,6 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
         Output::Json => output::print(&json::text(&in_json(measured))),
     }
     Ok(0)
-}
-
-/// A list of options without empty parts at its ends.
-fn checked(text: String) -> Result<String, Failure> {
-    let commas_at_end = text.bytes().rev().take_while(|byte| *byte == b',').count();
-    let is_list = !text.is_empty() && !text.starts_with(',') && commas_at_end % 2 == 0;
-    match is_list {
-        true => Ok(text),
-        false => Err(Failure::message(format!("Invalid option list: {text}"))),
-    }
 }
 
 impl Request {

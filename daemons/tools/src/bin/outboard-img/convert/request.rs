@@ -8,7 +8,7 @@ use std::path::Path;
 use tools::failure::{Failure, report};
 use tools::getopt::{self, Opt};
 use tools::image::{Access, Cache, Common, Image, ImageSpec, Notation, Opening, Tool};
-use tools::options::{Given, asks_for_help};
+use tools::options::{Given, asks_for_help, list};
 use tools::size;
 
 const OPTIONS: &[Opt] = &[
@@ -168,7 +168,7 @@ impl Request {
             "O" => self.target_format = Some(value),
             "B" => self.backing = Some(value),
             "F" => self.backing_format = Some(value),
-            "o" => self.options.push(value),
+            "o" => self.options.push(list(value)?),
             "l" => self.snapshot = Some(Selection::parse(&value)?),
             "S" => {
                 self.sparse = sparse(&value)?;
