@@ -224,6 +224,18 @@ impl OpenRequest<'_> {
     pub fn set_read_only(&mut self) {
         self.node.read_only = true;
     }
+    /// Of drivers that only read, before they open children: the node is read-only, or becomes so
+    /// where `auto-read-only` lets it.
+    ///
+    /// # Errors
+    /// `Invalid` for a node that is to be written.
+    pub fn only_reads(&mut self) -> Result<()> {
+        if !self.node.read_only && !self.node.auto_read_only {
+            return Err(Error::new(ErrorKind::Invalid, "Image is read-only"));
+        }
+        self.set_read_only();
+        Ok(())
+    }
     /// The password that the `secret` object `id` holds.
     ///
     /// # Errors

@@ -1,13 +1,27 @@
 //! Image formats: they say where data is, and move none of it.
 //!
 //! Each format is a module with one [`DriverEntry`]; [`DRIVERS`] is the table that the engine's
-//! catalogue takes. Must not know: protocols, other formats, who reads and writes.
+//! catalogue takes; docs/adding-a-format.md shows how one comes about. Must not know: protocols, other formats, who reads and writes.
 
+pub mod bochs;
+mod bytes;
+mod chunks;
+pub mod cloop;
+pub mod dmg;
 pub mod luks;
 pub mod qcow2;
 pub mod raw;
+#[cfg(test)]
+mod samples_on_disk;
 
 use block::DriverEntry;
 
 /// The drivers of this crate.
-pub static DRIVERS: &[DriverEntry] = &[luks::ENTRY, qcow2::ENTRY, raw::ENTRY];
+pub static DRIVERS: &[DriverEntry] = &[
+    bochs::ENTRY,
+    cloop::ENTRY,
+    dmg::ENTRY,
+    luks::ENTRY,
+    qcow2::ENTRY,
+    raw::ENTRY,
+];

@@ -7,6 +7,9 @@
 //!   input = script (header, steps) ++ image file
 //!     │ open in memory ─► steps: read, write, zero, discard ... ─► close ─► check ─► open again
 //!     └─ an image that was sound stays sound, and reads back what was written
+//! bochs, cloop, dmg:
+//!   input = script ++ image file
+//!     │ open in memory ─► steps ─► close
 //! net_frame:
 //!   input = offloads, rules, virtio-net header ++ frame
 //!     │ guard ─► header check ─► finish for the receiver
@@ -17,10 +20,12 @@
 //! from, `regressions/` keeps what fuzzing found. The tests of this crate run all of them once.
 
 mod disk;
+pub mod image;
 pub mod memory_file;
 pub mod model;
 pub mod net_frame;
 pub mod net_seeds;
+mod processor_time;
 pub mod qcow2;
 pub mod script;
 pub mod seeds;

@@ -6,20 +6,15 @@
 
 use crate::disk::{Disk, Files, check};
 use crate::model::Model;
+use crate::processor_time;
 use crate::script::Script;
 use crate::target::Target;
 use block::{CheckResult, Repair};
 use executor::{Config, Executor};
-use nix::time::{ClockId, clock_gettime};
 use std::cell::LazyCell;
-use std::time::Duration;
 
 /// What a check says of a mapping that does not know that it is the only one.
 const ONLY_REFERENCE: &str = "OFLAG_COPIED";
-
-/// Most that one input may cost in an optimised build. The processor's time, since on a busy machine the
-/// clock on the wall goes on while the target waits.
-const MAX_PROCESSOR_TIME: Duration = Duration::from_secs(1);
 
 thread_local! {
     static EXECUTOR: LazyCell<Executor> = LazyCell::new(|| {
@@ -35,19 +30,9 @@ pub fn run(target: Target, input: &[u8]) {
     let Some(script) = Script::parse(target, input) else {
         return;
     };
-    let began = processor_time();
-    EXECUTOR.with(|executor| executor.block_on(run_script(target, &script)));
-    let took = processor_time() - began;
-    assert!(
-        !cfg!(fuzzing) || took < MAX_PROCESSOR_TIME,
-        "took {took:?} of processor time"
-    );
-}
-
-/// What this thread has used of a processor.
-fn processor_time() -> Duration {
-    let used = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID);
-    Duration::from(used.expect("the clock exists"))
+    processor_time::bounded(|| {
+        EXECUTOR.with(|executor| executor.block_on(run_script(target, &script)));
+    });
 }
 
 async fn run_script(target: Target, script: &Script<'_>) {

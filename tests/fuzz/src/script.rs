@@ -85,6 +85,11 @@ pub struct Script<'i> {
 impl<'i> Script<'i> {
     /// Takes an input of a target apart; `None` when it is too short.
     pub fn parse(target: Target, input: &'i [u8]) -> Option<Self> {
+        Self::of_kinds(target.kinds(), input)
+    }
+
+    /// The same for steps of these kinds.
+    pub fn of_kinds(kinds: &[Kind], input: &'i [u8]) -> Option<Self> {
         let (&[flags, count], rest) = input.split_first_chunk()?;
         let count = usize::from(count).min(MAX_STEPS);
         let (steps, image) = rest.split_at_checked(count * STEP_BYTES)?;
@@ -94,7 +99,7 @@ impl<'i> Script<'i> {
             cache_bytes: 4096 << (flags >> 4 & 7),
             steps: steps
                 .chunks_exact(STEP_BYTES)
-                .map(|bytes| Step::parse(target, bytes))
+                .map(|bytes| Step::parse(kinds, bytes))
                 .collect(),
             image,
         })
@@ -102,8 +107,7 @@ impl<'i> Script<'i> {
 }
 
 impl Step {
-    fn parse(target: Target, bytes: &[u8]) -> Self {
-        let kinds = target.kinds();
+    fn parse(kinds: &[Kind], bytes: &[u8]) -> Self {
         Self {
             kind: kinds[usize::from(bytes[0]) % kinds.len()],
             fill: bytes[1],
@@ -135,7 +139,17 @@ impl Step {
         length_bytes: u64,
         fraction: f64,
     ) -> Option<[u8; STEP_BYTES]> {
-        let kind = target.kinds().iter().position(|known| *known == kind)? as u8;
+        Self::of_kinds(target.kinds(), (kind, fill), length_bytes, fraction)
+    }
+
+    /// The same for steps of these kinds.
+    pub fn of_kinds(
+        kinds: &[Kind],
+        (kind, fill): (Kind, u8),
+        length_bytes: u64,
+        fraction: f64,
+    ) -> Option<[u8; STEP_BYTES]> {
+        let kind = kinds.iter().position(|known| *known == kind)? as u8;
         let length = (length_bytes / LENGTH_UNIT) as u16;
         let position = (fraction * f64::from(u32::MAX)) as u32;
         let mut bytes = [0; STEP_BYTES];

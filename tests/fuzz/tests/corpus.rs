@@ -15,6 +15,18 @@ fn every_seed_runs() {
     }
 }
 
+#[test]
+fn every_seed_of_a_format_runs() {
+    for format in fuzz::image::FORMATS {
+        let seeds = fuzz::image::seeds(format);
+        assert!(!seeds.is_empty(), "{format}");
+        for seed in seeds {
+            println!("{}", seed.name);
+            fuzz::image::run(format, &seed.input);
+        }
+    }
+}
+
 /// A finding of one target is an input of the others, too.
 #[test]
 fn what_fuzzing_found_stays_fixed() {

@@ -71,6 +71,7 @@ pub use open::OpenOptions;
 pub use overlap::OverlapChecks;
 pub use reclaim::DiscardPolicy;
 
+use crate::bytes::{read_bytes, write_bytes as write_to};
 use alloc::Allocator;
 use bitmaps::Bitmaps;
 use block::events::{Corruption, Reporter};
@@ -319,18 +320,4 @@ impl Qcow2 {
         }
         Errno::EIO
     }
-}
-
-async fn read_bytes(file: &Edge, offset: u64, length: usize) -> Result<Vec<u8>, Errno> {
-    let buffer = Buffer::zeroed(length);
-    file.node().read(offset, buffer.clone()).await?;
-    Ok(buffer.to_heap().to_vec())
-}
-
-async fn write_to(file: &Edge, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
-    let buffer = Buffer::zeroed(bytes.len());
-    buffer.copy_from_slice(bytes);
-    let node = file.node();
-    node.write(offset, buffer, block::WriteFlags::default())
-        .await
 }

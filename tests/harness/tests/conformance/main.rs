@@ -5,9 +5,12 @@
 
 use executor::sim::Image;
 use filters::throttle::{ThrottleGroup, ThrottleLimits};
-use harness::conformance::{Subject, concurrent_requests, failed_operations, power_cuts};
+use harness::conformance::{
+    IMAGE, Subject, broken_images, concurrent_requests, failed_operations, power_cuts, readings,
+};
 use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
+use samples::dmg::{Codec, Table};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::ops::Range;
@@ -18,8 +21,6 @@ use zeroize::Zeroizing;
 
 /// Length of the disks.
 const LENGTH: usize = 1 << 20;
-
-const IMAGE: &str = "/simulated/image";
 
 fn seeds(usual: u64) -> Range<u64> {
     let Ok(asked) = std::env::var("CONFORMANCE_SEEDS") else {
@@ -92,6 +93,54 @@ fn qcow2(name: &'static str, options: &str, backed: bool) -> Subject {
         check: qemu_img_check,
         ..subject(name, files, definition)
     }
+}
+
+/// What the images that are read hold: zeroes, repeated bytes, noise.
+fn content() -> Vec<u8> {
+    samples::disk(LENGTH, 7)
+}
+
+/// An image of a format that is only read.
+fn only_read(driver: &'static str, image: Vec<u8>) -> Subject {
+    let files = Image::from([(PathBuf::from(IMAGE), image)]);
+    let definition = json!({"driver": driver, "node-name": "subject", "read-only": true,
+        "file": {"driver": "file", "filename": IMAGE}});
+    subject(driver, files, definition)
+}
+
+/// An image with [`content`] that qemu-img made of a raw one, with `arguments` of `convert`.
+fn converted(driver: &'static str, arguments: &[&str]) -> Subject {
+    let directory = tempfile::tempdir().unwrap();
+    let (raw, path) = (directory.path().join("raw"), directory.path().join("image"));
+    std::fs::write(&raw, content()).unwrap();
+    let made = Command::new("qemu-img")
+        .args(["convert", "-f", "raw", "-O", driver])
+        .args(arguments)
+        .args([&raw, &path])
+        .output()
+        .expect("scripts/setup installs QEMU's tools");
+    assert!(made.status.success(), "{driver}: {made:?}");
+    only_read(driver, std::fs::read(&path).unwrap())
+}
+
+fn bochs(version: u32, extent_bytes: usize) -> Subject {
+    let shape = samples::bochs::Shape {
+        version,
+        extent_bytes,
+        spare: 3,
+    };
+    only_read("bochs", samples::bochs::image(shape, &content()))
+}
+
+fn dmg(codec: Codec, table: Table) -> Subject {
+    let shape = samples::dmg::Shape {
+        codec,
+        table,
+        chunk_bytes: 24 << 10,
+        chunks_per_table: 7,
+        data_fork: 4096,
+    };
+    only_read("dmg", samples::dmg::image(shape, &content()))
 }
 
 /// Everything that is written to the image is compressed first.
@@ -191,19 +240,19 @@ fn verified() -> Subject {
     subject
 }
 
-/// A disk of luks, made by qemu-img.
+/// A disk of luks with [`content`], made by qemu-img.
 fn luks(options: &str) -> Subject {
     let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("image");
+    let (raw, path) = (directory.path().join("raw"), directory.path().join("image"));
+    std::fs::write(&raw, content()).unwrap();
     let secret = "secret,id=s,data=geheim";
     let options = format!("key-secret=s,iter-time=1,{options}");
     loop {
         let created = Command::new("qemu-img")
             .args([
-                "create", "-q", "--object", secret, "-f", "luks", "-o", &options,
+                "convert", "--object", secret, "-f", "raw", "-O", "luks", "-o", &options,
             ])
-            .arg(&path)
-            .arg(LENGTH.to_string())
+            .args([&raw, &path])
             .output()
             .expect("scripts/setup installs QEMU's tools");
         // Where CPU time is counted in ticks, it now and then cannot measure key derivation.
@@ -289,6 +338,41 @@ conformance! {
     qcow2_version_2_overlay: qcow2("qcow2 v2 overlay", "compat=0.10,cluster_size=4k", true);
 }
 
+macro_rules! reading {
+    ($($module:ident: $subject:expr;)*) => {$(
+        mod $module {
+            use super::*;
+
+            #[test]
+            fn what_the_image_holds_is_read() {
+                let subject = $subject;
+                seeds(2).for_each(|seed| readings(&subject, &content(), seed));
+            }
+
+            #[test]
+            fn broken_images_are_refused_or_read() {
+                let subject = $subject;
+                seeds(4).for_each(|seed| broken_images(&subject, seed));
+            }
+        }
+    )*};
+}
+
+reading! {
+    raw_reading: converted("raw", &[]);
+    qcow2_reading: converted("qcow2", &[]);
+    qcow2_compressed_reading: converted("qcow2", &["-c", "-o", "cluster_size=4k"]);
+    qcow2_subclusters_reading: converted("qcow2", &["-o", "cluster_size=16k,extended_l2=on"]);
+    bochs_reading: bochs(2, 4096);
+    bochs_version_1_reading: bochs(1, 64 << 10);
+    bochs_one_extent_reading: bochs(2, 1 << 20);
+    cloop_reading: only_read("cloop", samples::cloop::image(64 << 10, &content()));
+    cloop_small_blocks_reading: only_read("cloop", samples::cloop::image(3072, &content()));
+    dmg_reading: dmg(Codec::Zlib, Table::Xml);
+    dmg_plain_reading: dmg(Codec::Raw, Table::Xml);
+    dmg_bzip2_reading: dmg(Codec::Bzip2, Table::Fork);
+}
+
 #[test]
 fn copies_see_the_writes_of_requests_side_by_side() {
     let subject = quorum();
@@ -299,6 +383,16 @@ fn copies_see_the_writes_of_requests_side_by_side() {
 fn an_image_under_verification_is_like_its_file() {
     let subject = verified();
     seeds(8).for_each(|seed| concurrent_requests(&subject, seed));
+}
+
+/// One seed: whenever the disk is opened, its key is derived.
+#[test]
+fn luks_disks_are_read_and_broken_ones_refused() {
+    let mut subject = luks("cipher-alg=aes-128,cipher-mode=cbc,hash-alg=sha1");
+    let read_only = ("read-only".to_owned(), Value::Bool(true));
+    subject.definition.extend([read_only]);
+    readings(&subject, &content(), 0);
+    broken_images(&subject, 0);
 }
 
 /// One seed: whenever the disk is opened, its key is derived.
