@@ -29,6 +29,7 @@ pub mod net;
 mod op;
 mod poller;
 pub mod pool;
+pub mod ready_set;
 mod remote;
 mod ring;
 pub mod runtime;

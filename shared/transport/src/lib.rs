@@ -16,6 +16,7 @@
 mod authorization;
 mod connection;
 mod credentials;
+pub mod names;
 mod tls;
 
 pub use authorization::{Access, Authorization, Rule, RuleFormat};

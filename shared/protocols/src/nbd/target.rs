@@ -7,12 +7,11 @@ use executor::{Errno, workers};
 use nbd::BASE_ALLOCATION;
 use nbd::limits::MAX_STRING;
 use serde_json::{Map, Value};
-use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use transport::{Credentials, Endpoint};
+use transport::{Credentials, Endpoint, names};
 
 /// The port that IANA gave NBD.
 pub(super) const DEFAULT_PORT: u16 = 10809;
@@ -96,6 +95,14 @@ impl Target {
         context.is_none_or(|context| context == BASE_ALLOCATION)
     }
 
+    /// The port, when the server is reached by TCP.
+    pub(super) fn tcp_port(&self) -> Option<u16> {
+        match &self.address {
+            Address::Inet { port, .. } => port.parse().ok(),
+            _ => None,
+        }
+    }
+
     /// A connection to the server.
     ///
     /// # Errors
@@ -159,8 +166,10 @@ fn failed_to_connect(name: &str, errno: Errno) -> Error {
 
 async fn connect_inet(host: &str, port: &str) -> Result<Stream> {
     let name = format!("{host}:{port}");
-    let (lookup_host, lookup_port) = (host.to_owned(), port.to_owned());
-    let addresses = workers::offload(move || resolve(&lookup_host, &lookup_port)).await;
+    let addresses = match port.parse() {
+        Ok(port) => names::resolve(host, port).await,
+        Err(_) => Err("Servname not supported for ai_socktype".to_owned()),
+    };
     let addresses = addresses.map_err(|reason| {
         let message = format!("address resolution failed for {name}: {reason}");
         Error::new(ErrorKind::Io, message)
@@ -173,19 +182,6 @@ async fn connect_inet(host: &str, port: &str) -> Result<Stream> {
         }
     }
     Err(failed_to_connect(&name, last))
-}
-
-/// Asks the resolver, which blocks.
-fn resolve(host: &str, port: &str) -> std::result::Result<Vec<SocketAddr>, String> {
-    let Ok(port) = port.parse::<u16>() else {
-        return Err("Servname not supported for ai_socktype".to_owned());
-    };
-    let found = (host, port).to_socket_addrs().map_err(|error| {
-        let text = error.to_string();
-        let reason = text.rsplit(": ").next().unwrap_or(&text);
-        reason.to_owned()
-    });
-    found.map(Iterator::collect)
 }
 
 fn connect_vsock(cid: u32, port: u32) -> std::result::Result<OwnedFd, Errno> {
