@@ -19,9 +19,28 @@ pub(crate) const REDO_DIR: &str = "redo-dir";
 /// The option that names drivers which images may ask for.
 pub(crate) const ALLOW_DRIVERS: &str = "allow-drivers";
 
-/// OpenSSL's random numbers ask whether the process was forked.
+/// OpenSSL's random numbers ask whether the process was forked; large buffers that grow are remapped.
 const SYSCALLS: Syscalls = Syscalls {
-    plain: &[libc::SYS_getpid],
+    plain: &[libc::SYS_getpid, libc::SYS_mremap],
+    ioctls: &[],
+};
+
+/// The same, and what libcurl makes its connections with.
+const CLIENT_SYSCALLS: Syscalls = Syscalls {
+    plain: &[
+        libc::SYS_getpid,
+        libc::SYS_mremap,
+        libc::SYS_epoll_create1,
+        libc::SYS_epoll_ctl,
+        libc::SYS_epoll_wait,
+        libc::SYS_getpeername,
+        libc::SYS_getsockname,
+        libc::SYS_getsockopt,
+        libc::SYS_pselect6,
+        libc::SYS_recvfrom,
+        libc::SYS_setsockopt,
+        libc::SYS_socketpair,
+    ],
     ioctls: &[],
 };
 
@@ -110,12 +129,21 @@ impl Daemon for Blkd {
     fn reach(&self) -> Reach {
         let mut file_dirs = self.allowed_dirs.clone();
         file_dirs.push(self.redo_dir.clone());
+        let tcp_peers = self.engine.tcp_peers();
+        let syscalls = match tcp_peers.is_empty() {
+            true => SYSCALLS,
+            false => CLIENT_SYSCALLS,
+        };
         Reach {
             file_dirs,
             sockets: self.engine.socket_paths(),
-            syscalls: SYSCALLS,
-            ..Reach::default()
+            tcp_peers,
+            syscalls,
         }
+    }
+
+    fn confining(&self) {
+        transport::names::freeze();
     }
 
     fn threads(&self) -> Vec<Handle> {

@@ -23,6 +23,11 @@ removed over QMP while the daemon runs.
              [,driver specific parameters...]
                          add a block node (QMP: blockdev-add)
       file               filename=<path>[,locking=auto|on|off][,drop-cache=on|off]
+      http, https        url=<address>[,readahead=<bytes>][,timeout=<s>]
+                         [,username=<name>][,password-secret=<secret>]
+                         [,cookie=<text>|,cookie-secret=<secret>]
+                         [,sslverify=on|off]
+                         a file of a web server, with read-only=on
       nbd                server.type=unix,server.path=<path> or
                          server.type=inet,server.host=<host>,server.port=<port>
                          [,export=<name>][,reconnect-delay=<s>]

@@ -223,6 +223,10 @@ pub struct BlockStatus {
 pub trait Driver: Send + Sync {
     /// The driver's name on the command line.
     fn driver_name(&self) -> &'static str;
+    /// TCP ports that it connects to when it has to connect again: a sandbox leaves the way there open.
+    fn tcp_peers(&self) -> Vec<u16> {
+        Vec::new()
+    }
     /// Current length in bytes.
     fn length(&self) -> u64;
     /// What one call can take.

@@ -130,6 +130,16 @@ impl Engine {
         self.quit.wait().await;
     }
 
+    /// TCP ports that nodes connect to when they have to connect again.
+    pub fn tcp_peers(&self) -> Vec<u16> {
+        let nodes = self.graph.nodes();
+        let ports = nodes.iter().flat_map(|node| node.driver().tcp_peers());
+        let mut ports: Vec<u16> = ports.collect();
+        ports.sort_unstable();
+        ports.dedup();
+        ports
+    }
+
     /// Cancels all jobs, ends all exports (each request in flight completes), flushes and closes all nodes, forgets
     /// all objects, and with them ends the iothreads.
     ///

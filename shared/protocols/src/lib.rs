@@ -4,8 +4,10 @@
 //! catalogue takes. Must not know: formats, other protocols, who reads and writes.
 
 pub mod file;
+pub mod http;
 pub mod nbd;
 pub mod null;
+mod per_thread;
 
 use block::DriverEntry;
 
@@ -14,6 +16,8 @@ pub static DRIVERS: &[DriverEntry] = &[
     file::ENTRY,
     file::DEVICE_ENTRY,
     file::CDROM_ENTRY,
+    http::ENTRY,
+    http::SECURE_ENTRY,
     nbd::ENTRY,
     null::ENTRY,
     null::AIO_ENTRY,

@@ -309,6 +309,9 @@ impl Driver for Nbd {
     fn driver_name(&self) -> &'static str {
         "nbd"
     }
+    fn tcp_peers(&self) -> Vec<u16> {
+        self.target.tcp_port().into_iter().collect()
+    }
     fn length(&self) -> u64 {
         self.agreement.size
     }

@@ -94,6 +94,9 @@ pub trait Daemon: Server + Sized {
     /// The executors of all threads that exist now, beside the control thread.
     fn threads(&self) -> Vec<Handle>;
 
+    /// The sandbox is about to be entered: what is out of reach afterwards is done without from now on.
+    fn confining(&self) {}
+
     /// All options have run and the process is restricted; monitors are served from now on.
     fn serving(self: &Rc<Self>) {}
 
@@ -361,6 +364,7 @@ impl<D: Daemon> Life<D> {
     async fn enter(&self, sandbox: Sandbox) -> Result<()> {
         // Later ones inherit what their makers have by then.
         executor::workers::retire();
+        self.daemon.confining();
         for thread in self.daemon.threads() {
             let sandbox = sandbox.clone();
             let entered = thread.call(move || async move { sandbox.enter() }).await;

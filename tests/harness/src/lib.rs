@@ -11,6 +11,7 @@
 //! - [`transfer`]: bytes over TCP that both ends check.
 //! - [`conformance`]: what every driver and format must pass, on the simulated world.
 //! - [`net`]: an in-process virtio-net driver, the network daemon, and its peers.
+//! - [`web_server`]: a web server with bad habits.
 //! - [`wire`]: vhost-user messages as bytes.
 
 pub mod conformance;
@@ -29,4 +30,5 @@ pub mod rig;
 pub mod scene;
 pub mod supervisor;
 pub mod transfer;
+pub mod web_server;
 pub mod wire;

@@ -8,6 +8,7 @@ mod compress;
 mod copy_on_read;
 mod drain;
 mod files;
+mod http;
 mod locks;
 mod log_writes;
 mod memory;

@@ -86,6 +86,8 @@ fn names_that_lead_elsewhere_are_refused() {
         ".",
         "json:{\"file\":{\"driver\":\"file\",\"filename\":\"base.raw\"}}",
         "nbd://localhost/x",
+        "http://localhost:1/x",
+        "json:{\"file\":{\"driver\":\"https\",\"url\":\"https://localhost:1/x\"}}",
         "file:base.raw",
         "/dev/zero",
         "/proc/self/fd/0",

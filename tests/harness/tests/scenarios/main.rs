@@ -19,3 +19,4 @@ mod peers;
 mod qmp_wire;
 mod units;
 mod verify;
+mod web;
