@@ -121,9 +121,14 @@ impl Backoff {
 
     /// Waits until the next attempt, but not longer than `limit`.
     pub async fn pause_at_most(&mut self, limit: Duration) {
-        let pause = self.next.min(limit);
-        self.next = (self.next * 2).min(self.longest);
-        sleep(pause).await;
+        sleep(self.next_pause().min(limit)).await;
+    }
+
+    /// How long to wait until the next attempt, for whoever does not wait on an executor.
+    pub fn next_pause(&mut self) -> Duration {
+        let pause = self.next;
+        self.next = (pause * 2).min(self.longest);
+        pause
     }
 }
 

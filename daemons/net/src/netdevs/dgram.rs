@@ -9,7 +9,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
@@ -17,7 +16,9 @@ use serde::Deserialize;
 use super::Context;
 use super::address::{SocketAddress, resolve};
 use super::burst_queue::{BurstQueue, Endpoint, SendError};
+use super::busy::while_busy;
 use super::datagrams::Shape;
+use super::lease::{Lease, Pool, Wanted};
 use super::vectors;
 use crate::link::{DropReason, Offloads};
 use crate::netdev::{Attachment, Netdev, QueueMaker};
@@ -34,11 +35,7 @@ pub struct DgramOptions {
 
 /// The back-end.
 pub struct Dgram {
-    slot: Arc<Mutex<Option<Socket>>>,
-}
-
-fn lock(slot: &Mutex<Option<Socket>>) -> MutexGuard<'_, Option<Socket>> {
-    slot.lock().unwrap_or_else(PoisonError::into_inner)
+    socket: Pool<Socket>,
 }
 
 enum Socket {
@@ -103,13 +100,14 @@ impl Socket {
         // The working directory may change.
         let local = std::path::absolute(local).with_context(failed)?;
         let remote = std::path::absolute(remote).with_context(failed)?;
-        let socket = match UnixDatagram::bind(&local) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_stale(&local) => {
-                std::fs::remove_file(&local).with_context(failed)?;
+        let in_use = |error: &io::Error| error.kind() == io::ErrorKind::AddrInUse;
+        let socket = while_busy(in_use, || match UnixDatagram::bind(&local) {
+            Err(error) if in_use(&error) && is_stale(&local) => {
+                std::fs::remove_file(&local)?;
                 UnixDatagram::bind(&local)
             }
             bound => bound,
-        };
+        });
         let socket = Socket::Unix {
             socket: socket.with_context(failed)?,
             local,
@@ -163,32 +161,14 @@ impl Dgram {
         let socket = Socket::open(options, context)?;
         vectors::set_nonblocking(&socket)?;
         Ok(Dgram {
-            slot: Arc::new(Mutex::new(Some(socket))),
+            socket: Pool::new([socket]),
         })
     }
 }
 
-/// The socket in use. Goes back to the back-end.
-struct Lease {
-    socket: Option<Socket>,
-    slot: Arc<Mutex<Option<Socket>>>,
-}
-
-impl Lease {
-    fn socket(&self) -> &Socket {
-        self.socket.as_ref().expect("taken out on drop only")
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        *lock(&self.slot) = self.socket.take();
-    }
-}
-
-impl Endpoint for Lease {
+impl Endpoint for Lease<Socket> {
     fn fd(&self) -> BorrowedFd<'_> {
-        self.socket().as_fd()
+        (**self).as_fd()
     }
 
     fn shape(&self) -> Shape {
@@ -214,8 +194,8 @@ impl Endpoint for Lease {
             Some(libc::EAGAIN) => SendError::Wait,
             Some(libc::EMSGSIZE) => SendError::Drop(DropReason::TooLong),
             Some(libc::ENOTCONN | libc::ECONNREFUSED | libc::ECONNRESET | libc::EDESTADDRREQ) => {
-                let unix = matches!(self.socket(), Socket::Unix { .. });
-                match self.socket().connect() {
+                let unix = matches!(**self, Socket::Unix { .. });
+                match self.connect() {
                     Ok(()) if unix => SendError::Again,
                     _ => SendError::Drop(DropReason::LinkDown),
                 }
@@ -242,18 +222,11 @@ impl Netdev for Dgram {
         Offloads::NONE
     }
 
-    fn attach(&self, _port: &Attachment, index: u16) -> io::Result<QueueMaker> {
-        if index > 0 {
-            return Err(io::Error::other("a datagram socket has one queue"));
-        }
-        let Some(socket) = lock(&self.slot).take() else {
-            let what = "another port uses the socket";
-            return Err(io::Error::new(io::ErrorKind::ResourceBusy, what));
-        };
-        let lease = Lease {
-            socket: Some(socket),
-            slot: Arc::clone(&self.slot),
-        };
+    fn attach(&self, port: &Attachment, index: u16) -> io::Result<QueueMaker> {
+        let none = || Err(io::Error::other("a datagram socket has one queue"));
+        let lease = self
+            .socket
+            .lend(&port.port, ("the socket", Wanted::At(index)), none)?;
         Ok(Box::new(move || Ok(Rc::new(BurstQueue::new(lease)))))
     }
 }

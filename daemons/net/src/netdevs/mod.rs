@@ -5,10 +5,12 @@
 mod address;
 pub mod af_packet;
 mod burst_queue;
+mod busy;
 mod datagrams;
 pub mod dgram;
 pub mod echo;
 mod interface;
+mod lease;
 pub mod null;
 pub mod passt;
 pub mod stream;

@@ -18,7 +18,6 @@ mod tests;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, Result, ensure};
 use serde::Deserialize;
@@ -27,6 +26,7 @@ use self::socket::{PacketSocket, index_of};
 use super::burst_queue::{BurstQueue, Endpoint, SendError};
 use super::datagrams::Shape;
 use super::interface::InterfaceName;
+use super::lease::{Lease, Pool, Wanted};
 use crate::link::{DropReason, Offloads};
 use crate::netdev::{Attachment, Netdev, QueueMaker};
 
@@ -48,43 +48,14 @@ pub struct AfPacket {
     name: InterfaceName,
     queues: u16,
     offloads: Offloads,
-    pool: Arc<Mutex<Pool>>,
+    /// Sockets by the index of their queue.
+    pool: Pool<PacketSocket>,
 }
 
-/// Sockets by the index of their queue.
-struct Pool {
-    sockets: Vec<Option<PacketSocket>>,
-    /// The port that uses those that are not here, and how many that are.
-    user: Option<(String, usize)>,
-}
-
-fn lock(pool: &Mutex<Pool>) -> MutexGuard<'_, Pool> {
-    pool.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A socket in use. Goes back to its pool.
-struct Lease {
-    socket: Option<PacketSocket>,
-    index: usize,
+/// A socket in use.
+struct Used {
+    socket: Lease<PacketSocket>,
     name: InterfaceName,
-    pool: Arc<Mutex<Pool>>,
-}
-
-impl Lease {
-    fn socket(&self) -> &PacketSocket {
-        self.socket.as_ref().expect("taken out on drop only")
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        let mut pool = lock(&self.pool);
-        pool.sockets[self.index] = self.socket.take();
-        pool.user = match pool.user.take() {
-            Some((port, count)) if count > 1 => Some((port, count - 1)),
-            _ => None,
-        };
-    }
 }
 
 impl AfPacket {
@@ -129,10 +100,7 @@ impl AfPacket {
             name,
             queues,
             offloads: kernel_offloads()?,
-            pool: Arc::new(Mutex::new(Pool {
-                sockets: sockets.into_iter().map(Some).collect(),
-                user: None,
-            })),
+            pool: Pool::new(sockets),
         })
     }
 }
@@ -154,9 +122,9 @@ fn kernel_offloads() -> io::Result<Offloads> {
     })
 }
 
-impl Endpoint for Lease {
+impl Endpoint for Used {
     fn fd(&self) -> BorrowedFd<'_> {
-        self.socket().as_fd()
+        self.socket.as_fd()
     }
 
     fn shape(&self) -> Shape {
@@ -164,7 +132,7 @@ impl Endpoint for Lease {
     }
 
     fn set_in_use(&self, in_use: bool) -> io::Result<()> {
-        let socket = self.socket();
+        let socket = &self.socket;
         if in_use {
             // What came while there was no guest is old.
             socket.drain();
@@ -176,7 +144,7 @@ impl Endpoint for Lease {
         match error.raw_os_error() {
             // Down, and perhaps up again later; or gone.
             Some(libc::ENETDOWN | libc::ENXIO | libc::ENODEV) => {
-                if self.socket().has_interface()? {
+                if self.socket.has_interface()? {
                     return Ok(());
                 }
                 let what = format!("interface '{}' was removed", self.name);
@@ -221,30 +189,17 @@ impl Netdev for AfPacket {
     }
 
     fn attach(&self, port: &Attachment, index: u16) -> io::Result<QueueMaker> {
-        let mut pool = lock(&self.pool);
-        let used = match &pool.user {
-            Some((user, _)) if *user != port.port => {
-                let what = format!("interface '{}' is used by port '{user}'", self.name);
-                return Err(io::Error::new(io::ErrorKind::ResourceBusy, what));
-            }
-            Some((_, used)) => *used,
-            None => 0,
+        let name = self.name.clone();
+        let none = || {
+            let what = format!("'{name}' has no queue {index} left ('queues=')");
+            Err(io::Error::other(what))
         };
-        let index = usize::from(index);
-        let socket = pool.sockets.get_mut(index).and_then(Option::take);
-        let Some(socket) = socket else {
-            let what = format!("'{}' has no queue {index} left ('queues=')", self.name);
-            return Err(io::Error::other(what));
-        };
-        pool.user = Some((port.port.clone(), used + 1));
-        drop(pool);
-        let lease = Lease {
-            socket: Some(socket),
-            index,
-            name: self.name.clone(),
-            pool: Arc::clone(&self.pool),
-        };
-        Ok(Box::new(move || Ok(Rc::new(BurstQueue::new(lease)))))
+        let what = format!("interface '{name}'");
+        let socket = self
+            .pool
+            .lend(&port.port, (&what, Wanted::At(index)), none)?;
+        let used = Used { socket, name };
+        Ok(Box::new(move || Ok(Rc::new(BurstQueue::new(used)))))
     }
 
     fn details(&self) -> serde_json::Map<String, serde_json::Value> {

@@ -16,6 +16,7 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+use executor::time::Backoff;
 use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -34,8 +35,8 @@ const FAILED: u8 = b'f';
 /// Longest message in bytes.
 const MESSAGE_LEN: usize = 512;
 
-const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// The shortest and the longest pause before passt is started again.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 /// A passt that ran for this long gets the shortest pause.
 const GOOD_RUN: Duration = Duration::from_secs(10);
 /// Time between SIGTERM and SIGKILL.
@@ -86,7 +87,7 @@ pub(super) fn run(control: BorrowedFd<'_>, arguments: &[OsString]) -> ExitCode {
     let Some((program, arguments)) = arguments.split_first() else {
         return ExitCode::FAILURE;
     };
-    let mut pause = SHORTEST_PAUSE;
+    let mut backoff = Backoff::new(PAUSES);
     let mut first = true;
     loop {
         let started = Instant::now();
@@ -110,10 +111,10 @@ pub(super) fn run(control: BorrowedFd<'_>, arguments: &[OsString]) -> ExitCode {
         }
         first = false;
         if started.elapsed() >= GOOD_RUN {
-            pause = SHORTEST_PAUSE;
+            backoff = Backoff::new(PAUSES);
         }
-        match wait_for(&[control], Some(pause)) {
-            Ok(None) => pause = (pause * 2).min(LONGEST_PAUSE),
+        match wait_for(&[control], Some(backoff.next_pause())) {
+            Ok(None) => {}
             Ok(Some(_)) => return ExitCode::SUCCESS,
             Err(_) => return ExitCode::FAILURE,
         }

@@ -17,7 +17,7 @@ mod tests;
 use std::io;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Result, bail};
@@ -29,6 +29,7 @@ use self::queue::StreamQueue;
 pub(super) use self::source::Source;
 use super::Context;
 use super::address::SocketAddress;
+use super::lease::{Pool, Wanted};
 use crate::link::Offloads;
 use crate::netdev::{Attachment, Netdev, Notice, PeerAddress, QueueMaker};
 
@@ -77,32 +78,10 @@ impl Status {
 /// The back-end.
 pub struct Stream {
     kind: &'static str,
-    slot: Arc<Mutex<Option<Source>>>,
+    source: Pool<Source>,
     status: Arc<Status>,
     /// Tells of connections that come and go.
     watcher: Option<JoinHandle<()>>,
-}
-
-fn lock(slot: &Mutex<Option<Source>>) -> MutexGuard<'_, Option<Source>> {
-    slot.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The source in use. Goes back to the back-end.
-struct Lease {
-    source: Option<Source>,
-    slot: Arc<Mutex<Option<Source>>>,
-}
-
-impl Lease {
-    fn source(&mut self) -> &mut Source {
-        self.source.as_mut().expect("taken out on drop only")
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        *lock(&self.slot) = self.source.take();
-    }
 }
 
 impl Stream {
@@ -128,7 +107,7 @@ impl Stream {
         let watcher = executor::spawn(watch(Arc::clone(&status), notice));
         Stream {
             kind,
-            slot: Arc::new(Mutex::new(Some(source))),
+            source: Pool::new([source]),
             status,
             watcher: Some(watcher),
         }
@@ -184,18 +163,11 @@ impl Netdev for Stream {
         Offloads::NONE
     }
 
-    fn attach(&self, _port: &Attachment, index: u16) -> io::Result<QueueMaker> {
-        if index > 0 {
-            return Err(io::Error::other("a stream has one queue"));
-        }
-        let Some(source) = lock(&self.slot).take() else {
-            let what = "another port uses the stream";
-            return Err(io::Error::new(io::ErrorKind::ResourceBusy, what));
-        };
-        let lease = Lease {
-            source: Some(source),
-            slot: Arc::clone(&self.slot),
-        };
+    fn attach(&self, port: &Attachment, index: u16) -> io::Result<QueueMaker> {
+        let none = || Err(io::Error::other("a stream has one queue"));
+        let lease = self
+            .source
+            .lend(&port.port, ("the stream", Wanted::At(index)), none)?;
         let status = Arc::clone(&self.status);
         Ok(Box::new(move || {
             Ok(Rc::new(StreamQueue::new(lease, status)))

@@ -26,9 +26,10 @@ use executor::net::{Stream, poll_fd};
 use executor::sync::Notify;
 
 use super::super::address::peer_of;
-use super::{Lease, Status};
+use super::{Source, Status};
 use crate::frame::{Frame, MAX_FRAME, VnetHeader};
 use crate::link::{BURST, Delivery, DropReason, LocalFuture, NetQueue, Offloads, Received, Sink};
+use crate::netdevs::lease::Lease;
 use crate::netdevs::vectors;
 
 /// Bytes of a length.
@@ -203,7 +204,7 @@ impl State {
 
 impl StreamQueue {
     /// A queue whose connections `lease` gives. On the thread that it lives on.
-    pub(super) fn new(lease: Lease, status: Arc<Status>) -> StreamQueue {
+    pub(super) fn new(lease: Lease<Source>, status: Arc<Status>) -> StreamQueue {
         let state = Rc::new(State {
             connection: RefCell::default(),
             changed: Notify::new(),
@@ -225,10 +226,10 @@ impl StreamQueue {
 }
 
 /// Takes one connection after the other.
-async fn keep_connected(mut lease: Lease, state: Rc<State>) {
+async fn keep_connected(mut lease: Lease<Source>, state: Rc<State>) {
     let mut again = false;
     loop {
-        let connection = match lease.source().next(again).await {
+        let connection = match lease.next(again).await {
             Ok(connection) => connection,
             Err(error) => {
                 tracing::warn!("no connection: {error}");

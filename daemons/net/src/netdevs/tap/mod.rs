@@ -18,8 +18,6 @@ mod tests;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Deserialize;
@@ -28,15 +26,14 @@ use self::device::Device;
 pub use self::device::SERVING_IOCTLS;
 use self::queue::TapQueue;
 use super::Context;
+use super::busy::while_busy;
 use super::interface::{InterfaceName, Interfaces};
+use super::lease::{Pool, Wanted};
 use crate::link::Offloads;
 use crate::netdev::{Attachment, Netdev, QueueMaker};
 
 /// Queues that one interface can have (`MAX_TAP_QUEUES`).
 const MAX_QUEUES: u16 = 256;
-/// How long an interface may be busy with a predecessor that was killed, and the time between two tries.
-const BUSY_LIMIT: Duration = Duration::from_secs(1);
-const BUSY_PAUSE: Duration = Duration::from_millis(5);
 
 /// Options of `type=tap`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -97,42 +94,8 @@ pub struct Tap {
     max_queues: u16,
     has_header: bool,
     offloads: Offloads,
-    pool: Arc<Mutex<Pool>>,
-}
-
-/// Descriptors that no queue uses.
-#[derive(Debug, Default)]
-struct Pool {
-    free: Vec<Device>,
-    /// The port that uses the others, and how many it uses.
-    user: Option<(String, usize)>,
-}
-
-fn lock(pool: &Mutex<Pool>) -> MutexGuard<'_, Pool> {
-    pool.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A descriptor in use. Goes back to its pool.
-struct Lease {
-    device: Option<Device>,
-    pool: Arc<Mutex<Pool>>,
-}
-
-impl Lease {
-    fn device(&self) -> &Device {
-        self.device.as_ref().expect("taken out on drop only")
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        let mut pool = lock(&self.pool);
-        pool.free.extend(self.device.take());
-        pool.user = match pool.user.take() {
-            Some((port, count)) if count > 1 => Some((port, count - 1)),
-            _ => None,
-        };
-    }
+    /// Descriptors that no queue uses.
+    pool: Pool<Device>,
 }
 
 impl Tap {
@@ -157,11 +120,10 @@ impl Tap {
         };
         if let Some(bytes) = options.sndbuf {
             let bytes = i32::try_from(bytes).context("'sndbuf' is too large")?;
-            for device in &lock(&tap.pool).free {
-                device
-                    .set_send_buffer(bytes)
-                    .context("cannot set 'sndbuf'")?;
-            }
+            let set = tap
+                .pool
+                .for_each_free(|device| device.set_send_buffer(bytes));
+            set.context("cannot set 'sndbuf'")?;
         }
         tap.rest()?;
         Ok(tap)
@@ -274,27 +236,22 @@ impl Tap {
             max_queues,
             has_header: first.has_header(),
             offloads,
-            pool: Arc::new(Mutex::new(Pool {
-                free: devices,
-                user: None,
-            })),
+            pool: Pool::new(devices),
         })
     }
 
     /// Opens queues until there are `wanted`.
     fn open_more(&mut self, wanted: u16) -> io::Result<()> {
-        let mut pool = lock(&self.pool);
-        while pool.free.len() < usize::from(wanted) {
-            pool.free.push(self.source.open()?);
-        }
-        Ok(())
+        self.pool.grow_to(wanted, || self.source.open())
     }
 
     /// Takes the queues out of the interface until a guest reads them.
     fn rest(&self) -> io::Result<()> {
-        let pool = lock(&self.pool);
-        let mut several = pool.free.iter().filter(|device| device.is_multi_queue());
-        several.try_for_each(|device| device.set_attached(false))
+        self.pool
+            .for_each_free(|device| match device.is_multi_queue() {
+                true => device.set_attached(false),
+                false => Ok(()),
+            })
     }
 }
 
@@ -308,20 +265,10 @@ impl Source {
     }
 }
 
-/// Opens a tap interface. The ring of a killed process keeps its files open for a moment after the process is gone, and nothing
-/// tells when they are closed: an interface that is busy is tried again for that long.
+/// Opens a tap interface.
 fn open_tap(name: &str, multi_queue: bool) -> io::Result<Device> {
-    let start = Instant::now();
-    loop {
-        match Device::tap(name, multi_queue) {
-            Err(error)
-                if error.raw_os_error() == Some(libc::EBUSY) && start.elapsed() < BUSY_LIMIT =>
-            {
-                std::thread::sleep(BUSY_PAUSE);
-            }
-            opened => return opened,
-        }
-    }
+    let is_busy = |error: &io::Error| error.raw_os_error() == Some(libc::EBUSY);
+    while_busy(is_busy, || Device::tap(name, multi_queue))
 }
 
 fn wanted_queues(queues: Option<u16>) -> Result<u16> {
@@ -387,35 +334,19 @@ impl Netdev for Tap {
     }
 
     fn attach(&self, port: &Attachment, index: u16) -> io::Result<QueueMaker> {
-        let mut pool = lock(&self.pool);
-        let used = match &pool.user {
-            Some((user, _)) if *user != port.port => {
-                let what = format!("interface '{}' is used by port '{user}'", self.name);
-                return Err(io::Error::new(io::ErrorKind::ResourceBusy, what));
-            }
-            Some((_, used)) => *used,
-            None => 0,
+        let name = &self.name;
+        let more = || {
+            let opened = self.source.open().and_then(|device| {
+                device.set_attached(false)?;
+                Ok(device)
+            });
+            opened.map_err(|error| {
+                let what = format!("cannot open queue {index} of '{name}': {error} ('queues=' opens them at the start)");
+                io::Error::new(error.kind(), what)
+            })
         };
-        let device = match pool.free.pop() {
-            Some(device) => device,
-            None => {
-                let opened = self.source.open().and_then(|device| {
-                    device.set_attached(false)?;
-                    Ok(device)
-                });
-                opened.map_err(|error| {
-                    let name = &self.name;
-                    let what = format!("cannot open queue {index} of '{name}': {error} ('queues=' opens them at the start)");
-                    io::Error::new(error.kind(), what)
-                })?
-            }
-        };
-        pool.user = Some((port.port.clone(), used + 1));
-        drop(pool);
-        let lease = Lease {
-            device: Some(device),
-            pool: Arc::clone(&self.pool),
-        };
+        let what = format!("interface '{name}'");
+        let lease = self.pool.lend(&port.port, (&what, Wanted::Any), more)?;
         let offloads = self.offloads;
         Ok(Box::new(move || {
             Ok(Rc::new(TapQueue::new(lease, offloads)))

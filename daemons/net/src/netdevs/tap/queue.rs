@@ -21,10 +21,11 @@ use std::rc::Rc;
 
 use executor::net::poll_fd;
 
-use super::Lease;
 use super::batch::{Batch, WORTHWHILE};
+use super::device::Device;
 use crate::frame::{Frame, MAX_FRAME, VnetHeader};
 use crate::link::{BURST, Delivery, DropReason, LocalFuture, NetQueue, Offloads, Received, Sink};
+use crate::netdevs::lease::Lease;
 use crate::netdevs::vectors;
 
 /// Room for a frame of the usual size with a tag, in bytes.
@@ -34,7 +35,7 @@ const USUAL_FRAMES: u32 = 256;
 
 /// The queue.
 pub(super) struct TapQueue {
-    lease: Lease,
+    lease: Lease<Device>,
     /// What the kernel's interfaces know.
     supported: Offloads,
     sink: RefCell<Option<Rc<dyn Sink>>>,
@@ -82,8 +83,8 @@ enum Read {
 }
 
 impl TapQueue {
-    pub(super) fn new(lease: Lease, supported: Offloads) -> TapQueue {
-        let device = lease.device();
+    pub(super) fn new(lease: Lease<Device>, supported: Offloads) -> TapQueue {
+        let device = &*lease;
         let batch = match device.has_header() && device.never_waits() {
             true => Batch::new().inspect_err(|error| {
                 tracing::warn!(%error, "no ring for a tap queue: each frame is a call of its own");
@@ -109,11 +110,11 @@ impl TapQueue {
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
-        self.lease.device().as_fd()
+        self.lease.as_fd()
     }
 
     fn start(&self, offloads: Offloads) -> io::Result<()> {
-        let device = self.lease.device();
+        let device = &*self.lease;
         if device.is_multi_queue() {
             device.set_attached(true)?;
         }
@@ -123,7 +124,7 @@ impl TapQueue {
     /// Takes one frame from the interface.
     fn read_one(&self, sink: &dyn Sink, room: &mut Room) -> io::Result<Read> {
         room.buffers.clear();
-        let has_header = self.lease.device().has_header();
+        let has_header = self.lease.has_header();
         let reserved = match (has_header, sink.ready()) {
             (_, false) => 0,
             (true, true) => sink.reserve(room.expected, &mut room.buffers),
@@ -186,7 +187,7 @@ impl TapQueue {
         let mut pieces = self.pieces.borrow_mut();
         let header = frame.header.to_bytes();
         pieces.clear();
-        if self.lease.device().has_header() {
+        if self.lease.has_header() {
             pieces.push(vectors::piece(&header));
         }
         let mut flat = self.flat.borrow_mut();
@@ -201,7 +202,7 @@ impl TapQueue {
             // The guest's memory is not there, or memory is short: the kernel has dropped the frame.
             Some(libc::EFAULT | libc::ENOMEM | libc::ENOBUFS | libc::EINTR) => Ok(Read::Frame),
             Some(libc::EBADFD) => {
-                let what = format!("interface '{}' was removed", self.lease.device().name());
+                let what = format!("interface '{}' was removed", self.lease.name());
                 Err(io::Error::new(io::ErrorKind::NotConnected, what))
             }
             _ => Err(error),
@@ -247,7 +248,7 @@ impl NetQueue for TapQueue {
     fn disconnect(&self) {
         self.sink.replace(None);
         self.room.borrow_mut().kept.clear();
-        let device = self.lease.device();
+        let device = &*self.lease;
         if device.is_multi_queue()
             && let Err(error) = device.set_attached(false)
         {
@@ -315,7 +316,7 @@ impl NetQueue for TapQueue {
     }
 
     fn set_guest_offloads(&self, offloads: Offloads) -> io::Result<()> {
-        let device = self.lease.device();
+        let device = &*self.lease;
         if !device.has_header() {
             return Ok(());
         }
