@@ -16,6 +16,7 @@ mod hostile;
 mod kill;
 mod packet;
 mod passt;
+mod qemu;
 mod start;
 mod stream;
 mod tap;
