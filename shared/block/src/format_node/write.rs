@@ -9,7 +9,7 @@ use super::pieces::Pieces;
 use super::{FormatNode, Memory};
 use crate::debug::Event;
 use crate::driver::{ByteRange, IoFuture, ZeroFlags};
-use crate::format::{Fill, Format, Mapping, WritePlan};
+use crate::format::{Fill, Format, Lookup, Mapping, WritePlan};
 use executor::{Buffer, Errno};
 
 /// Data up to this many bytes is copied together with the old content around it, to be written at
@@ -47,7 +47,9 @@ impl<F: Format> FormatNode<F> {
     async fn plan(&self, at: u64, rest: &Buffer) -> Result<(u64, IoFuture<'_>), Errno> {
         let range = ByteRange::new(at, rest.len() as u64);
         let extent = self.extent(range).await?;
-        if let (Mapping::Data(host_offset), true) = (extent.mapping, extent.in_place) {
+        if let (Mapping::Data(host_offset), true) = (extent.mapping, extent.in_place)
+            && !self.is_followed_by_storage(range, host_offset, extent.length)
+        {
             let data = rest.slice(0..extent.length as usize);
             let place = Place {
                 guest_offset: at,
@@ -69,6 +71,19 @@ impl<F: Format> FormatNode<F> {
         }
         let data = rest.slice(0..length as usize);
         Ok((length, IoFuture::boxed(self.carry_out(plan, data))))
+    }
+
+    /// Whether zeroes follow `length` bytes of data in place, here and with their storage at the data
+    /// child: one planned write does both, where two would be for neighbours.
+    fn is_followed_by_storage(&self, range: ByteRange, host_offset: u64, length: u64) -> bool {
+        let rest = ByteRange::new(range.offset + length, range.length - length);
+        if rest.length == 0 {
+            return false;
+        }
+        match self.format.lookup(rest) {
+            Lookup::Hit(next) => next.mapping == Mapping::Zero(Some(host_offset + length)),
+            Lookup::Miss => false,
+        }
     }
 
     async fn carry_out<'a>(

@@ -2,8 +2,8 @@
 //!
 //! A prepared write covers guest clusters of one kind in one L2 slice:
 //! - data that is in place after all: nothing to change;
-//! - host clusters of our own whose subclusters are zero or unallocated: written there, and the
-//!   entries say so afterwards;
+//! - neighbouring host clusters of our own, some of whose subclusters are zero or unallocated: written
+//!   there, and the entries say so afterwards;
 //! - everything else: new host clusters, and whatever the entries referred to is freed.
 //!
 //! What the plan fills around the data ends where a subcluster does (the cluster, without extended
@@ -137,15 +137,15 @@ impl Qcow2 {
             self.geometry.touched(cluster(index), guest) & !state.allocated == 0
         };
         if let Some((host, state)) = self.present(&clusters[0]) {
-            let in_place = is_all_data(0, &state);
-            let follows = |index: &u64| {
-                let next = self.present(&clusters[*index as usize]);
-                next.is_some_and(|(next, state)| {
-                    next.0 == host.0 + (index << self.geometry.cluster_bits)
-                        && is_all_data(*index, &state) == in_place
-                })
+            let mut in_place = is_all_data(0, &state);
+            let follows = |index: u64| {
+                let (next, state) = self.present(&clusters[index as usize])?;
+                let is_neighbour = next.0 == host.0 + (index << self.geometry.cluster_bits);
+                is_neighbour.then(|| is_all_data(index, &state))
             };
-            let more = (1..clusters.len() as u64).take_while(follows).count() as u64;
+            let others = (1..clusters.len() as u64).map_while(follows);
+            // Data and zeroes on neighbouring clusters are one write; the data's entries stay as they are.
+            let more = others.inspect(|is_data| in_place &= is_data).count() as u64;
             return Ok(Placement {
                 host,
                 count: 1 + more,

@@ -14,6 +14,7 @@ mod hostile;
 mod machine_state;
 mod pace;
 pub(crate) mod peers;
+mod placement;
 mod preallocation;
 pub(crate) mod rig;
 mod snapshots;
