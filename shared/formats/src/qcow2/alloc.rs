@@ -16,6 +16,7 @@
 //! itself; it is on disk before the refcount table entry that refers to it.
 
 use super::cache::Pinned;
+use super::lazy::Scope;
 use super::overlap::Fixed;
 use super::reclaim::DiscardKind;
 use super::redo::RedoRecord;
@@ -343,7 +344,7 @@ impl Qcow2 {
             }) {
                 break;
             }
-            self.flush_metadata().await?;
+            self.flush_scope(Scope::Mapping).await?;
         }
         self.host_end
             .fetch_max(offset.0 + self.geometry.cluster_size(), AcqRel);

@@ -31,6 +31,8 @@ impl Qcow2 {
         // What was written because the new backing differs must be there when the header tells of it.
         self.flush_metadata().await.map_err(failed)?;
         let _structure = self.structure.lock().await;
+        // The header is written as it is read here: no flush sets the dirty bit in between.
+        let _no_flush = self.flushing.lock().await;
         document::edit(&self.file, self.header.cluster_bits, |header| {
             let format = to.format.as_ref().map(|format| format.as_bytes().to_vec());
             header.set_extension(extension::BACKING_FORMAT, format);

@@ -2,6 +2,7 @@
 
 use super::Qcow2;
 use super::header::{AUTOCLEAR_DATA_FILE_RAW, COMPATIBLE_LAZY_REFCOUNTS, incompatible};
+use super::lazy::Scope;
 use super::reclaim::{RECLAIM_PER_FLUSH, Requests};
 use super::write::Token;
 use block::cipher::SECTOR;
@@ -119,7 +120,7 @@ impl Format for Qcow2 {
         if !self.writable {
             return self.file.node().flush().await;
         }
-        self.flush_metadata().await?;
+        self.flush_scope(Scope::Mapping).await?;
         self.reclaim(Requests::MayRun, RECLAIM_PER_FLUSH).await;
         Ok(())
     }
@@ -129,7 +130,7 @@ impl Format for Qcow2 {
     }
 
     fn metadata_dirty(&self) -> bool {
-        self.writable && self.is_metadata_dirty()
+        self.writable && self.is_metadata_dirty(Scope::Mapping)
     }
 
     async fn resize(&self, resize: Resize) -> Result<(), Error> {
@@ -164,7 +165,7 @@ impl Format for Qcow2 {
             self.flush_metadata().await?;
         }
         self.reclaim(Requests::Ended, usize::MAX).await;
-        if self.is_metadata_dirty() {
+        if self.is_metadata_dirty(Scope::Everything) {
             self.flush_metadata().await?;
         }
         if self.shrunk.load(Acquire) {
@@ -173,6 +174,7 @@ impl Format for Qcow2 {
         if stored.is_ok() {
             self.complete_last_cluster().await?;
         }
+        self.unmark_dirty().await?;
         self.log.remove();
         stored
     }
@@ -195,7 +197,8 @@ impl Format for Qcow2 {
             return Err(Error::new(ErrorKind::Busy, message));
         }
         let failed = |errno| Error::io("Could not flush the image before the check", errno);
-        self.flush().await.map_err(failed)?;
+        self.flush_metadata().await.map_err(failed)?;
+        self.reclaim(Requests::MayRun, RECLAIM_PER_FLUSH).await;
         let _structure = self.structure.lock().await;
         super::check::check(&self.file, options, sink).await
     }
@@ -266,7 +269,7 @@ impl Format for Qcow2 {
         if let Some(format) = backing.format {
             members.insert("backing-filename-format".into(), json!(format));
         }
-        let dirty = header.incompatible & incompatible::DIRTY != 0;
+        let dirty = self.lazy.is_marked();
         members.insert("dirty-flag".into(), json!(dirty));
         let specific = json!({"type": "qcow2", "data": data});
         members.insert("format-specific".into(), specific);

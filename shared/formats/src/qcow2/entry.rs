@@ -82,8 +82,7 @@ fn take_options(request: &mut OpenRequest<'_>) -> Result<OpenOptions, Error> {
     if let Some(value) = request.take("overlap-check") {
         options.overlap_checks = OverlapChecks::parse(&value)?;
     }
-    // Refcounts are kept exact whatever the image or the user asks: it costs nothing here.
-    request.take_bool("lazy-refcounts")?;
+    options.lazy_refcounts = request.take_bool("lazy-refcounts")?;
     options.discards = discard_policy(request)?;
     Ok(options)
 }

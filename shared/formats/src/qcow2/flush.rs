@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   copy what is dirty, note the redo log's mark           (under the state lock)
-//!   1 refcount blocks      2 flush: data (its own file first), refcounts and new tables are durable
+//!   1 refcount blocks, or the mark that they stay in memory (lazy.rs)
+//!                          2 flush: data (its own file first), refcounts and new tables are durable
 //!   3 refcount table, flush (only when it changed)
 //!   4 L2 tables            5 flush
 //!   6 L1 table, flush      (only when it changed)
@@ -14,6 +15,7 @@
 //! at a time; those that waited share the result of one that began after they asked.
 
 use super::cache::{DirtySlice, TableCache};
+use super::lazy::Scope;
 use super::reclaim::{Freed, RECLAIM_PER_FLUSH, Requests};
 use super::tables::{HostOffset, OFFSET_MASK};
 use super::{Qcow2, SECTOR, State};
@@ -33,11 +35,15 @@ const MAX_WRITES: usize = 32;
 pub(super) struct FlushHistory {
     /// Number of the last flush that succeeded.
     completed: u64,
+    /// Number of the last one that left nothing in memory.
+    wrote_everything: u64,
 }
 
 /// What one flush writes.
 struct Snapshot<'q> {
     image: &'q Qcow2,
+    /// Refcounts stay in memory, and nothing in the file says so yet.
+    marks: bool,
     refcounts: Vec<DirtySlice>,
     refcount_table: Sectors,
     l2: Vec<DirtySlice>,
@@ -56,11 +62,12 @@ struct Sectors {
 }
 
 impl Qcow2 {
-    /// Whether there is metadata that is not known to be on disk.
-    pub(super) fn is_metadata_dirty(&self) -> bool {
+    /// Whether there is metadata that a flush of this scope would write.
+    pub(super) fn is_metadata_dirty(&self, scope: Scope) -> bool {
         let state = self.state();
+        let may_stay = scope == Scope::Mapping && self.lazy.is_durably_marked();
         self.l2.dirty_count() != 0
-            || self.refcounts.dirty_count() != 0
+            || (self.refcounts.dirty_count() != 0 && !may_stay)
             || !state.l1_dirty.is_empty()
             || !state.refcount_table.dirty.is_empty()
             || !state.freed.is_empty()
@@ -70,21 +77,35 @@ impl Qcow2 {
 
     /// Makes all data and metadata of requests completed before the call durable.
     pub(super) async fn flush_metadata(&self) -> Result<(), Errno> {
+        self.flush_scope(Scope::Everything).await
+    }
+
+    /// [`Qcow2::flush_metadata`], or only what a power cut and a kill would lose.
+    pub(super) async fn flush_scope(&self, scope: Scope) -> Result<(), Errno> {
         let begun = self.state().flushes;
         let mut history = self.flushing.lock().await;
-        if history.completed > begun {
+        let shared = match scope {
+            Scope::Everything => history.wrote_everything,
+            Scope::Mapping => history.completed,
+        };
+        if shared > begun {
             return Ok(());
         }
         if self.health.failed.load(Acquire) {
             return Err(Errno::EIO);
         }
-        let mut snapshot = self.take_snapshot();
+        let leaves_refcounts =
+            scope == Scope::Mapping && self.lazy.is_on() && !self.refcounts.is_half_dirty();
+        let mut snapshot = self.take_snapshot(leaves_refcounts);
         // What fills up from here on belongs to the next flush, which may be asked for.
         self.early_flush.store(false, Release);
         let result = snapshot.write().await;
         match result {
             Ok(()) => {
                 history.completed = snapshot.number;
+                if !leaves_refcounts {
+                    history.wrote_everything = snapshot.number;
+                }
                 snapshot.success = true;
             }
             Err(Errno::ENOSPC | Errno::EDQUOT) => {}
@@ -106,7 +127,7 @@ impl Qcow2 {
         }
         if caches.iter().any(|cache| cache.is_mostly_dirty()) {
             self.stalls.fetch_add(1, Relaxed);
-            self.flush_metadata().await?;
+            self.flush_scope(Scope::Mapping).await?;
         }
         Ok(())
     }
@@ -116,12 +137,12 @@ impl Qcow2 {
         if !self.early_flush.load(Acquire) {
             return Ok(());
         }
-        self.flush_metadata().await?;
+        self.flush_scope(Scope::Mapping).await?;
         self.reclaim(Requests::MayRun, RECLAIM_PER_FLUSH).await;
         Ok(())
     }
 
-    fn take_snapshot(&self) -> Snapshot<'_> {
+    fn take_snapshot(&self, leaves_refcounts: bool) -> Snapshot<'_> {
         let mut state = self.state();
         let state = &mut *state;
         state.flushes += 1;
@@ -147,7 +168,13 @@ impl Qcow2 {
         };
         Snapshot {
             image: self,
-            refcounts: self.refcounts.take_dirty(),
+            marks: leaves_refcounts
+                && self.refcounts.dirty_count() != 0
+                && !self.lazy.is_durably_marked(),
+            refcounts: match leaves_refcounts {
+                true => Vec::new(),
+                false => self.refcounts.take_dirty(),
+            },
             refcount_table,
             l2: self.l2.take_dirty(),
             l1,
@@ -167,7 +194,7 @@ impl Qcow2 {
     }
 
     /// Where a refcount slice is on disk. Its block exists: the slice was loaded from it.
-    fn refcount_slice_place(&self, state: &State, index: u64) -> HostOffset {
+    pub(super) fn refcount_slice_place(&self, state: &State, index: u64) -> HostOffset {
         let table_index = self.geometry.refcount_table_index_of_slice(index);
         let block = state.refcount_table.block(table_index);
         HostOffset(block + self.geometry.refcount_slice_offset(index))
@@ -227,11 +254,17 @@ impl Snapshot<'_> {
             image.event(Event::RefblockUpdatePart).await;
         }
         image.write_slices(&image.refcounts, refcounts).await?;
+        if self.marks {
+            image.mark_dirty().await?;
+        }
         image.event(Event::FlushToDisk).await;
         if let Some(data) = &image.data_file {
             data.node().flush().await?;
         }
         file.flush().await?;
+        if self.marks {
+            image.lazy.mark_is_durable();
+        }
         if !self.refcount_table.sectors.is_empty() {
             image.event(Event::ReftableUpdate).await;
             image.write_pieces(self.refcount_table.pieces()).await?;

@@ -10,6 +10,7 @@
 //!   allocation            alloc.rs     free clusters, new refcount blocks, a larger refcount table
 //!   giving back           reclaim.rs   when a freed cluster may be used again
 //!   flush                 flush.rs     refcounts → data → L2 → L1, each durable before the next
+//!   lazy refcounts        lazy.rs      what a flush leaves in memory, and the dirty bit
 //!   kill                  redo.rs      metadata changes kept in the redo log, and their replay
 //! ```
 //!
@@ -43,6 +44,7 @@ mod flatten;
 mod flush;
 mod header;
 mod l1;
+mod lazy;
 mod mapping;
 mod measure;
 mod open;
@@ -85,6 +87,7 @@ use executor::{Buffer, Errno};
 use flush::FlushHistory;
 use header::Header;
 use l1::L1Table;
+use lazy::LazyRefcounts;
 use overlap::MetadataMap;
 use overlay::Overlay;
 use reclaim::Freed;
@@ -158,6 +161,7 @@ pub struct Qcow2 {
     /// The snapshot that this image shows, when it is a view of one.
     shows: Option<Arc<()>>,
     reporter: Reporter,
+    lazy: LazyRefcounts,
 }
 
 /// Everything that changes with the metadata.
@@ -311,12 +315,12 @@ impl Qcow2 {
             self.reporter.image_corrupted(found, self.writable);
         }
         self.keep_writes_from_place(CORRUPT);
-        if self.writable && !known && self.header.version >= 3 {
-            let features = self.header.incompatible | header::incompatible::CORRUPT;
-            let field = header::field::INCOMPATIBLE as u64;
-            if let Err(error) = self.write_bytes(field, &features.to_be_bytes()).await {
-                tracing::error!(file = node, %error, "cannot mark the image as corrupt");
-            }
+        if self.writable
+            && !known
+            && self.header.version >= 3
+            && let Err(error) = self.write_incompatible_features().await
+        {
+            tracing::error!(file = node, %error, "cannot mark the image as corrupt");
         }
         Errno::EIO
     }

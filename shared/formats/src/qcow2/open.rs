@@ -12,6 +12,7 @@ use super::compressed::{Inflated, Packing};
 use super::crypto::Crypto;
 use super::header::{CryptMethod, Header, KNOWN_AUTOCLEAR, field, incompatible};
 use super::l1::L1Table;
+use super::lazy::LazyRefcounts;
 use super::overlap::{Fixed, MetadataMap, OverlapChecks, Structure};
 use super::overlay::Overlay;
 use super::reclaim::DiscardPolicy;
@@ -51,6 +52,8 @@ pub struct OpenOptions {
     pub data_file: Option<Edge>,
     /// What newly written clusters must not overlap.
     pub overlap_checks: OverlapChecks,
+    /// Whether refcounts may stay in memory until the image is closed; otherwise as the image says.
+    pub lazy_refcounts: Option<bool>,
     /// What an encrypted image is read and written with.
     pub crypto: Option<Arc<Crypto>>,
     /// Who is told that the image is corrupt.
@@ -67,6 +70,7 @@ impl Default for OpenOptions {
             discards: DiscardPolicy::default(),
             data_file: None,
             overlap_checks: OverlapChecks::default(),
+            lazy_refcounts: None,
             crypto: None,
             reporter: Reporter::default(),
         }
@@ -113,15 +117,38 @@ impl Qcow2 {
     }
 
     pub(super) async fn open_parsed(
-        file: Edge,
-        backing: Option<Edge>,
+        mut file: Edge,
+        mut backing: Option<Edge>,
         mut header: Header,
-        options: OpenOptions,
+        mut options: OpenOptions,
     ) -> Result<Self, Error> {
         if !options.read_only {
             check_writable_features(&header)?;
-            header = repaired_if_dirty(&file, header).await?;
+            if header.incompatible & incompatible::DIRTY != 0 {
+                if !options.log.recover()?.is_empty() {
+                    let parts = Self::complete_mapping((file, backing), header, options);
+                    (file, backing, options) = Box::pin(parts).await?;
+                }
+                header = repaired(&file).await?;
+            }
         }
+        let left_behind = std::mem::take(&mut options.left_behind);
+        let mut image = Self::assemble((file, backing), header, options).await?;
+        match image.writable {
+            true => image.prepare_for_writing().await?,
+            false => image.show_left_behind(&left_behind)?,
+        }
+        image.load_bitmaps().await?;
+        Ok(image)
+    }
+
+    /// An image with its L1 table and snapshots, and nothing cached.
+    pub(super) async fn assemble(
+        (file, backing): (Edge, Option<Edge>),
+        header: Header,
+        options: OpenOptions,
+    ) -> Result<Self, Error> {
+        let lazy = LazyRefcounts::new(&header, options.lazy_refcounts)?;
         check_crypto(&header, options.crypto.as_deref())?;
         let sizes = options.caches.sizes(&header)?;
         let geometry = with_slices(&header, &options.caches);
@@ -140,7 +167,7 @@ impl Qcow2 {
             false => Content::L2Entries { cluster_bits },
         };
         let refcounts = geometry.refcount_slice_bits;
-        let mut image = Self {
+        Ok(Self {
             l2: new_cache(geometry.l2_slice_bits, sizes.l2, entries)?,
             refcounts: new_cache(refcounts, sizes.refcounts, Content::Opaque)?,
             pairs: PairSequence::new(),
@@ -198,16 +225,11 @@ impl Qcow2 {
             reporter: options.reporter,
             crypto: options.crypto,
             overlay: Overlay::default(),
-        };
-        match image.writable {
-            true => image.prepare_for_writing().await?,
-            false => image.show_left_behind(&options.left_behind)?,
-        }
-        image.load_bitmaps().await?;
-        Ok(image)
+            lazy,
+        })
     }
 
-    async fn prepare_for_writing(&self) -> Result<(), Error> {
+    pub(super) async fn read_refcount_table(&self) -> Result<(), Error> {
         let header = &self.header;
         let length = header.refcount_table_clusters << header.cluster_bits;
         let mut entries = Vec::with_capacity((length / 8) as usize);
@@ -222,6 +244,12 @@ impl Qcow2 {
         .await
         .map_err(|error| error.context("Could not read refcount table"))?;
         self.state().refcount_table.entries = entries;
+        Ok(())
+    }
+
+    async fn prepare_for_writing(&self) -> Result<(), Error> {
+        let header = &self.header;
+        self.read_refcount_table().await?;
         self.map_metadata(&mut self.state())?;
         if self
             .state()
@@ -315,10 +343,7 @@ impl Qcow2 {
 
 /// A writer with lazy refcounts was cut off: refcounts are made right before anything relies on
 /// them.
-async fn repaired_if_dirty(file: &Edge, header: Header) -> Result<Header, Error> {
-    if header.incompatible & incompatible::DIRTY == 0 {
-        return Ok(header);
-    }
+async fn repaired(file: &Edge) -> Result<Header, Error> {
     let name = file.node().name();
     tracing::info!(file = name, "qcow2 image was not closed cleanly; repairing");
     let context = |error: Error| error.context("Could not repair dirty image");

@@ -185,13 +185,22 @@ impl Qcow2 {
 
     /// Puts what the process before had not flushed into the cache, as dirty metadata.
     pub(super) async fn replay(&self) -> Result<(), Error> {
+        self.replay_some(|_| true).await
+    }
+
+    /// [`Qcow2::replay`] of the records that are `wanted`.
+    pub(super) async fn replay_some(
+        &self,
+        wanted: impl Fn(&RedoRecord) -> bool,
+    ) -> Result<(), Error> {
         let records = self.log.recover()?;
         if records.is_empty() {
             return Ok(());
         }
         let decoded: Option<Vec<RedoRecord>> = records.iter().map(RedoRecord::decode).collect();
         let decoded = decoded.filter(|records| records.iter().all(|record| self.fits(record)));
-        let records = decoded.ok_or_else(does_not_fit)?;
+        let mut records = decoded.ok_or_else(does_not_fit)?;
+        records.retain(wanted);
         tracing::info!(records = records.len(), "replaying metadata changes");
         self.health.replaying.store(true, Release);
         self.replay_tables(&records);

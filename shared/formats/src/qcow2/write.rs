@@ -16,6 +16,7 @@
 use super::alloc::{Reserved, Storage};
 use super::cache::Pinned;
 use super::cluster::{Cluster, EntryWords, Subclusters, mask};
+use super::lazy::Scope;
 use super::reclaim::{DiscardKind, Requests};
 use super::redo::{L2Run, RedoRecord};
 use super::tables::{COPIED, ClusterRun, GuestCluster, HostOffset, OFFSET_MASK};
@@ -315,7 +316,11 @@ impl Qcow2 {
         let (run, _) = self.allocate_in(&structure, 1).await?;
         let reserved = Reserved::new(self, run);
         let table = self.geometry.host_offset(run.first);
-        if let Err(errno) = self.fill_l2_table(old & OFFSET_MASK, table).await {
+        let filled = match self.fill_l2_table(old & OFFSET_MASK, table).await {
+            Ok(()) => self.count_in_file(run.first).await,
+            Err(errno) => Err(errno),
+        };
+        if let Err(errno) = filled {
             reserved.give_back();
             return Err(errno);
         }
@@ -375,7 +380,7 @@ impl Qcow2 {
                 return Ok(());
             }
             self.stalls.fetch_add(1, Relaxed);
-            self.flush_metadata().await?;
+            self.flush_scope(Scope::Mapping).await?;
         }
         Err(Errno::ENOSPC)
     }

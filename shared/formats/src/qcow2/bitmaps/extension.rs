@@ -106,6 +106,8 @@ impl Qcow2 {
 
     /// Makes the header refer to a directory, or to none.
     pub(super) async fn switch_extension(&self, new: Option<Extension>) -> Result<(), Errno> {
+        // The header is written as it is read here: no flush sets the dirty bit in between.
+        let _no_flush = self.flushing.lock().await;
         let area = self.extension_area().await?;
         match (area.bitmaps, new) {
             (None, None) => Ok(()),

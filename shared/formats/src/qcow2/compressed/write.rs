@@ -15,6 +15,7 @@ use super::Packed;
 use crate::qcow2::alloc::{Need, Pins, Reserved};
 use crate::qcow2::cache::Pinned;
 use crate::qcow2::cluster::EntryWords;
+use crate::qcow2::lazy::Scope;
 use crate::qcow2::reclaim::DiscardKind;
 use crate::qcow2::reclaim::Requests;
 use crate::qcow2::redo::{L2Run, RedoRecord};
@@ -295,7 +296,7 @@ impl Qcow2 {
                     place.held = false;
                     return Ok(());
                 }
-                Ok(false) => self.flush_metadata().await,
+                Ok(false) => self.flush_scope(Scope::Mapping).await,
                 Err(need) => self.provide_unlocked(need, &mut pins).await,
             };
             if result.is_err() {

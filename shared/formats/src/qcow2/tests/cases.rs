@@ -32,6 +32,8 @@ pub(super) struct Case {
     pub(super) snapshots: usize,
     /// Bitmaps stored in the image before.
     pub(super) bitmaps: usize,
+    /// Refcounts stay in memory until the image is closed.
+    pub(super) lazy_refcounts: bool,
 }
 
 /// What the image's L2 entries are like.
@@ -82,6 +84,7 @@ pub(super) const ROOMY: Case = Case {
     },
     snapshots: 0,
     bitmaps: 0,
+    lazy_refcounts: false,
 };
 
 /// Subclusters of a sector each.
@@ -152,6 +155,7 @@ pub(super) const TIGHT: Case = Case {
     },
     snapshots: 0,
     bitmaps: 0,
+    lazy_refcounts: false,
 };
 
 /// Snapshots come and go meanwhile.
@@ -201,6 +205,27 @@ pub(super) const BRIEF: Case = Case {
     ..ROOMY
 };
 
+/// Refcounts that only a close writes, with and without all that must write them before.
+pub(super) const LAZY: Case = Case {
+    lazy_refcounts: true,
+    ..ROOMY
+};
+
+pub(super) const TIGHT_LAZY: Case = Case {
+    lazy_refcounts: true,
+    ..TIGHT
+};
+
+pub(super) const BRIEF_LAZY: Case = Case {
+    lazy_refcounts: true,
+    ..BRIEF
+};
+
+pub(super) const LAZY_BITMAPS: Case = Case {
+    lazy_refcounts: true,
+    ..BITMAPS
+};
+
 impl Case {
     pub(super) fn image(&self) -> CreateOptions {
         CreateOptions {
@@ -247,6 +272,7 @@ impl Case {
             log,
             cache: self.cache,
             data_file: matches!(self.layout, Layout::DataFile { .. }).then(|| DATA.into()),
+            lazy_refcounts: self.lazy_refcounts,
             password: matches!(self.layout, Layout::Encrypted(_)).then_some(PASSWORD),
             ..Setup::default()
         }

@@ -5,12 +5,12 @@
 
 use super::bitmaps::{self, State};
 use super::cases::{
-    AES, BITMAPS, BRIEF, BRIEF_AES, BRIEF_LUKS, BRIEF_SNAPSHOTS, Case, DATA, DATA_FILE, LUKS,
-    Layout, RAW_DATA_FILE, ROOMY, SNAPSHOTS, SUBCLUSTER_SNAPSHOTS, SUBCLUSTERS, TIGHT,
-    TIGHT_SNAPSHOTS,
+    AES, BITMAPS, BRIEF, BRIEF_AES, BRIEF_LAZY, BRIEF_LUKS, BRIEF_SNAPSHOTS, Case, DATA, DATA_FILE,
+    LAZY, LAZY_BITMAPS, LUKS, Layout, RAW_DATA_FILE, ROOMY, SNAPSHOTS, SUBCLUSTER_SNAPSHOTS,
+    SUBCLUSTERS, TIGHT, TIGHT_LAZY, TIGHT_SNAPSHOTS,
 };
 use super::checker::Checker;
-use super::checks::check_bytes;
+use super::checks::{check_bytes, repaired_bytes};
 use super::encrypted::cipher;
 use super::rig::{self, Disk, Setup};
 use super::snapshots;
@@ -113,7 +113,7 @@ fn cut(prefix: usize, subset: Subset) -> PowerCut {
     }
 }
 
-/// The bytes of an image and of its data file.
+/// The bytes of an image and of its data file, as they are when it has been opened for writing again.
 struct Files {
     image: Vec<u8>,
     data: Option<Vec<u8>>,
@@ -127,10 +127,19 @@ thread_local! {
 /// One image in how many the driver's own check looks at, too; a soak leaves none out.
 const OWN_CHECK: u64 = 32;
 
+/// Whether the dirty bit is set (QEMU docs/interop/qcow2.txt, incompatible features).
+fn is_dirty(image: &[u8]) -> bool {
+    image[79] & 1 != 0
+}
+
 impl Files {
     fn new(case: &Case, mut files: Image) -> Self {
         let data = files.remove(Path::new(DATA));
-        let image = files.remove(Path::new(IMAGE)).unwrap();
+        let mut image = files.remove(Path::new(IMAGE)).unwrap();
+        if is_dirty(&image) {
+            assert!(case.lazy_refcounts, "marked as dirty");
+            image = repaired_bytes(&image);
+        }
         let is_encrypted = matches!(case.layout, Layout::Encrypted(_));
         Self {
             image,
@@ -189,6 +198,9 @@ fn a_clean_run_leaves_no_leak_and_the_right_content() {
         (&RAW_DATA_FILE, 60..64),
         (&AES, 80..84),
         (&LUKS, 84..88),
+        (&LAZY, 90..94),
+        (&TIGHT_LAZY, 94..95),
+        (&LAZY_BITMAPS, 95..98),
     ];
     for (case, usual) in cases {
         let mut longest_table = 0;
@@ -197,6 +209,7 @@ fn a_clean_run_leaves_no_leak_and_the_right_content() {
             let world = world(seed, case);
             let history = History::of_world(case.size, &world);
             run_and_close(&world, &history, (case, seed));
+            assert!(!is_dirty(&world.files()[Path::new(IMAGE)]), "seed {seed}");
             let files = Files::new(case, world.files());
             let checker = files.checker();
             assert_eq!(checker.check(), Default::default(), "seed {seed}");
@@ -274,6 +287,24 @@ fn encrypted_data_survives_a_power_cut_at_every_moment() {
 }
 
 #[test]
+fn lazy_refcounts_survive_a_power_cut_at_every_moment() {
+    for seed in seeds(90..91) {
+        println!("seed {seed}");
+        for (case, density) in [
+            (&BRIEF_LAZY, (1, 6)),
+            (&LAZY, (16, 3)),
+            (&LAZY_BITMAPS, (16, 3)),
+        ] {
+            let density = if is_soak() { (1, SUBSETS) } else { density };
+            cut_power_everywhere(case, seed, density);
+        }
+        if is_soak() {
+            cut_power_everywhere(&TIGHT_LAZY, seed, (6, 5));
+        }
+    }
+}
+
+#[test]
 fn bitmaps_never_say_too_little_after_a_power_cut() {
     for seed in seeds(70..71) {
         println!("seed {seed}");
@@ -332,6 +363,9 @@ fn a_failing_disk_never_succeeds_silently() {
         (&DATA_FILE, 8),
         (&BRIEF_AES, u64::MAX),
         (&BRIEF_LUKS, 20),
+        (&BRIEF_LAZY, 60),
+        (&LAZY_BITMAPS, 24),
+        (&TIGHT_LAZY, 2),
     ];
     for (case, points) in cases {
         for seed in seeds(7..8) {
@@ -396,6 +430,10 @@ fn completed_writes_survive_a_kill_at_every_moment() {
         (&RAW_DATA_FILE, 15..16, 20),
         (&BRIEF_AES, 16..17, u64::MAX),
         (&BRIEF_LUKS, 17..18, 20),
+        (&BRIEF_LAZY, 18..19, u64::MAX),
+        (&LAZY_BITMAPS, 19..20, 24),
+        (&LAZY, 20..21, 16),
+        (&TIGHT_LAZY, 21..22, 3),
     ];
     for (case, usual, points) in cases {
         for seed in seeds(usual) {
@@ -490,6 +528,121 @@ fn run_until_killed(
     });
     drop(executor);
     rig::die_after(u64::MAX);
+}
+
+#[test]
+fn taking_over_lazy_refcounts_may_be_cut_off_at_every_moment() {
+    for seed in seeds(22..23) {
+        println!("seed {seed}");
+        let total = kill_at(&BRIEF_LAZY, seed, u64::MAX);
+        for operations in (total / 4..total).step_by(sample(total, 4)) {
+            let second = |second| {
+                std::thread::spawn(move || kill_twice(&BRIEF_LAZY, seed, [operations, second]))
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            (0..).take_while(|number| second(*number)).for_each(drop);
+        }
+    }
+}
+
+/// Kills the process, and its successor while it opens the image; a third one finds all. Also, the power
+/// is cut when the successor dies. False when the successor had opened the image before.
+fn kill_twice(case: &Case, seed: u64, [first, second]: [u64; 2]) -> bool {
+    let context = format!("seed {seed}, kills at {first} and {second}");
+    let world = world(seed, case);
+    let history = History::of_world(case.size, &world);
+    let log = RedoLog::in_memory(case.log);
+    let setup = || case.setup_with(log.share());
+    run_until_killed(&world, &history, setup(), (case, seed, first));
+    let killed = world.log_len();
+    let is_flushed = |world: &World, subset| {
+        let files = Files::new(case, world.power_cut(&cut(world.log_len(), subset)));
+        let content = files.sound_content(&context);
+        let checked = history.check_power_cut(&content, &[], killed);
+        checked.unwrap_or_else(|wrong| panic!("{context}, power cut: {wrong}"));
+    };
+    rig::die_after(second);
+    let executor = Executor::simulated(&world);
+    let is_open = Cell::new(false);
+    executor.block_on(rig::until_death(async {
+        let _disk = Disk::open(Path::new(IMAGE), setup()).await.unwrap();
+        is_open.set(true);
+    }));
+    drop(executor);
+    rig::die_after(u64::MAX);
+    for subset in [Subset::None, Subset::All, Subset::Random(seed + second)] {
+        is_flushed(&world, subset);
+    }
+    let config = Config::default();
+    let world = world.restart(&cut(world.log_len(), Subset::All), config);
+    Executor::simulated(&world).block_on(async {
+        let disk = Disk::open(Path::new(IMAGE), setup()).await.unwrap();
+        let content = disk.read_all().await.unwrap();
+        let checked = history.check_kill(&content, &[], killed);
+        checked.unwrap_or_else(|wrong| panic!("{context}: {wrong}"));
+        disk.close().await.unwrap();
+    });
+    let files = Files::new(case, world.files());
+    assert_eq!(files.checker().check(), Default::default(), "{context}");
+    !is_open.get()
+}
+
+#[test]
+fn lazy_refcounts_are_written_when_the_image_is_closed() {
+    let case = &LAZY;
+    let world = world(1, case);
+    let (mark, cluster) = (
+        || is_dirty(&world.files()[Path::new(IMAGE)]),
+        case.cluster_size,
+    );
+    let uncounted = || {
+        let files = world.files();
+        check_bytes(&files[Path::new(IMAGE)]).0.corruptions
+    };
+    Executor::simulated(&world).block_on(async {
+        let disk = Disk::open(Path::new(IMAGE), case.setup()).await.unwrap();
+        disk.write(0, &[1; 512]).await.unwrap();
+        assert!(!mark(), "nothing in the file refers to the data yet");
+        disk.root.flush().await.unwrap();
+        assert!(
+            mark() && uncounted() != 0,
+            "the cluster is referred to and not counted"
+        );
+        let writes = |bytes: u8| {
+            let (disk, world) = (disk.clone(), world.clone());
+            async move {
+                let before = world.op_count();
+                disk.write(cluster * u64::from(bytes), &[bytes; 512])
+                    .await
+                    .unwrap();
+                disk.root.flush().await.unwrap();
+                world.op_count() - before
+            }
+        };
+        // The data, the L2 slice, and a flush after each.
+        assert_eq!(writes(2).await, 4);
+        assert!(!disk.node.driver().describe().is_empty());
+        assert_eq!(disk.node.driver().describe()["dirty-flag"], true);
+        disk.close().await.unwrap();
+        assert!(!mark());
+    });
+    assert_eq!(uncounted(), 0);
+}
+
+#[test]
+fn exact_refcounts_never_mark_the_image() {
+    let case = &ROOMY;
+    let world = world(1, case);
+    Executor::simulated(&world).block_on(async {
+        let disk = Disk::open(Path::new(IMAGE), case.setup()).await.unwrap();
+        disk.write(0, &[1; 512]).await.unwrap();
+        disk.root.flush().await.unwrap();
+        let files = world.files();
+        assert!(!is_dirty(&files[Path::new(IMAGE)]));
+        assert_eq!(check_bytes(&files[Path::new(IMAGE)]).0.corruptions, 0);
+        disk.close().await.unwrap();
+    });
 }
 
 #[test]

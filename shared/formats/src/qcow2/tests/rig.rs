@@ -235,6 +235,8 @@ pub(super) struct Setup {
     pub(super) l2_entry: Option<u64>,
     /// Opens an encrypted image.
     pub(super) password: Option<&'static str>,
+    /// Leaves refcounts in memory; the image says otherwise.
+    pub(super) lazy_refcounts: bool,
     /// Opens it to be read only, with what a killed writer left in its log.
     pub(super) left_behind: Option<Vec<Record>>,
 }
@@ -249,6 +251,7 @@ impl Default for Setup {
             cache: 1 << 20,
             l2_entry: None,
             password: None,
+            lazy_refcounts: false,
             left_behind: None,
         }
     }
@@ -299,6 +302,7 @@ impl Disk {
                 .data_file
                 .map(|path| edge(&leaf(&path), "data-file", ChildRole::Data)),
             discards: setup.discards,
+            lazy_refcounts: Some(setup.lazy_refcounts),
             crypto,
             ..OpenOptions::default()
         };

@@ -58,12 +58,26 @@ async fn check_as_tool(file: &Edge, repair: Repair) -> (Result<Outcome, Error>, 
 
 /// What the driver's own check finds in an image's bytes.
 pub(super) fn check_bytes(bytes: &[u8]) -> (CheckResult, Vec<String>) {
+    let (result, messages, _) = check_with(bytes, CheckOptions::default());
+    (result, messages)
+}
+
+/// The bytes of an image after a repair, which leaves nothing wrong.
+pub(super) fn repaired_bytes(bytes: &[u8]) -> Vec<u8> {
+    let (result, messages, repaired) = check_with(bytes, CheckOptions::repairing(Repair::All));
+    let wrong = (result.corruptions, result.leaks, result.check_errors);
+    assert_eq!(wrong, (0, 0, 0), "{messages:#?}");
+    repaired
+}
+
+fn check_with(bytes: &[u8], options: CheckOptions) -> (CheckResult, Vec<String>, Vec<u8>) {
     let path = Path::new("checked.qcow2");
     let world = World::with_files(Config::default(), [(path.into(), bytes.to_vec())].into());
     let mut messages = Vec::new();
     let checked = Executor::simulated(&world).block_on(async {
         let file = edge(path);
-        check(&file, CheckOptions::default(), &mut messages).await
+        check(&file, options, &mut messages).await
     });
-    (checked.unwrap(), messages)
+    let bytes = world.files().remove(path).unwrap();
+    (checked.unwrap(), messages, bytes)
 }
