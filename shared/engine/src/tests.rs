@@ -352,13 +352,14 @@ fn types_are_listed_with_what_they_are_kinds_of() {
         let engine = engine();
         let listed = |arguments| run(&engine, "qom-list-types", arguments);
         let secret = json!({"name": "secret", "parent": "secret_common"});
+        let keyring = json!({"name": "secret_keyring", "parent": "secret_common"});
         let kinds = listed(json!({"implements": "secret_common"}))
             .await
             .unwrap();
-        assert_eq!(kinds, json!([secret]));
+        assert_eq!(kinds, json!([secret, keyring]));
         let all = json!({"implements": "secret_common", "abstract": true});
         let kind = json!({"abstract": true, "name": "secret_common", "parent": "object"});
-        assert_eq!(listed(all).await.unwrap(), json!([secret, kind]));
+        assert_eq!(listed(all).await.unwrap(), json!([secret, keyring, kind]));
         let made = listed(json!({"implements": "user-creatable"}))
             .await
             .unwrap();

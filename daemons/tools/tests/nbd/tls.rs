@@ -129,7 +129,7 @@ fn only_the_names_that_are_authorized_come_in() {
     let rules = place.path("rules");
     let list = r#"{"rules": [{"match": "*,C=NL", "policy": "allow", "format": "glob"}]}"#;
     fs::write(&rules, list).expect("a file");
-    let file = format!("authz-listfile,id=z,filename={rules}");
+    let file = format!("authz-list-file,id=z,filename={rules}");
     let exact = r"authz-simple,id=z,identity=CN=client,,O=two\,, three,,C=NL";
     for (object, good) in [
         ("authz-simple,id=z,identity=CN=other", false),

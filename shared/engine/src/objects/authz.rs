@@ -1,4 +1,4 @@
-//! `authz-simple`, `authz-list`, `authz-listfile`: who may come in.
+//! `authz-simple`, `authz-list`, `authz-list-file`: who may come in.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -39,7 +39,7 @@ pub(super) const LIST: ObjectType = ObjectType {
 
 /// A list of rules in a file.
 pub(super) const LIST_FILE: ObjectType = ObjectType {
-    name: "authz-listfile",
+    name: "authz-list-file",
     parent: "authz",
     properties: &[
         Property::new("filename", "string"),

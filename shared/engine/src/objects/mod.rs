@@ -96,6 +96,7 @@ pub const TYPES: &[&ObjectType] = &[
     &authz::SIMPLE,
     &iothread::TYPE,
     &secret::TYPE,
+    &secret::KEYRING,
     &throttle_group::TYPE,
     &tls_creds::ANONYMOUS,
     &tls_creds::PRE_SHARED,
@@ -113,8 +114,16 @@ pub(crate) const ABSTRACT: &[(&str, Option<&str>)] = &[
     ("user-creatable", Some("interface")),
 ];
 
+/// Names that QEMU's command line and QMP have for types which are called otherwise.
+pub(crate) const ALIASES: &[(&str, &str)] = &[("authz-listfile", "authz-list-file")];
+
+/// Types that QEMU may be built without, and that are not here.
+const ABSENT: &[&str] = &["authz-pam"];
+
 /// The type `name`.
 pub fn type_named(name: &str) -> Option<&'static ObjectType> {
+    let alias = ALIASES.iter().find(|(alias, _)| *alias == name);
+    let name = alias.map_or(name, |(_, name)| *name);
     TYPES.iter().copied().find(|known| known.name == name)
 }
 
@@ -168,6 +177,10 @@ impl Objects {
     /// No type or id, wrong properties, an id that is none or is taken.
     pub fn add(&self, graph: &Graph, arguments: Arguments) -> Result<()> {
         let new = objects::take_identity(arguments)?;
+        if ABSENT.contains(&new.type_name.as_str()) {
+            let what = format!("invalid object type: {}", new.type_name);
+            return Err(Error::generic(what));
+        }
         let Some(kind) = type_named(&new.type_name) else {
             return Err(Error::parameter_value("qom-type", new.type_name));
         };
@@ -286,6 +299,7 @@ mod tests {
         for (text, expected) in [
             ("id=x", "Parameter 'qom-type' is missing"),
             ("secret", "Parameter 'id' is missing"),
+            ("authz-pam,id=a", "invalid object type: authz-pam"),
             ("zz,id=a", "Parameter 'qom-type' does not accept value 'zz'"),
             ("secret,id=0,data=a", "Parameter 'id' expects an identifier"),
             ("secret,id=a,data=a,b=c", "Parameter 'b' is unexpected"),
@@ -294,6 +308,13 @@ mod tests {
             assert_eq!(add(&objects, &graph, text).unwrap_err(), expected);
         }
         assert!(objects.list().is_empty());
+    }
+
+    #[test]
+    fn a_type_is_found_by_either_of_its_names() {
+        for name in ["authz-listfile", "authz-list-file"] {
+            assert_eq!(type_named(name).unwrap().name, "authz-list-file");
+        }
     }
 
     #[test]

@@ -1,16 +1,18 @@
-//! `secret` objects: passwords and keys by name.
+//! `secret` and `secret_keyring` objects: passwords and keys by name.
 //!
 //! ```text
-//!   data | file ──► [base64] ──► [decrypt with the secret `keyid`: AES-256-CBC] ──► secret
+//!   data | file | key of the kernel ──► [base64] ──► [decrypt with the secret `keyid`: AES-256-CBC] ──► secret
 //! ```
 //!
-//! A file is read when the object is made, which for the command line is before the sandbox.
+//! A file or key is read when the object is made, which for the command line is before the sandbox.
 //! Bytes are wiped when the last user drops them, apart from the text of `data`, which the command
 //! line or the monitor has seen: `file` is the way to give a password.
 
-use block::Graph;
+use block::error::reason;
 use block::secret::from_base64;
+use block::{Errno, Graph};
 use formats::luks::decrypt_aes_256_cbc;
+use linux_keyutils::{Key, KeyError, KeySerialId};
 use qmp::{Arguments, Error, Result, Value};
 use serde::Deserialize;
 use std::fs::File;
@@ -33,29 +35,55 @@ pub(super) const TYPE: ObjectType = ObjectType {
     make,
 };
 
-fn make(home: &Home<'_>, id: &str, arguments: Arguments) -> Result<Box<dyn Object>> {
-    let properties: SecretProperties = arguments.parse()?;
-    add(home.graph, id, &properties)?;
-    Ok(Box::new(Held { properties }))
+/// Bytes that the kernel keeps.
+pub(super) const KEYRING: ObjectType = ObjectType {
+    name: "secret_keyring",
+    parent: "secret_common",
+    properties: &[
+        Property::new("format", "QCryptoSecretFormat"),
+        Property::new("iv", "string"),
+        Property::new("keyid", "string"),
+        Property::new("serial", "int"),
+    ],
+    make: |home, id, mut arguments| {
+        let form: Form = arguments.take()?;
+        let KeyringProperties { serial } = arguments.parse()?;
+        add(home.graph, (id, &form), read_key(serial)?)?;
+        let own = vec![("serial", Value::from(serial))];
+        Ok(Box::new(Held { form, own }))
+    },
+};
+
+fn make(home: &Home<'_>, id: &str, mut arguments: Arguments) -> Result<Box<dyn Object>> {
+    let form: Form = arguments.take()?;
+    let SecretProperties { data, file } = arguments.parse()?;
+    let given = given((data.as_deref(), file.as_deref()))?;
+    add(home.graph, (id, &form), given)?;
+    let own = file.map(|path| ("file", Value::from(path)));
+    let own = own.into_iter().collect();
+    Ok(Box::new(Held { form, own }))
 }
 
 /// A secret that exists. Its bytes are the graph's, and are not told.
 struct Held {
-    properties: SecretProperties,
+    form: Form,
+    /// What one type tells besides.
+    own: Vec<(&'static str, Value)>,
 }
 
 impl Object for Held {
     fn get(&self, property: &str) -> Option<Value> {
-        let given = &self.properties;
         match property {
-            "file" => given.file.clone().map(Value::from),
-            "keyid" => given.keyid.clone().map(Value::from),
-            "iv" => given.iv.clone().map(Value::from),
-            "format" => Some(Value::from(match given.format.unwrap_or_default() {
+            "keyid" => self.form.keyid.clone().map(Value::from),
+            "iv" => self.form.iv.clone().map(Value::from),
+            "format" => Some(Value::from(match self.form.format.unwrap_or_default() {
                 Format::Raw => "raw",
                 Format::Base64 => "base64",
             })),
-            _ => None,
+            other => {
+                let found = self.own.iter().find(|(name, _)| *name == other);
+                found.map(|(_, value)| value.clone())
+            }
         }
     }
 
@@ -68,6 +96,8 @@ impl Object for Held {
 
 /// Longest file in bytes.
 const MAX_FILE: u64 = 1 << 20;
+/// Longest key of the kernel in bytes: no type of keys takes more.
+const MAX_KEY: usize = 1 << 20;
 
 /// Properties of a `secret` object.
 #[derive(Deserialize)]
@@ -76,6 +106,18 @@ struct SecretProperties {
     data: Option<String>,
     /// The file that holds them.
     file: Option<String>,
+}
+
+/// Properties of a `secret_keyring` object.
+#[derive(Deserialize)]
+struct KeyringProperties {
+    /// The kernel's number of the key.
+    serial: i32,
+}
+
+/// What is made of bytes.
+#[derive(Default, Deserialize)]
+struct Form {
     /// How they are given; raw unless told otherwise.
     format: Option<Format>,
     /// The secret that they are encrypted with.
@@ -95,25 +137,58 @@ enum Format {
     Base64,
 }
 
-/// Adds the secret `id`.
+/// The bytes that a `secret` is made of: its data, or the content of its file.
 ///
 /// # Errors
-/// With QEMU's words: bytes given twice or not at all, an unreadable file, a bad key.
-fn add(graph: &Graph, id: &str, properties: &SecretProperties) -> Result<()> {
-    let given = match (&properties.data, &properties.file) {
-        (Some(_), Some(_)) => {
-            return Err(Error::generic("'file' and 'data' are mutually exclusive"));
-        }
-        (None, None) => return Err(Error::generic("Must provide 'file' or 'data'")),
-        (Some(data), None) => Zeroizing::new(data.as_bytes().to_vec()),
-        (None, Some(path)) => read(path)?,
+/// With QEMU's words: both or neither are given, an unreadable file.
+fn given(given: (Option<&str>, Option<&str>)) -> Result<Zeroizing<Vec<u8>>> {
+    match given {
+        (Some(_), Some(_)) => Err(Error::generic("'file' and 'data' are mutually exclusive")),
+        (None, None) => Err(Error::generic("Must provide 'file' or 'data'")),
+        (Some(data), None) => Ok(Zeroizing::new(data.as_bytes().to_vec())),
+        (None, Some(path)) => read(path),
+    }
+}
+
+/// The bytes of the kernel's key number `serial`.
+fn read_key(serial: i32) -> Result<Zeroizing<Vec<u8>>> {
+    let failed = |reason: String| {
+        Error::generic(format!("Unable to read serial key {serial:08x}: {reason}"))
     };
-    let mut bytes = match properties.format.unwrap_or_default() {
+    let key = Key::from_id(KeySerialId(serial));
+    let mut bytes = Zeroizing::new(vec![0; MAX_KEY]);
+    let length = key.read(&mut *bytes);
+    let length = length.map_err(|error| failed(reason(errno_of(error))))?;
+    let key = bytes.get(..length);
+    let key = key.ok_or_else(|| failed("too long".to_owned()))?;
+    Ok(Zeroizing::new(key.to_vec()))
+}
+
+fn errno_of(error: KeyError) -> Errno {
+    match error {
+        KeyError::AccessDenied => Errno::EACCES,
+        KeyError::PermissionDenied => Errno::EPERM,
+        KeyError::KeyDoesNotExist => Errno::ENOKEY,
+        KeyError::KeyExpired => Errno::EKEYEXPIRED,
+        KeyError::KeyRevoked => Errno::EKEYREVOKED,
+        KeyError::OperationNotSupported => Errno::EOPNOTSUPP,
+        KeyError::OutOfMemory => Errno::ENOMEM,
+        KeyError::Unknown(errno) => Errno::from_raw(errno),
+        _ => Errno::EINVAL,
+    }
+}
+
+/// Adds the secret `id`, made of bytes in a form.
+///
+/// # Errors
+/// With QEMU's words: bytes that are not base64, a bad key.
+fn add(graph: &Graph, (id, form): (&str, &Form), given: Zeroizing<Vec<u8>>) -> Result<()> {
+    let mut bytes = match form.format.unwrap_or_default() {
         Format::Raw => given,
         Format::Base64 => decoded(&given)?,
     };
-    if let Some(keyid) = &properties.keyid {
-        bytes = decrypted(graph, keyid, properties.iv.as_deref(), bytes)?;
+    if let Some(keyid) = &form.keyid {
+        bytes = decrypted(graph, keyid, form.iv.as_deref(), bytes)?;
     }
     graph.secrets().insert(id.to_owned(), bytes);
     Ok(())
@@ -177,8 +252,16 @@ mod tests {
     use super::*;
     use block::graph::NamePolicy;
 
-    fn properties(text: &str) -> SecretProperties {
-        serde_json::from_str(text).unwrap()
+    fn properties(text: &str) -> Arguments {
+        Arguments::from_json(serde_json::from_str(text).unwrap())
+    }
+
+    fn add(graph: &Graph, id: &str, properties: &Arguments) -> Result<()> {
+        let mut arguments = properties.clone();
+        let form: Form = arguments.take()?;
+        let SecretProperties { data, file } = arguments.parse()?;
+        let given = given((data.as_deref(), file.as_deref()))?;
+        super::add(graph, (id, &form), given)
     }
 
     fn refusal(graph: &Graph, text: &str) -> String {
@@ -234,5 +317,20 @@ mod tests {
         let text = r#"{"data": "a", "keyid": "k"}"#;
         assert_eq!(refusal(&graph, text), "Key should be 32 bytes in length");
         assert!(!graph.secrets().contains("s"));
+    }
+
+    #[test]
+    fn a_key_of_the_kernel_is_read_or_its_number_is_named() {
+        use linux_keyutils::{KeyRing, KeyRingIdentifier};
+        let message = read_key(i32::MAX).unwrap_err().desc;
+        let words = "Unable to read serial key 7fffffff: ";
+        assert!(message.starts_with(words), "{message}");
+        let ring = KeyRing::from_special_id(KeyRingIdentifier::Process, true);
+        let Ok(key) = ring.and_then(|ring| ring.add_key("outboard-test", b"letmein")) else {
+            eprintln!("skipped: keys of the kernel cannot be made here");
+            return;
+        };
+        let read = read_key(key.get_id().as_raw_id()).unwrap();
+        assert_eq!(&read[..], b"letmein");
     }
 }

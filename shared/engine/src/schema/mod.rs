@@ -48,16 +48,20 @@ fn description() -> Description {
     }
     let mut entity = |name: &str, entity| description.entities.insert(name.to_owned(), entity);
     entity("BlockdevDriver", Entity::Enum(names));
-    let types = objects::TYPES.iter();
-    let names = types.clone().map(|known| known.name.to_owned()).collect();
+    let names = objects::TYPES.iter().map(|known| known.name);
+    let names = names.chain(objects::ALIASES.iter().map(|(alias, _)| *alias));
+    let types: Vec<_> = names
+        .filter_map(|name| Some((name, objects::type_named(name)?)))
+        .collect();
+    let names = types.iter().map(|(name, _)| (*name).to_owned()).collect();
     entity("ObjectType", Entity::Enum(names));
-    let variants = types.map(|known| {
+    let variants = types.into_iter().map(|(name, known)| {
         let members = known.properties.iter().map(property).collect();
         let object = Object {
             members,
             ..Object::default()
         };
-        (known.name.to_owned(), Shape::Own(object))
+        (name.to_owned(), Shape::Own(object))
     });
     let required = |name: &str, kind: &str| Member {
         name: name.to_owned(),
