@@ -212,6 +212,24 @@ pub struct BlockStatus {
     pub sparse: bool,
 }
 
+/// What is to become of a list of children.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChildrenChange {
+    /// One more.
+    Add,
+    /// One less.
+    Remove,
+}
+
+/// Why a list of children stays as it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ChildrenRefusal {
+    /// There is none.
+    NoList,
+    /// For a reason of the driver's.
+    Reason(String),
+}
+
 /// What a node does. `Send + Sync`: any thread may call at any time; the futures stay on the
 /// calling thread.
 ///
@@ -293,6 +311,14 @@ pub trait Driver: Send + Sync {
     fn make_empty(&self) -> BoxFuture<'_, Result<(), crate::Error>> {
         Box::pin(async { Err(crate::Error::operation_unsupported()) })
     }
+    /// Whether [`crate::Graph::change_children`] may change the list of children, the option `children`.
+    ///
+    /// # Errors
+    /// There is no such list, which is so for most drivers; why not now.
+    fn check_children_change(&self, change: ChildrenChange) -> Result<(), ChildrenRefusal> {
+        let _ = change;
+        Err(ChildrenRefusal::NoList)
+    }
     /// Flushes, marks the image clean and stops background work; no I/O follows.
     fn close(&self) -> BoxFuture<'_, Result<(), Errno>>;
     /// What all users of the node together do and tolerate has changed: file locks follow. On an
@@ -344,6 +370,10 @@ pub trait Driver: Send + Sync {
     /// Driver-specific facts for `query-named-block-nodes` and `info` (an `ImageInfo`-like
     /// object's members: "cluster-size", "format-specific", "backing-filename", ...).
     fn describe(&self) -> serde_json::Map<String, serde_json::Value>;
+    /// What the driver counts by itself (the members of a `BlockStatsSpecific` but its tag); none from most.
+    fn statistics(&self) -> serde_json::Map<String, serde_json::Value> {
+        serde_json::Map::new()
+    }
     /// Where the driver stands in a stack of nodes.
     fn layer(&self) -> Layer {
         match self.edges().is_empty() {

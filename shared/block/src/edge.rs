@@ -24,6 +24,7 @@ use crate::node::{Node, ResizeListener, User};
 use crate::open::ChildRole;
 use crate::root::Drained;
 use std::cell::UnsafeCell;
+use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -115,6 +116,28 @@ impl Permissions {
     }
 }
 
+impl FromStr for Permissions {
+    type Err = UnknownPermission;
+
+    /// One permission by the name that QEMU's QMP reference gives it (`write-unchanged`).
+    fn from_str(name: &str) -> std::result::Result<Self, UnknownPermission> {
+        let all = Self::ALL.named();
+        let mut found = all.filter(|(_, known)| known.replace(' ', "-") == name);
+        let (bit, _) = found.next().ok_or(UnknownPermission)?;
+        let is = |wanted| bit == wanted;
+        Ok(Self {
+            consistent_read: is(0),
+            write: is(1),
+            write_unchanged: is(2),
+            resize: is(3),
+        })
+    }
+}
+
+/// No permission has that name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnknownPermission;
+
 impl std::fmt::Display for Permissions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         for (index, (_, name)) in self.named().enumerate() {
@@ -153,6 +176,24 @@ pub struct EdgeSpec {
     pub role: ChildRole,
     /// The parent never writes.
     pub read_only: bool,
+}
+
+/// A claim that follows from no role, but from the options of a node that is for tests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Beyond {
+    /// What is done.
+    pub takes: Permissions,
+    /// What others may not do.
+    pub refuses: Permissions,
+}
+
+impl Beyond {
+    fn added_to(self, claim: Claim) -> Claim {
+        Claim {
+            permissions: claim.permissions.union(self.takes),
+            shared: claim.shared.minus(self.refuses),
+        }
+    }
 }
 
 impl EdgeSpec {
@@ -250,6 +291,7 @@ pub struct Edge {
     child: UnsafeCell<Arc<Node>>,
     id: u64,
     spec: EdgeSpec,
+    beyond: Beyond,
 }
 
 // SAFETY: the cell is written only by `replace`, whose caller promises that no thread is in another
@@ -268,9 +310,17 @@ impl Edge {
     /// the node, or of what is below it, does not allow them; `Invalid` when the child is
     /// read-only and the parent is not.
     pub fn attach(child: &Arc<Node>, spec: EdgeSpec) -> Result<Edge> {
+        Self::attach_beyond(child, spec, Beyond::default())
+    }
+
+    /// Attaches to `child` with more than the role needs; errors as for [`Edge::attach`].
+    pub fn attach_beyond(child: &Arc<Node>, spec: EdgeSpec, beyond: Beyond) -> Result<Edge> {
         let label = format!("node '{}'", spec.parent);
         let claim = spec.claim(Claim::IDLE, child.options().force_share);
-        Self::attach_claim(child, spec, (label, claim))
+        let claim = beyond.added_to(claim);
+        let mut edge = Self::attach_claim(child, spec, (label, claim))?;
+        edge.beyond = beyond;
+        Ok(edge)
     }
 
     /// Attaches with a claim that is not derived from a role (roots).
@@ -285,7 +335,12 @@ impl Edge {
         let user = User::new(id, label, spec.name);
         child.users().add(child, user, claim)?;
         let child = UnsafeCell::new(Arc::clone(child));
-        Ok(Edge { child, id, spec })
+        Ok(Edge {
+            child,
+            id,
+            spec,
+            beyond: Beyond::default(),
+        })
     }
 
     /// The child.
@@ -367,6 +422,7 @@ impl Edge {
     pub(crate) fn update(&self, own: Claim) -> Result<()> {
         let child = self.child();
         let claim = self.spec.claim(own, child.options().force_share);
+        let claim = self.beyond.added_to(claim);
         child.users().change(child, self.id, claim)
     }
 

@@ -58,6 +58,15 @@ pub struct QuorumFailed {
     pub range: ByteRange,
 }
 
+/// A node was written beyond the point that somebody watches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WriteThreshold {
+    /// The point, in bytes.
+    pub threshold: u64,
+    /// By how many bytes.
+    pub exceeded_by: u64,
+}
+
 /// Hears of events; called on any thread, queue threads included. Must not block.
 pub trait NodeEvents: Send + Sync {
     /// An image was found to be corrupt. Once per image and severity.
@@ -66,6 +75,8 @@ pub trait NodeEvents: Send + Sync {
     fn quorum_bad(&self, event: QuorumBad);
     /// A request found no quorum.
     fn quorum_failed(&self, event: QuorumFailed);
+    /// A node was written beyond its threshold. Once for each that is set.
+    fn write_threshold(&self, node_name: &str, event: WriteThreshold);
 }
 
 /// One node's way to report.
@@ -114,6 +125,13 @@ impl Reporter {
         if let Some(events) = &self.events {
             let node_name = self.node_name.clone();
             events.quorum_failed(QuorumFailed { node_name, range });
+        }
+    }
+
+    /// Reports that the node was written beyond its threshold.
+    pub fn write_threshold(&self, event: WriteThreshold) {
+        if let Some(events) = &self.events {
+            events.write_threshold(&self.node_name, event);
         }
     }
 

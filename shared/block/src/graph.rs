@@ -9,7 +9,7 @@ mod change;
 mod reopen;
 
 pub use change::{Quiet, User, UserKind};
-pub use reopen::{Reopen, Undo};
+pub use reopen::{ChildChange, Reopen, Undo};
 
 pub(crate) use change::DrainedAbove;
 
@@ -17,7 +17,7 @@ use crate::amend::{self, AmendRequest};
 use crate::check::Purpose;
 use crate::driver::{BoxFuture, Driver};
 use crate::error::{Error, ErrorKind, Result};
-use crate::events::NodeEvents;
+use crate::events::{NodeEvents, Reporter};
 use crate::naming::{Layer, Origin};
 use crate::node::Node;
 use crate::objects::Objects;
@@ -288,6 +288,11 @@ impl Graph {
 
     pub(crate) fn policy(&self) -> Ref<'_, NamePolicy> {
         self.policy.borrow()
+    }
+
+    /// How what happens in `node` is told to who hears events.
+    pub fn reporter(&self, node: &Node) -> Reporter {
+        Reporter::new(node.name(), self.events())
     }
 
     pub(crate) fn events(&self) -> Option<Arc<dyn NodeEvents>> {

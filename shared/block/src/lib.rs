@@ -15,6 +15,7 @@
 //! thread at the same time; edges change only while drained. Must not know: a concrete format or
 //! protocol, guests, QMP.
 
+pub mod accounting;
 pub mod amend;
 pub mod bitmap;
 pub mod check;
@@ -53,8 +54,8 @@ pub use cipher::{SectorCipher, Tweak};
 pub use create::{CreateRequest, Creator, OptionKind, OptionSpec};
 pub use debug::{Debugger, Event};
 pub use driver::{
-    BackingReference, BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Preallocation,
-    Resize, StatusExtent, WriteFlags, ZeroFlags,
+    BackingReference, BlockStatus, BoxFuture, ByteRange, ChildrenChange, ChildrenRefusal, Driver,
+    IoFuture, Limits, Preallocation, Resize, StatusExtent, WriteFlags, ZeroFlags,
 };
 pub use edge::{Edge, EdgeSpec, Permissions};
 pub use error::{Error, ErrorKind};

@@ -19,6 +19,7 @@ mod flush;
 mod general;
 mod tracker;
 mod users;
+mod watermark;
 
 pub use tracker::{Serialised, TrackedWrite, WriteGuard, WriteTracker};
 pub(crate) use users::{Parent, ResizeListener, User, Users};
@@ -31,6 +32,7 @@ use crate::driver::{
 };
 use crate::edge::{Edge, Permissions};
 use crate::error::{Error, ErrorKind};
+use crate::events::Reporter;
 use crate::naming::Origin;
 use crate::open::ChildRole;
 use crate::redo_log::ImageIdentity;
@@ -38,6 +40,7 @@ use executor::{Buffer, Errno};
 use flush::FlushState;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+use watermark::Watermark;
 
 /// `discard=`
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -120,6 +123,7 @@ pub struct Node {
     debugged: bool,
     /// No children: what it flushes is the host's own storage.
     leaf: bool,
+    watermark: Box<Watermark>,
     /// Present when the driver needs an alignment.
     tracker: Option<Box<WriteTracker>>,
     flush: FlushState,
@@ -152,6 +156,7 @@ impl Node {
             leaf: driver.edges().is_empty(),
             length: AtomicU64::new(driver.length()),
             tracker: aligned.then(Box::default),
+            watermark: Box::default(),
             flush: FlushState::default(),
             bitmaps: bitmaps::of_driver(&*driver),
             users: Users::default(),
@@ -297,7 +302,25 @@ impl Node {
         if self.options.discard == Discard::Ignore {
             return IoFuture::done();
         }
+        self.watermark
+            .pass(range.offset.saturating_add(range.length));
         self.recorded(range, || IoFuture::boxed(self.discard_general(range)))
+    }
+    /// The end in bytes of the furthest write since it was opened; 0 before the first.
+    pub fn highest_write(&self) -> u64 {
+        self.watermark.highest()
+    }
+    /// Reports once, through `reporter`, a write that ends beyond `threshold` bytes; with 0, none.
+    pub fn set_write_threshold(&self, threshold: u64, reporter: Reporter) {
+        self.watermark.set_threshold(threshold, reporter);
+    }
+    /// See [`Node::set_write_threshold`]; 0 without one.
+    pub fn write_threshold(&self) -> u64 {
+        self.watermark.threshold()
+    }
+    /// Goes on where `old`, whose place it takes, was.
+    pub(crate) fn follow_watermark(&self, old: &Node) {
+        self.watermark.follow(&old.watermark);
     }
     /// Every write completed before this call is durable when it resolves.
     ///
@@ -424,7 +447,7 @@ impl Node {
             && (limits.memory_alignment == 1 || buffer.is_aligned(limits.memory_alignment as usize))
     }
 
-    /// Checks that a write ends within the node, which it makes longer if it grows.
+    /// Checks that a write ends within the node, which it makes longer if it grows, and notes how far it goes.
     #[inline]
     fn reserve(&self, range: ByteRange) -> Result<(), Errno> {
         let end = range.checked_end().ok_or(Errno::EINVAL)?;
@@ -433,6 +456,9 @@ impl Node {
                 return Err(Errno::EINVAL);
             }
             self.length.fetch_max(end, Ordering::Relaxed);
+        }
+        if range.length > 0 {
+            self.watermark.write(end);
         }
         Ok(())
     }

@@ -17,7 +17,7 @@ use crate::amend::Amender;
 use crate::check::Purpose;
 use crate::create::Creator;
 use crate::driver::{BoxFuture, Driver};
-use crate::edge::{Edge, EdgeSpec};
+use crate::edge::{Beyond, Edge, EdgeSpec};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::Reporter;
 use crate::graph::Graph;
@@ -309,8 +309,11 @@ impl OpenRequest<'_> {
     }
     /// How many children the list under option `name` has.
     pub fn count(&self, name: &str) -> usize {
-        let list = self.options.get(name).and_then(Value::as_array);
-        list.map_or(0, Vec::len)
+        match self.options.get(name) {
+            Some(Value::Array(list)) => list.len(),
+            Some(Value::Object(numbered)) => numbered.len(),
+            _ => 0,
+        }
     }
     /// A descriptor that was opened for this node already, by whoever checked its name: to be
     /// used instead of opening `filename`.
@@ -359,22 +362,37 @@ impl OpenRequest<'_> {
     /// The children in the list under option `name`: node names or inline definitions. They are
     /// called `name.0`, `name.1` and so on.
     pub async fn children(&mut self, name: &str, role: ChildRole) -> Result<Vec<Edge>> {
-        let list = match self.options.take(name) {
+        let list: Vec<(usize, Value)> = match self.options.take(name) {
             None => Vec::new(),
-            Some(Value::Array(list)) if list.len() <= MAX_CHILDREN => list,
-            Some(Value::Array(_)) => {
+            Some(Value::Array(list)) if list.len() <= MAX_CHILDREN => {
+                list.into_iter().enumerate().collect()
+            }
+            Some(Value::Object(list)) if list.len() <= MAX_CHILDREN => self.numbered(name, list)?,
+            Some(Value::Array(_) | Value::Object(_)) => {
                 let message = format!("more than {MAX_CHILDREN} children of one node");
                 return Err(Error::new(ErrorKind::Invalid, message));
             }
             Some(_) => return Err(self.options.wrong_type(name, "array")),
         };
         let mut edges = Vec::with_capacity(list.len());
-        for (index, child) in list.into_iter().enumerate() {
+        for (index, child) in list {
             let name = child_name(name, index);
             self.options.put(name, child);
             edges.push(self.required_child(name, role).await?);
         }
         Ok(edges)
+    }
+    /// The children of a list that was changed: each keeps its number.
+    fn numbered(&self, name: &str, list: Map<String, Value>) -> Result<Vec<(usize, Value)>> {
+        let mut numbered = Vec::with_capacity(list.len());
+        for (index, child) in list {
+            match index.parse::<u16>() {
+                Ok(index) => numbered.push((usize::from(index), child)),
+                Err(_) => return Err(self.options.wrong_type(name, "array")),
+            }
+        }
+        numbered.sort_by_key(|(index, _)| *index);
+        Ok(numbered)
     }
     /// The backing of the image in `image_file`, which itself names `named`: what the user gave
     /// under "backing", else what the image names, when policy allows (see [`crate::open`]). Without
@@ -569,6 +587,19 @@ impl OpenRequest<'_> {
         Ok(place)
     }
 
+    /// The child under option `name`, which must be there and on which more is claimed than its role needs.
+    pub async fn required_child_beyond(
+        &mut self,
+        name: &'static str,
+        role: ChildRole,
+        beyond: Beyond,
+    ) -> Result<Edge> {
+        let edge = self.required_child(name, role).await?;
+        let child = Arc::clone(edge.child());
+        drop(edge);
+        let spec = spec_of(&self.node, name, role);
+        Edge::attach_beyond(&child, spec, beyond)
+    }
     fn attach(&self, child: &Arc<Node>, name: &'static str, role: ChildRole) -> Result<Edge> {
         attach_as(&self.node, child, name, role)
     }
@@ -581,13 +612,16 @@ pub(crate) fn attach_as(
     name: &'static str,
     role: ChildRole,
 ) -> Result<Edge> {
-    let spec = EdgeSpec {
+    Edge::attach(child, spec_of(parent, name, role))
+}
+
+fn spec_of(parent: &NodeOptions, name: &'static str, role: ChildRole) -> EdgeSpec {
+    EdgeSpec {
         parent: parent.node_name.clone(),
         name,
         role,
         read_only: parent.read_only,
-    };
-    Edge::attach(child, spec)
+    }
 }
 
 impl Place {

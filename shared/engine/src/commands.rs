@@ -8,8 +8,8 @@ use qmp::{Arguments, Command, CommandTable, Result, Value, json};
 use crate::engine::Engine;
 use crate::jobs::{self, commands as job_commands};
 use crate::{
-    bitmaps, chardevs, exports, graph_query, nodes, objects, overlays, qom, schema, snapshots,
-    transaction,
+    bitmaps, block_stats, chardevs, exports, graph_query, nodes, objects, overlays, qom, schema,
+    snapshots, transaction,
 };
 
 /// What runs a command. The future runs on the control thread.
@@ -42,6 +42,8 @@ const COMMANDS: &[Command<Handler>] = commands! {
     "block-job-pause" => job_commands::block_job_pause,
     "block-job-resume" => job_commands::block_job_resume,
     "block-job-set-speed" => job_commands::set_speed,
+    "block-latency-histogram-set" => block_stats::set_histogram,
+    "block-set-write-threshold" => block_stats::set_write_threshold,
     "block_resize" => nodes::block_resize,
     "blockdev-add" => nodes::blockdev_add,
     "blockdev-create" => jobs::blockdev_create,
@@ -71,6 +73,7 @@ const COMMANDS: &[Command<Handler>] = commands! {
     "query-block" => query_block,
     "query-block-exports" => exports::query_block_exports,
     "query-block-jobs" => job_commands::query_block_jobs,
+    "query-blockstats" => block_stats::query,
     "query-chardev" => chardevs::query,
     "query-chardev-backends" => chardevs::query_backends,
     "query-commands" => query_commands,
@@ -89,6 +92,7 @@ const COMMANDS: &[Command<Handler>] = commands! {
     "ringbuf-write" => chardevs::ringbuf_write,
     "transaction" => transaction::transaction,
     "x-blockdev-amend" => jobs::x_blockdev_amend,
+    "x-blockdev-change" => overlays::blockdev_change,
     "x-blockdev-set-iothread" => graph_query::set_iothread,
     "x-debug-block-dirty-bitmap-sha256" => bitmaps::sha256,
     "x-debug-query-block-graph" => graph_query::debug_graph,

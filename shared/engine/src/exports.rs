@@ -10,7 +10,10 @@
 use std::cell::RefCell;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 
+use block::Node;
+use block::accounting::Accounting;
 use executor::sync::Notify;
 use exports::nbd::NbdExport;
 use exports::{VhostUserBlk, VhostUserBlkOptions};
@@ -55,13 +58,27 @@ impl Export {
         }
     }
 
-    /// The name of the node that it shows; `None` while that is not to be told.
-    fn node_name(&self) -> Option<String> {
+    /// The node that it shows; `None` while that is not to be told.
+    fn node(&self) -> Option<Arc<Node>> {
         match self {
-            Export::VhostUserBlk(export) => export.node_name(),
-            Export::Nbd(export) => Some(export.node_name()),
+            Export::VhostUserBlk(export) => export.node(),
+            Export::Nbd(export) => Some(Arc::clone(export.node())),
         }
     }
+
+    fn accounting(&self) -> &Arc<Accounting> {
+        match self {
+            Export::VhostUserBlk(export) => export.accounting(),
+            Export::Nbd(export) => export.accounting(),
+        }
+    }
+}
+
+/// What counts the requests of an export.
+pub(crate) struct Counted {
+    pub(crate) id: String,
+    pub(crate) node: Arc<Node>,
+    pub(crate) accounting: Arc<Accounting>,
 }
 
 /// An export by id.
@@ -331,6 +348,20 @@ impl Exports {
         Ok((export, used))
     }
 
+    /// The exports that run, in the order in which they were made.
+    pub(crate) fn counted(&self) -> Vec<Counted> {
+        let entries = self.entries.borrow();
+        let counted = entries.iter().filter_map(|entry| {
+            let export = entry.running.as_ref()?;
+            Some(Counted {
+                id: entry.id.clone(),
+                node: export.node()?,
+                accounting: Arc::clone(export.accounting()),
+            })
+        });
+        counted.collect()
+    }
+
     /// Whether `id` is an export, but not of this type.
     fn is_of_another_type(&self, id: &str, type_name: &str) -> bool {
         let entries = self.entries.borrow();
@@ -379,8 +410,8 @@ pub(crate) async fn query_block_exports(
     arguments.finish()?;
     let entries = engine.exports.entries.borrow();
     let described = entries.iter().rev().map(|entry| {
-        if let Some(name) = entry.running.as_ref().and_then(|export| export.node_name()) {
-            entry.node_name.replace(name);
+        if let Some(node) = entry.running.as_ref().and_then(Export::node) {
+            entry.node_name.replace(node.name().to_owned());
         }
         json!({
             "node-name": *entry.node_name.borrow(),

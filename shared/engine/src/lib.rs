@@ -16,6 +16,7 @@
 //! Must not know: sockets of monitors, the command line, what a format or protocol does.
 
 mod bitmaps;
+mod block_stats;
 pub mod catalogue;
 mod chardevs;
 pub mod commands;

@@ -1,11 +1,11 @@
 //! Commands that change what lies above what: `blockdev-snapshot`, `blockdev-snapshot-sync`, `blockdev-reopen`,
-//! `change-backing-file`.
+//! `x-blockdev-change`, `change-backing-file`.
 
 use std::rc::Rc;
 use std::sync::Arc;
 
 use block::create::Target;
-use block::graph::{Reopen, Undo};
+use block::graph::{ChildChange, Reopen, Undo};
 use block::{BackingReference, Node};
 use qmp::{Arguments, Error, Map, Result, Value, json};
 use serde::Deserialize;
@@ -47,6 +47,48 @@ fn reopened(path: &str, options: Map<String, Value>) -> Result<Reopen> {
         }),
         _ => Err(Error::generic("node-name not specified")),
     }
+}
+
+#[derive(Deserialize)]
+struct Change {
+    parent: String,
+    child: Option<String>,
+    node: Option<String>,
+}
+
+/// `x-blockdev-change`
+pub(crate) async fn blockdev_change(engine: &Rc<Engine>, arguments: Arguments) -> Result<Value> {
+    let Change {
+        parent,
+        child,
+        node,
+    } = arguments.parse()?;
+    let parent = nodes::find(engine, Some(&parent), Some(&parent))?;
+    let change = match (child, node) {
+        (Some(_), Some(_)) => {
+            return Err(Error::generic(
+                "The parameters child and node are in conflict",
+            ));
+        }
+        (None, None) => return Err(Error::generic("Either child or node must be specified")),
+        (Some(name), None) => {
+            let edges = parent.driver().edges();
+            if !edges.iter().any(|(known, _)| *known == name) {
+                let parent = parent.name();
+                let what = format!("Node '{parent}' does not have child '{name}'");
+                return Err(Error::generic(what));
+            }
+            ChildChange::Remove(name)
+        }
+        (None, Some(name)) => {
+            let found = engine.graph.node(&name);
+            let unknown = || Error::generic(format!("Node '{name}' not found"));
+            ChildChange::Add(found.ok_or_else(unknown)?)
+        }
+    };
+    let changed = engine.graph.change_children(parent, change).await;
+    changed.map_err(from_block)?;
+    Ok(json!({}))
 }
 
 #[derive(Deserialize)]

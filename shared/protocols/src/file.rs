@@ -134,9 +134,30 @@ pub struct FileNode {
     is_character_device: bool,
     path: String,
     length: AtomicU64,
+    discards: Discards,
     /// The file system has no `FALLOC_FL_ZERO_RANGE`.
     lacks_zero_range: AtomicBool,
     locks: Locks,
+}
+
+/// Discards that the kernel was asked for.
+#[derive(Default)]
+struct Discards {
+    done: AtomicU64,
+    failed: AtomicU64,
+    /// Bytes of those that were done.
+    bytes: AtomicU64,
+}
+
+impl Discards {
+    fn count(&self, range: ByteRange, succeeded: bool) {
+        if succeeded {
+            self.done.fetch_add(1, Ordering::Relaxed);
+            self.bytes.fetch_add(range.length, Ordering::Relaxed);
+        } else {
+            self.failed.fetch_add(1, Ordering::Relaxed);
+        }
+    }
 }
 
 async fn open(
@@ -257,6 +278,7 @@ impl FileNode {
             storage: Storage::File,
             path,
             length: AtomicU64::new(round_up(length)),
+            discards: Discards::default(),
             lacks_zero_range: AtomicBool::new(false),
         })
     }
@@ -293,9 +315,12 @@ impl FileNode {
     }
 
     /// A device that cannot give blocks up keeps them.
-    async fn discard_device(&self, range: ByteRange) -> Result<(), Errno> {
-        match self.allocate(Fallocate::PunchHole, range).await {
-            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => Ok(()),
+    async fn punch_hole(&self, range: ByteRange) -> Result<(), Errno> {
+        let result = self.allocate(Fallocate::PunchHole, range).await;
+        self.discards.count(range, result.is_ok());
+        match result {
+            // Devices may take none.
+            Err(Errno::EINVAL | Errno::EOPNOTSUPP) if self.storage != Storage::File => Ok(()),
             result => result,
         }
     }
@@ -478,12 +503,7 @@ impl Driver for FileNode {
         }
     }
     fn discard(&self, range: ByteRange) -> IoFuture<'_> {
-        if self.storage != Storage::File {
-            return IoFuture::boxed(self.discard_device(range));
-        }
-        self.file
-            .fallocate(Fallocate::PunchHole, range.offset, range.length)
-            .into()
+        IoFuture::boxed(self.punch_hole(range))
     }
     fn flush(&self) -> IoFuture<'_> {
         let sync = self.file.sync_data();
@@ -523,6 +543,17 @@ impl Driver for FileNode {
     }
     fn edges(&self) -> Vec<(&'static str, &Edge)> {
         Vec::new()
+    }
+    fn statistics(&self) -> Map<String, Value> {
+        let counted = [
+            ("discard-nb-ok", &self.discards.done),
+            ("discard-nb-failed", &self.discards.failed),
+            ("discard-bytes-ok", &self.discards.bytes),
+        ];
+        let counted = counted.into_iter();
+        counted
+            .map(|(name, count)| (name.to_owned(), count.load(Ordering::Relaxed).into()))
+            .collect()
     }
     fn describe(&self) -> Map<String, Value> {
         let blocks = self

@@ -15,6 +15,7 @@
 
 use super::change::{DrainedAbove, move_users};
 use super::{Entry, Graph, OpenedFrom};
+use crate::driver::{ChildrenChange, ChildrenRefusal};
 use crate::error::{Error, ErrorKind, Result};
 use crate::node::Node;
 use crate::open::{ChildRole, Definition, Inherited, Options, Source};
@@ -42,6 +43,37 @@ pub struct Reopen {
     pub node_name: String,
     /// All of its options; those that are absent take their defaults.
     pub options: Map<String, Value>,
+}
+
+/// A change of a list of children.
+pub enum ChildChange {
+    /// The node becomes the last of them.
+    Add(Arc<Node>),
+    /// The child with this name (`children.1`) is none any more.
+    Remove(String),
+}
+
+impl ChildChange {
+    /// Whether the driver of `parent` allows it.
+    fn check(&self, parent: &Node) -> Result<()> {
+        let kind = match self {
+            Self::Add(_) => ChildrenChange::Add,
+            Self::Remove(_) => ChildrenChange::Remove,
+        };
+        let checked = parent.driver().check_children_change(kind);
+        checked.map_err(|refusal| match refusal {
+            ChildrenRefusal::NoList => invalid(self.unsupported(parent)),
+            ChildrenRefusal::Reason(reason) => invalid(reason),
+        })
+    }
+
+    fn unsupported(&self, parent: &Node) -> String {
+        let verb = match self {
+            Self::Add(_) => "adding",
+            Self::Remove(_) => "removing",
+        };
+        format!("The node {} does not support {verb} a child", parent.name())
+    }
 }
 
 /// Takes back a change that was made, once, before any other change of these nodes.
@@ -110,7 +142,7 @@ impl Graph {
                 )));
             }
         }
-        self.carry_out(sorted(changes), None).await.map(drop)
+        self.settle(sorted(changes)).await
     }
 
     /// Puts the node `overlay`, which has no backing and no user, above `node`, whose users become its
@@ -136,6 +168,44 @@ impl Graph {
         self.carry_out(sorted(changes), Some(redirect)).await
     }
 
+    /// Opens `parent` anew with one child more or less in its list of children.
+    ///
+    /// # Errors
+    /// In QEMU's words: `parent` has no such list, or its driver does not allow it; `change` makes no sense; those of reopening.
+    pub async fn change_children(&self, parent: Arc<Node>, change: ChildChange) -> Result<()> {
+        change.check(&parent)?;
+        let before = self.origin(&parent);
+        let mut options = self.with_child_names(&parent, before.options.clone());
+        let list = options.get_mut("children").and_then(Value::as_object_mut);
+        let list = list.ok_or_else(|| invalid(change.unsupported(&parent)))?;
+        match &change {
+            ChildChange::Add(child) => {
+                let numbers = list.keys().filter_map(|number| number.parse::<u16>().ok());
+                let next = numbers.max().map_or(0, |last| last.saturating_add(1));
+                if reaches(child, &parent) {
+                    let (child, parent) = (child.name(), parent.name());
+                    return Err(invalid(format!(
+                        "Making '{child}' a children.{next} child of '{parent}' would create a cycle"
+                    )));
+                }
+                if child.has_parent_node() {
+                    let message = format!("The node {} already has a parent", child.name());
+                    return Err(invalid(message));
+                }
+                list.insert(next.to_string(), child.name().into());
+            }
+            ChildChange::Remove(name) => {
+                let number = name.strip_prefix("children.").unwrap_or_default();
+                list.shift_remove(number);
+            }
+        }
+        let mut changes = Vec::new();
+        self.plan(&mut changes, &parent, (options, before.inherited))?;
+        // It holds its children as long as it is held.
+        drop(parent);
+        self.settle(changes).await
+    }
+
     /// Takes a change back.
     ///
     /// # Errors
@@ -159,9 +229,21 @@ impl Graph {
 
     /// The options with each child that they define, or that the image names, as a reference to the node that it is now.
     fn with_child_names(&self, node: &Node, mut options: Map<String, Value>) -> Map<String, Value> {
+        let mut lists: Map<String, Value> = Map::new();
         for (name, edge) in node.driver().edges() {
-            options.insert(name.to_owned(), edge.node().name().into());
+            let child = Value::from(edge.node().name());
+            match name.split_once('.') {
+                None => {
+                    options.insert(name.to_owned(), child);
+                }
+                // One of a list: by its number, which it keeps.
+                Some((list, number)) => {
+                    let list = lists.entry(list).or_insert_with(|| Map::new().into());
+                    list[number] = child;
+                }
+            }
         }
+        options.extend(lists);
         options
     }
 
@@ -253,6 +335,15 @@ impl Graph {
             return Ok(());
         }
         self.plan(changes, child, (definition, Some(inherited)))
+    }
+
+    /// Makes changes that nobody takes back.
+    async fn settle(&self, changes: Vec<Change>) -> Result<()> {
+        let undo = self.carry_out(changes, None).await?;
+        drop(undo);
+        // Children that were only there to be put back.
+        self.sweep().await;
+        Ok(())
     }
 
     /// Makes the changes, children first.
@@ -372,6 +463,7 @@ impl Graph {
                     entries.insert(index, entry);
                 }
                 take_bitmaps(old, &new);
+                new.follow_watermark(old);
                 Ok(new)
             }
             Err(error) => {

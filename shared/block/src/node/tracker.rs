@@ -21,7 +21,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 /// Threads beyond this many share slots.
-const SLOTS: usize = 16;
+pub(super) const SLOTS: usize = 16;
 
 /// A counter on a cache line of its own.
 #[repr(align(128))]
@@ -137,7 +137,9 @@ pub struct Serialised<'a> {
     _serialising: Serialising<'a>,
 }
 
-fn thread_slot() -> usize {
+/// The slot of the current thread.
+#[inline]
+pub(super) fn thread_slot() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     thread_local! {
         static SLOT: Cell<usize> = const { Cell::new(usize::MAX) };

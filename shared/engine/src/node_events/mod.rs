@@ -14,7 +14,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use block::ByteRange;
 use block::error::reason;
-use block::events::{ImageCorrupted, NodeEvents, QuorumBad, QuorumFailed, QuorumOperation};
+use block::events::{
+    ImageCorrupted, NodeEvents, QuorumBad, QuorumFailed, QuorumOperation, WriteThreshold,
+};
 use executor::sync::Notify;
 use executor::time;
 use paced::Paced;
@@ -35,6 +37,8 @@ pub(crate) struct Reported {
 #[derive(Default)]
 struct List {
     corrupted: Vec<ImageCorrupted>,
+    /// One for each threshold that was set.
+    beyond_threshold: Vec<Event>,
     /// By the kind of event and the node.
     paced: Paced<(&'static str, String), Event>,
 }
@@ -54,6 +58,7 @@ impl Reported {
         let mut list = self.list();
         let corrupted = std::mem::take(&mut list.corrupted);
         let mut events: Vec<Event> = corrupted.iter().map(image_corrupted).collect();
+        events.append(&mut list.beyond_threshold);
         events.extend(list.paced.due(time::now()));
         events
     }
@@ -74,6 +79,22 @@ impl NodeEvents for Reported {
         let described = quorum_failure(&event);
         self.pace(event.node_name, described);
     }
+
+    fn write_threshold(&self, node_name: &str, event: WriteThreshold) {
+        let described = block_write_threshold(node_name, event);
+        self.list().beyond_threshold.push(described);
+        self.changed.notify_all();
+    }
+}
+
+/// `BLOCK_WRITE_THRESHOLD` of QEMU's QMP reference.
+fn block_write_threshold(node_name: &str, event: WriteThreshold) -> Event {
+    let data = json!({
+        "amount-exceeded": event.exceeded_by,
+        "node-name": node_name,
+        "write-threshold": event.threshold,
+    });
+    Event::with_data("BLOCK_WRITE_THRESHOLD", data)
 }
 
 /// Emits what is reported while the engine lives.

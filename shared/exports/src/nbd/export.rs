@@ -4,6 +4,7 @@ use ::nbd::limits::{MAX_PAYLOAD, MAX_STRING};
 use ::nbd::{
     BASE_ALLOCATION, BlockSizes, ExportFlags, QEMU_ALLOCATION_DEPTH, QEMU_DIRTY_BITMAP_PREFIX,
 };
+use block::accounting::Accounting;
 use block::bitmap::Unusable;
 use block::edge::Permissions;
 use block::error::{Error, ErrorKind, Result};
@@ -50,6 +51,7 @@ pub(super) struct Core {
     pub(super) name: String,
     pub(super) description: Option<String>,
     pub(super) root: Root,
+    pub(super) accounting: Arc<Accounting>,
     pub(super) writable: bool,
     pub(super) writethrough: bool,
     pub(super) bitmaps: Vec<Arc<DirtyBitmap>>,
@@ -92,6 +94,7 @@ impl NbdExport {
                 name: options.name,
                 description: options.description,
                 root,
+                accounting: Accounting::new(),
                 writable: options.writable,
                 writethrough: options.writethrough,
                 bitmaps: options.bitmaps,
@@ -103,9 +106,14 @@ impl NbdExport {
         })
     }
 
-    /// The name of the node that it shows.
-    pub fn node_name(&self) -> String {
-        self.core.root.node().name().to_owned()
+    /// The node that it shows.
+    pub fn node(&self) -> &Arc<Node> {
+        self.core.root.node()
+    }
+
+    /// What the requests of all its clients came to.
+    pub fn accounting(&self) -> &Arc<Accounting> {
+        &self.core.accounting
     }
 
     /// The name that clients ask for.

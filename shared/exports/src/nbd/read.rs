@@ -18,20 +18,40 @@ impl Session {
         let whole = request.flags.contains(CommandFlags::DF) || request.length < SPARSE_FROM;
         if whole {
             let range = ByteRange::new(request.offset, request.length);
-            return match self.load(range).await {
+            return match self.load_all(request).await {
                 Ok(buffer) => self.send_data(request, (range, buffer), Last::Yes).await,
                 Err(errno) => self.answer(request, Err(Refusal::from(errno))).await,
             };
         }
+        let began = self.begin();
+        let sent = self.read_pieces(request).await?;
+        self.count((request, began), sent.is_ok());
+        match sent {
+            Ok(()) => Ok(()),
+            Err(errno) => self.answer(request, Err(Refusal::from(errno))).await,
+        }
+    }
+
+    /// Sends the range as chunks; why it cannot be read. Fails when it cannot be sent.
+    async fn read_pieces(&self, request: &Request) -> Result<Result<(), Errno>, Errno> {
         let mut done = 0;
         while done < request.length {
             let rest = ByteRange::new(request.offset + done, request.length - done);
             match self.read_piece(request, rest).await? {
                 Ok(length) => done += length,
-                Err(errno) => return self.answer(request, Err(Refusal::from(errno))).await,
+                Err(errno) => return Ok(Err(errno)),
             }
         }
-        Ok(())
+        Ok(Ok(()))
+    }
+
+    /// The content of the whole range of a request, which is counted.
+    async fn load_all(&self, request: &Request) -> Result<Buffer, Errno> {
+        let began = self.begin();
+        let range = ByteRange::new(request.offset, request.length);
+        let loaded = self.load(range).await;
+        self.count((request, began), loaded.is_ok());
+        loaded
     }
 
     /// Sends the start of `rest` as one chunk; how long that was, or why it cannot be read. Fails when it cannot be sent.
@@ -65,8 +85,7 @@ impl Session {
     }
 
     async fn read_simple(&self, request: &Request) -> Result<(), Errno> {
-        let range = ByteRange::new(request.offset, request.length);
-        match self.load(range).await {
+        match self.load_all(request).await {
             Ok(buffer) => {
                 let reply = SimpleReply {
                     error: None,

@@ -13,6 +13,7 @@ use ::nbd::limits::MAX_PAYLOAD;
 use ::nbd::{
     Chunk, ChunkHeader, Command, CommandFlags, ReplyStyle, Request, SimpleReply, WireErrno,
 };
+use block::accounting::{Kind, Outcome, Stamp, ThreadAccount};
 use block::{ByteRange, Errno, RootHandle, WriteFlags, ZeroFlags};
 use executor::net::Part;
 use executor::{Buffer, TaskPool};
@@ -32,6 +33,7 @@ pub(super) struct Session {
     pub(super) handle: RootHandle,
     pub(super) connection: Connection,
     pub(super) terms: Terms,
+    account: ThreadAccount,
     budget: Rc<Budget>,
     /// A reply could not be sent: the client is gone, whatever of it there is still to receive.
     gone: Cell<bool>,
@@ -77,6 +79,7 @@ pub(super) async fn run(
 ) -> Result<(), String> {
     let session = Rc::new(Session {
         handle: core.root.attach(),
+        account: core.accounting.attach(),
         core,
         connection,
         terms,
@@ -215,17 +218,45 @@ impl Session {
     async fn perform(self: Rc<Self>, job: Job) {
         let request = &job.request;
         let answered = match (job.refused, request.command) {
-            (Some(refused), _) => self.answer(request, Err(refused)).await,
+            (Some(refused), command) => {
+                if let Some(kind) = kind_of(command) {
+                    self.account.invalid(kind);
+                }
+                self.answer(request, Err(refused)).await
+            }
             (None, Command::Read) => self.read(request).await,
             (None, Command::BlockStatus) => self.block_status(request).await,
             (None, _) => {
+                let began = self.begin();
                 let result = self.change(request, job.payload.clone()).await;
+                self.count((request, began), result.is_ok());
                 self.answer(request, result).await
             }
         };
         if answered.is_err() {
             self.gone.set(true);
         }
+    }
+
+    /// A request begins.
+    pub(super) fn begin(&self) -> Stamp {
+        self.account.begin_alone()
+    }
+
+    /// Counts a request that began at a time.
+    pub(super) fn count(&self, (request, began): (&Request, Stamp), succeeded: bool) {
+        let Some(kind) = kind_of(request.command) else {
+            return;
+        };
+        let bytes = match kind {
+            Kind::Flush => 0,
+            _ => request.length,
+        };
+        let outcome = match succeeded {
+            true => Outcome::Done,
+            false => Outcome::Failed,
+        };
+        self.account.done(began, (kind, bytes), outcome);
     }
 
     /// Everything that is answered by success or failure alone.
@@ -354,6 +385,17 @@ impl Session {
         let mut parts = vec![Part::Bytes(bytes)];
         parts.extend(data.map(Part::Buffer));
         self.connection.send(parts).await
+    }
+}
+
+/// What a command counts as.
+fn kind_of(command: Command) -> Option<Kind> {
+    match command {
+        Command::Read => Some(Kind::Read),
+        Command::Write | Command::WriteZeroes => Some(Kind::Write),
+        Command::Flush => Some(Kind::Flush),
+        Command::Trim => Some(Kind::Unmap),
+        Command::Cache | Command::BlockStatus | Command::Disconnect | Command::Unknown(_) => None,
     }
 }
 

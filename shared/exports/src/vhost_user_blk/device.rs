@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use block::Root;
+use block::accounting::Accounting;
 use executor::Handle;
 use executor::sync::Mutex;
 use vhost_daemon::queue::QueueChange;
@@ -54,6 +55,7 @@ struct Running {
 pub(super) struct Disk {
     id: String,
     root: Root,
+    accounting: Arc<Accounting>,
     traits: Arc<Traits>,
     num_queues: u16,
     queue_size_max: u16,
@@ -73,6 +75,10 @@ impl Disk {
     pub(super) fn root(&self) -> &Root {
         &self.root
     }
+    /// What its requests came to.
+    pub(super) fn accounting(&self) -> &Arc<Accounting> {
+        &self.accounting
+    }
     /// A disk over `root`. The options were checked and name at least one thread.
     pub(super) fn new(root: Root, options: &VhostUserBlkOptions) -> Disk {
         let mut serial = [0; MAX_SERIAL];
@@ -88,6 +94,7 @@ impl Disk {
         Disk {
             id: options.id.clone(),
             root,
+            accounting: Accounting::new(),
             traits: Arc::new(traits),
             num_queues: options.num_queues,
             queue_size_max: options.queue_size_max,
@@ -134,7 +141,8 @@ impl Disk {
     /// Starts a queue on `thread`.
     async fn run(&self, setup: QueueSetup, thread: Handle) -> Result<Running, QueueError> {
         let (root, traits) = (self.root.clone(), self.traits.clone());
-        let make = move || BlkHandler::new(root.attach(), traits);
+        let accounting = Arc::clone(&self.accounting);
+        let make = move || BlkHandler::new(root.attach(), traits, accounting.attach());
         let remote = QueueRemote::start(&thread, setup.clone(), make).await?;
         Ok(Running {
             remote,

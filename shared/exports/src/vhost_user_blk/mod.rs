@@ -16,6 +16,7 @@ mod request;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use block::accounting::Accounting;
 use block::edge::Permissions;
 use block::error::{Error, ErrorKind, Result};
 use block::{Errno, Node, Root};
@@ -132,6 +133,7 @@ fn check_block_size(id: &str, name: &str, size: u32) -> Result<()> {
 
 /// A running vhost-user-blk export. Lives on the control thread.
 pub struct VhostUserBlk {
+    accounting: Arc<Accounting>,
     /// Locked while queues move or the export stops; `None` once it has.
     served: Mutex<Option<Served>>,
 }
@@ -167,6 +169,7 @@ impl VhostUserBlk {
         let changed = server.config_changed();
         root.on_resize(Box::new(move |_length| changed.notify_all()));
         Ok(VhostUserBlk {
+            accounting: Arc::clone(disk.accounting()),
             served: Mutex::new(Some(Served { server, disk })),
         })
     }
@@ -189,11 +192,16 @@ impl VhostUserBlk {
         moved.map_err(|error| Error::new(ErrorKind::Invalid, error.to_string()))
     }
 
-    /// The name of the node that it shows; `None` while it stops or moves.
-    pub fn node_name(&self) -> Option<String> {
+    /// The node that it shows; `None` while it stops or moves.
+    pub fn node(&self) -> Option<Arc<Node>> {
         let served = self.served.try_lock()?;
         let served = served.as_ref()?;
-        Some(served.disk.root().node().name().to_owned())
+        Some(Arc::clone(served.disk.root().node()))
+    }
+
+    /// What its requests came to.
+    pub fn accounting(&self) -> &Arc<Accounting> {
+        &self.accounting
     }
 
     /// Ends the front-end's session, completes every request in flight, releases the node.

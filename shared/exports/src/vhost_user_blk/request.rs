@@ -12,6 +12,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use block::accounting::{Kind, Outcome, Stamp, ThreadAccount};
 use block::{Buffer, ByteRange, Errno, RootHandle, WriteFlags, ZeroFlags};
 use executor::TaskPool;
 use executor::buffer::IoVecs;
@@ -64,11 +65,29 @@ struct Transfer {
     iovecs: Rc<IoVecs>,
 }
 
+impl Operation {
+    /// What it counts as, and how many bytes.
+    #[inline]
+    fn counted(&self) -> (Kind, u64) {
+        let bytes = |ranges: &[Range]| ranges.iter().map(|range| range.bytes.length).sum();
+        match self {
+            Operation::Read(transfer) => (Kind::Read, u64::from(transfer.len)),
+            Operation::Write(transfer) => (Kind::Write, u64::from(transfer.len)),
+            Operation::Flush => (Kind::Flush, 0),
+            Operation::Discard(ranges) => (Kind::Unmap, bytes(ranges)),
+            Operation::Erase(ranges) | Operation::WriteZeroes(ranges) => {
+                (Kind::Write, bytes(ranges))
+            }
+        }
+    }
+}
+
 /// A request whose chain was parsed.
 struct Request {
     head: u16,
     status: GuestBytes,
     operation: Operation,
+    began: Stamp,
 }
 
 /// What parsing a chain comes to.
@@ -82,6 +101,7 @@ enum Parsed {
 struct Inner {
     root: RootHandle,
     traits: Arc<Traits>,
+    account: ThreadAccount,
     spare: RefCell<Vec<Rc<IoVecs>>>,
 }
 
@@ -92,11 +112,12 @@ pub(super) struct BlkHandler {
 }
 
 impl BlkHandler {
-    /// A handler that sends requests to `root`.
-    pub(super) fn new(root: RootHandle, traits: Arc<Traits>) -> BlkHandler {
+    /// A handler that sends requests to `root` and counts them in `account`.
+    pub(super) fn new(root: RootHandle, traits: Arc<Traits>, account: ThreadAccount) -> BlkHandler {
         let inner = Rc::new(Inner {
             root,
             traits,
+            account,
             spare: RefCell::new((0..POOL).map(|_| Rc::default()).collect()),
         });
         BlkHandler {
@@ -144,6 +165,7 @@ impl vhost_daemon::Handler for BlkHandler {
                     head,
                     status,
                     operation,
+                    began: self.inner.account.begin(),
                 };
                 (self.spawn)(queue.clone(), request);
             }
@@ -157,10 +179,16 @@ impl vhost_daemon::Handler for BlkHandler {
             }
         }
     }
+
+    #[inline]
+    fn batch_ended(&self) {
+        self.inner.account.end_batch();
+    }
 }
 
 /// Serves one request to its end.
 async fn serve(inner: Rc<Inner>, queue: Rc<Queue>, request: Request) {
+    let counted = request.operation.counted();
     let (result, written) = match request.operation {
         Operation::Read(transfer) => {
             let len = transfer.len;
@@ -172,10 +200,11 @@ async fn serve(inner: Rc<Inner>, queue: Rc<Queue>, request: Request) {
         Operation::Erase(ranges) => (inner.erase(&ranges).await, 0),
         Operation::WriteZeroes(ranges) => (inner.write_zeroes(&ranges).await, 0),
     };
-    let (code, written) = match result {
-        Ok(()) => (OK, written + 1),
-        Err(errno) => (status_of(errno), 1),
+    let (code, written, outcome) = match result {
+        Ok(()) => (OK, written + 1, Outcome::Done),
+        Err(errno) => (status_of(errno), 1, Outcome::Failed),
     };
+    inner.account.done(request.began, counted, outcome);
     request.status.write(&[code]);
     queue.complete(request.head, written);
 }
@@ -269,15 +298,15 @@ impl Inner {
         let sector = u64::from_le_bytes(sector);
         match u32::from_le_bytes([t0, t1, t2, t3]) {
             blk::VIRTIO_BLK_T_IN => {
-                let mut transfer = self.transfer(sector, chain.writable_len() - 1)?;
-                self.collect(&mut transfer, |list| {
-                    chain.writable_iovecs(0..chain.writable_len() - 1, list)
-                })?;
+                let len = chain.writable_len() - 1;
+                let mut transfer = self.transfer(sector, (Kind::Read, len))?;
+                self.collect(&mut transfer, |list| chain.writable_iovecs(0..len, list))?;
                 Ok(Parsed::Start(Operation::Read(transfer)))
             }
             blk::VIRTIO_BLK_T_OUT => {
                 self.expect_writable()?;
-                let mut transfer = self.transfer(sector, chain.readable_len() - HEADER_LEN)?;
+                let len = chain.readable_len() - HEADER_LEN;
+                let mut transfer = self.transfer(sector, (Kind::Write, len))?;
                 self.collect(&mut transfer, |list| {
                     chain.readable_iovecs(HEADER_LEN..chain.readable_len(), list)
                 })?;
@@ -286,15 +315,16 @@ impl Inner {
             blk::VIRTIO_BLK_T_FLUSH => Ok(Parsed::Start(Operation::Flush)),
             blk::VIRTIO_BLK_T_GET_ID => self.get_id(chain),
             blk::VIRTIO_BLK_T_DISCARD => {
-                let ranges = self.ranges(chain, 0)?;
+                let ranges = self.ranges(chain, (Kind::Unmap, 0))?;
                 Ok(Parsed::Start(Operation::Discard(ranges)))
             }
             blk::VIRTIO_BLK_T_SECURE_ERASE if self.traits.secure_erase => {
-                let ranges = self.ranges(chain, 0)?;
+                let ranges = self.ranges(chain, (Kind::Write, 0))?;
                 Ok(Parsed::Start(Operation::Erase(ranges)))
             }
             blk::VIRTIO_BLK_T_WRITE_ZEROES => {
-                let ranges = self.ranges(chain, blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)?;
+                let unmap = blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
+                let ranges = self.ranges(chain, (Kind::Write, unmap))?;
                 Ok(Parsed::Start(Operation::WriteZeroes(ranges)))
             }
             _ => Err(UNSUPP),
@@ -314,11 +344,11 @@ impl Inner {
 
     /// A transfer of `len` bytes at `sector` that lies on the disk, without its pieces yet.
     #[inline]
-    fn transfer(&self, sector: u64, len: usize) -> Result<Transfer, u8> {
+    fn transfer(&self, sector: u64, (kind, len): (Kind, usize)) -> Result<Transfer, u8> {
         if len > MAX_TRANSFER {
             return Err(IOERR);
         }
-        let range = self.on_disk(sector, len as u64)?;
+        let range = self.on_disk(sector, (kind, len as u64))?;
         Ok(Transfer {
             offset: range.offset,
             len: len as u32,
@@ -326,18 +356,25 @@ impl Inner {
         })
     }
 
-    /// The bytes of `len` from `sector`, when they are whole blocks of the disk.
+    /// The bytes of `len` from `sector`, when they are whole blocks of the disk; else an invalid request.
     #[inline]
-    fn on_disk(&self, sector: u64, len: u64) -> Result<ByteRange, u8> {
+    fn on_disk(&self, sector: u64, (kind, len): (Kind, u64)) -> Result<ByteRange, u8> {
+        let range = self.blocks(sector, len);
+        if range.is_none() {
+            self.account.invalid(kind);
+        }
+        range.ok_or(IOERR)
+    }
+
+    #[inline]
+    fn blocks(&self, sector: u64, len: u64) -> Option<ByteRange> {
         let block_size = u64::from(self.traits.block_size);
-        let offset = sector.checked_mul(SECTOR).ok_or(IOERR)?;
-        let end = offset.checked_add(len).ok_or(IOERR)?;
+        let offset = sector.checked_mul(SECTOR)?;
+        let end = offset.checked_add(len)?;
         // The disk ends at a whole sector, as its capacity says.
         let capacity = self.root.length() & !(SECTOR - 1);
-        if (offset | len) & (block_size - 1) != 0 || end > capacity {
-            return Err(IOERR);
-        }
-        Ok(ByteRange::new(offset, len))
+        let whole = (offset | len) & (block_size - 1) == 0;
+        (whole && end <= capacity).then_some(ByteRange::new(offset, len))
     }
 
     fn expect_writable(&self) -> Result<(), u8> {
@@ -356,8 +393,8 @@ impl Inner {
         Ok(Parsed::Done(len as u32))
     }
 
-    /// The ranges of a discard or write of zeroes, which may carry `flags`.
-    fn ranges(&self, chain: &Chain, flags: u32) -> Result<SmallVec<[Range; 1]>, u8> {
+    /// The ranges of a request of a kind that they may carry flags for.
+    fn ranges(&self, chain: &Chain, allowed: (Kind, u32)) -> Result<SmallVec<[Range; 1]>, u8> {
         self.expect_writable()?;
         let len = chain.readable_len() - HEADER_LEN;
         if len == 0 || !len.is_multiple_of(RANGE_LEN) {
@@ -367,11 +404,11 @@ impl Inner {
             return Err(UNSUPP);
         }
         (0..len / RANGE_LEN)
-            .map(|i| self.range(chain, HEADER_LEN + i * RANGE_LEN, flags))
+            .map(|i| self.range(chain, HEADER_LEN + i * RANGE_LEN, allowed))
             .collect()
     }
 
-    fn range(&self, chain: &Chain, at: usize, allowed: u32) -> Result<Range, u8> {
+    fn range(&self, chain: &Chain, at: usize, (kind, allowed): (Kind, u32)) -> Result<Range, u8> {
         let mut bytes = [0; RANGE_LEN];
         if !chain.copy_readable(at, &mut bytes) {
             return Err(IOERR);
@@ -384,10 +421,11 @@ impl Inner {
             return Err(UNSUPP);
         }
         if sectors > MAX_RANGE_SECTORS {
+            self.account.invalid(kind);
             return Err(IOERR);
         }
         Ok(Range {
-            bytes: self.on_disk(sector, u64::from(sectors) * SECTOR)?,
+            bytes: self.on_disk(sector, (kind, u64::from(sectors) * SECTOR))?,
             unmap: flags & blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0,
         })
     }

@@ -56,7 +56,10 @@ async fn open(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>> {
     let mut rules = Rules::default();
     options::take_rules(request, &mut rules)?;
     options::take_filename(request)?;
-    let image = request.required_child("image", ChildRole::Filtered).await?;
+    let beyond = options::take_permissions(request)?;
+    let image = request
+        .required_child_beyond("image", ChildRole::Filtered, beyond)
+        .await?;
     let sizes = Sizes::take(request)?;
     let filter = BlkDebug {
         image,

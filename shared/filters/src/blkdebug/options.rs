@@ -3,6 +3,7 @@
 use super::config;
 use super::rules::{Action, Injection, Kind, Rule, Rules};
 use block::debug::Event;
+use block::edge::{Beyond, Permissions};
 use block::error::{Error, ErrorKind, Result, reason};
 use block::naming::Names;
 use block::{Errno, OpenRequest};
@@ -57,6 +58,32 @@ pub(super) fn take_filename(request: &mut OpenRequest<'_>) -> Result<()> {
     };
     request.give("image", image.into());
     Ok(())
+}
+
+/// Takes what is claimed of the child besides.
+pub(super) fn take_permissions(request: &mut OpenRequest<'_>) -> Result<Beyond> {
+    Ok(Beyond {
+        takes: permissions("take-child-perms", request)?,
+        refuses: permissions("unshare-child-perms", request)?,
+    })
+}
+
+/// A list of permissions.
+fn permissions(name: &str, request: &mut OpenRequest<'_>) -> Result<Permissions> {
+    let items: Vec<Value> = match request.take(name) {
+        None => Vec::new(),
+        Some(Value::Array(items)) => items,
+        Some(_) => return Err(wrong_type(name, "array")),
+    };
+    let mut sum = Permissions::NONE;
+    for item in items {
+        let Value::String(item) = item else {
+            return Err(wrong_type(name, "string"));
+        };
+        let unknown = |_| invalid(format!("Parameter '{name}' does not accept value '{item}'"));
+        sum = sum.union(item.parse().map_err(unknown)?);
+    }
+    Ok(sum)
 }
 
 /// Takes all rules.

@@ -22,8 +22,9 @@ use block::error::Result;
 use block::events::{QuorumBad, QuorumOperation, Reporter};
 use block::open::{ChildRole, DriverEntry};
 use block::{
-    BlockStatus, BoxFuture, Buffer, ByteRange, Driver, Edge, Errno, Error, ErrorKind,
-    ImageIdentity, IoFuture, Limits, OpenRequest, Resize, StatusExtent, WriteFlags, ZeroFlags,
+    BlockStatus, BoxFuture, Buffer, ByteRange, ChildrenChange, ChildrenRefusal, Driver, Edge,
+    Errno, Error, ErrorKind, ImageIdentity, IoFuture, Limits, OpenRequest, Resize, StatusExtent,
+    WriteFlags, ZeroFlags,
 };
 use serde_json::{Map, Value};
 
@@ -349,6 +350,22 @@ impl Driver for Quorum {
     }
     fn resize(&self, resize: Resize) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.set_length(resize))
+    }
+    fn check_children_change(
+        &self,
+        change: ChildrenChange,
+    ) -> std::result::Result<(), ChildrenRefusal> {
+        let reason = match change {
+            ChildrenChange::Add if self.reads == Reads::Vote(Losers::EndTheProcess) => {
+                "Cannot add a child to a quorum in blkverify mode".to_owned()
+            }
+            ChildrenChange::Remove if self.children.len() <= self.threshold => format!(
+                "The number of children cannot be lower than the vote threshold {}",
+                self.threshold
+            ),
+            _ => return Ok(()),
+        };
+        Err(ChildrenRefusal::Reason(reason))
     }
     fn close(&self) -> BoxFuture<'_, Answer> {
         Box::pin(async { Ok(()) })

@@ -30,6 +30,8 @@ pub trait Handler: 'static {
     /// The request is handled after the current one: what it needs may be brought near. A hint; what
     /// the chain says now may not be what it says then.
     fn prepare(&self, _chain: &Chain) {}
+    /// No request follows at once: the last one of a batch was handled.
+    fn batch_ended(&self) {}
 }
 
 /// A ring being served, as a device's requests see it. Stays on its thread.
@@ -123,9 +125,13 @@ impl<H: Handler> Worker<H> {
             let result = served.ring().borrow_mut().refetch(*head, &mut chains[0]);
             match result {
                 Ok(()) => self.handler.handle(&self.queue, &chains[0]),
-                Err(error) => return served.fail(&error),
+                Err(error) => {
+                    served.fail(&error);
+                    break;
+                }
             }
         }
+        self.handler.batch_ended();
     }
 }
 
@@ -145,6 +151,9 @@ impl<H: Handler> Poller for Worker<H> {
             self.handler.handle(&self.queue, chain);
         }
         drop(chains);
+        if count > 0 {
+            self.handler.batch_ended();
+        }
         self.queue.flush_used();
         self.queue.served.settle(error);
         published || count > 0

@@ -2,7 +2,9 @@
 
 use crate::rig::{filled, open_root, options, read, refusal, run};
 use block::error::Result;
-use block::events::{ImageCorrupted, NodeEvents, QuorumBad, QuorumFailed, QuorumOperation};
+use block::events::{
+    ImageCorrupted, NodeEvents, QuorumBad, QuorumFailed, QuorumOperation, WriteThreshold,
+};
 use block::graph::{Graph, NamePolicy};
 use block::open::ChildRole;
 use block::{
@@ -62,6 +64,7 @@ impl NodeEvents for Heard {
     fn quorum_failed(&self, event: QuorumFailed) {
         self.failed.lock().unwrap().push(event);
     }
+    fn write_threshold(&self, _node_name: &str, _event: WriteThreshold) {}
 }
 
 impl Heard {

@@ -4,6 +4,7 @@
 //! scenario's name states what holds.
 
 mod blkio;
+mod block_stats;
 mod clear;
 mod corrupt;
 mod device;
