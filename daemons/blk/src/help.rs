@@ -30,6 +30,8 @@ removed over QMP while the daemon runs.
                          a file of a web server, with read-only=on
       nbd                server.type=unix,server.path=<path> or
                          server.type=inet,server.host=<host>,server.port=<port>
+                         (with server.abstract=on a name without a file; also
+                         server.type=vsock,server.cid=<n>,server.port=<n>)
                          [,export=<name>][,reconnect-delay=<s>]
                          [,open-timeout=<s>][,x-dirty-bitmap=<context>]
       null-co, null-aio  size=<bytes>[,read-zeroes=on|off][,latency-ns=<n>]

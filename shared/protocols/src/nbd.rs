@@ -1,6 +1,6 @@
 //! `nbd`: an export of an NBD server.
 //!
-//! Options: `server` (`inet`, `unix`, `vsock`, `fd`), or the older `path`, `host` and `port`;
+//! Options: `server` (`inet`, `unix` with `abstract` and `tight`, `vsock`, `fd`), or the older `path`, `host` and `port`;
 //! `export`; `tls-creds`, the id of a `tls-creds-*` object, and `tls-hostname`, whose certificate is
 //! expected (that of `host` when absent); `x-dirty-bitmap`, a metadata context whose flags are shown
 //! in the place of those of `base:allocation`; `reconnect-delay` and `open-timeout`, in seconds.

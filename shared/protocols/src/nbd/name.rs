@@ -113,7 +113,7 @@ pub(super) fn generate(target: &Target) -> String {
         }
         (Address::Inet { host, port }, true) => format!("nbd://{host}:{port}"),
         (Address::Inet { host, port }, false) => format!("nbd://{host}:{port}/{export}"),
-        (Address::Descriptor(_) | Address::Vsock { .. }, _) => String::new(),
+        (Address::Abstract(_) | Address::Descriptor(_) | Address::Vsock { .. }, _) => String::new(),
     }
 }
 

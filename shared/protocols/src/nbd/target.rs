@@ -16,9 +16,14 @@ use transport::{Credentials, Endpoint, names};
 /// The port that IANA gave NBD.
 pub(super) const DEFAULT_PORT: u16 = 10809;
 
+/// Longest name of an abstract socket in bytes: `sun_path` without the zero that marks it.
+const MAX_ABSTRACT: usize = 107;
+
 /// Where a server listens.
 pub(super) enum Address {
     Unix(PathBuf),
+    /// A unix socket without a file: all bytes of its name.
+    Abstract(Vec<u8>),
     Inet {
         host: String,
         port: String,
@@ -113,17 +118,16 @@ impl Target {
                 let failed = |errno| failed_to_connect(&path.display().to_string(), errno);
                 Stream::connect_unix(path).await.map_err(failed)
             }
+            Address::Abstract(name) => {
+                let shown = String::from_utf8_lossy(name);
+                let shown = format!("@{}", shown.trim_end_matches('\0'));
+                let name = name.clone();
+                connect_elsewhere(shown, move || connect_abstract(&name)).await
+            }
             Address::Inet { host, port } => connect_inet(host, port).await,
             Address::Vsock { cid, port } => {
-                let name = format!("{cid}:{port}");
-                let connected = workers::offload({
-                    let (cid, port) = (*cid, *port);
-                    move || connect_vsock(cid, port)
-                });
-                let fd = connected.await;
-                let stream =
-                    fd.and_then(|fd| Stream::from_fd(fd).map_err(|error| to_errno(&error)));
-                stream.map_err(|errno| failed_to_connect(&name, errno))
+                let (cid, port) = (*cid, *port);
+                connect_elsewhere(format!("{cid}:{port}"), move || connect_vsock(cid, port)).await
             }
             Address::Descriptor(fd) => {
                 let stream = fd.lock().ok().and_then(|mut fd| fd.take());
@@ -184,6 +188,26 @@ async fn connect_inet(host: &str, port: &str) -> Result<Stream> {
     Err(failed_to_connect(&name, last))
 }
 
+/// Connects on a worker thread, to what is called `name`.
+async fn connect_elsewhere(
+    name: String,
+    connect: impl FnOnce() -> std::result::Result<OwnedFd, Errno> + Send + 'static,
+) -> Result<Stream> {
+    let fd = workers::offload(connect).await;
+    let stream = fd.and_then(|fd| Stream::from_fd(fd).map_err(|error| to_errno(&error)));
+    stream.map_err(|errno| failed_to_connect(&name, errno))
+}
+
+fn connect_abstract(name: &[u8]) -> std::result::Result<OwnedFd, Errno> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+    use std::os::fd::AsRawFd;
+    let address = UnixAddr::new_abstract(name)?;
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(fd.as_raw_fd(), &address)?;
+    Ok(fd)
+}
+
 fn connect_vsock(cid: u32, port: u32) -> std::result::Result<OwnedFd, Errno> {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, connect, socket};
     use std::os::fd::AsRawFd;
@@ -220,16 +244,55 @@ fn take_address(request: &mut OpenRequest<'_>) -> Result<Address> {
     }
 }
 
-/// QMP's `SocketAddress`.
-fn address_of(mut server: Map<String, Value>) -> Result<Address> {
-    let mut text = |name: &str| match server.shift_remove(name) {
+fn take_text(server: &mut Map<String, Value>, name: &str) -> Option<String> {
+    match server.shift_remove(name) {
         Some(Value::String(text)) => Some(text),
         Some(Value::Number(number)) => Some(number.to_string()),
         _ => None,
-    };
+    }
+}
+
+fn take_switch(server: &mut Map<String, Value>, name: &str) -> Result<Option<bool>> {
+    match server.shift_remove(name) {
+        None => Ok(None),
+        Some(Value::Bool(value)) => Ok(Some(value)),
+        Some(Value::String(text)) if text == "on" => Ok(Some(true)),
+        Some(Value::String(text)) if text == "off" => Ok(Some(false)),
+        Some(_) => {
+            let message = format!("Parameter 'server.{name}' expects 'on' or 'off'");
+            Err(invalid(message))
+        }
+    }
+}
+
+/// The bytes of an abstract name: as long as it is, or, as programs without that idea take it, filled up with
+/// zeroes.
+fn abstract_name(name: String, is_tight: bool) -> Result<Vec<u8>> {
+    let mut bytes = name.into_bytes();
+    if bytes.len() > MAX_ABSTRACT {
+        let name = String::from_utf8_lossy(&bytes);
+        return Err(invalid(format!("UNIX socket path '@{name}' is too long")));
+    }
+    if !is_tight {
+        bytes.resize(MAX_ABSTRACT, 0);
+    }
+    Ok(bytes)
+}
+
+/// QMP's `SocketAddress`.
+fn address_of(mut server: Map<String, Value>) -> Result<Address> {
+    let mut text = |name: &str| take_text(&mut server, name);
     let missing = |name: &str| invalid(format!("Parameter '{name}' is missing"));
     let address = match text("type").as_deref() {
-        Some("unix") => Address::Unix(text("path").ok_or_else(|| missing("path"))?.into()),
+        Some("unix") => {
+            let path = text("path").ok_or_else(|| missing("path"))?;
+            let is_abstract = take_switch(&mut server, "abstract")?.unwrap_or(false);
+            let is_tight = take_switch(&mut server, "tight")?.unwrap_or(true);
+            match is_abstract {
+                true => Address::Abstract(abstract_name(path, is_tight)?),
+                false => Address::Unix(path.into()),
+            }
+        }
         Some("inet") => Address::Inet {
             host: text("host").ok_or_else(|| missing("host"))?,
             port: text("port").ok_or_else(|| missing("port"))?,
@@ -256,16 +319,7 @@ fn address_of(mut server: Map<String, Value>) -> Result<Address> {
         None => return Err(missing("type")),
     };
     // What the peer takes too, and what a connection from here does not depend on.
-    for name in [
-        "keep-alive",
-        "ipv4",
-        "ipv6",
-        "to",
-        "numeric",
-        "mptcp",
-        "tight",
-        "abstract",
-    ] {
+    for name in ["keep-alive", "ipv4", "ipv6", "to", "numeric", "mptcp"] {
         server.shift_remove(name);
     }
     match server.keys().next() {

@@ -1,10 +1,11 @@
 //! `nbd` against other people's servers, and servers that mean harm.
 
-use crate::rig::{filled, graph, open_root, options, read, run};
+use crate::rig::{filled, graph, open_root, options, read, refusal, run};
 use block::{ByteRange, Errno, WriteFlags, ZeroFlags};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
-use std::os::unix::net::UnixListener;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::thread::JoinHandle;
@@ -98,6 +99,56 @@ fn requests_of_all_kinds_reach_an_nbdkit_server() {
         drop((handle, root, node));
         graph.remove("n").await.unwrap();
     });
+}
+
+/// Hands connections to an abstract socket on to the one at `path`.
+fn forward(listener: &UnixListener, path: &Path) {
+    let Ok((mut client, _)) = listener.accept() else {
+        return;
+    };
+    let mut server = UnixStream::connect(path).unwrap();
+    let (mut from_client, mut to_server) =
+        (client.try_clone().unwrap(), server.try_clone().unwrap());
+    let requests = std::thread::spawn(move || {
+        std::io::copy(&mut from_client, &mut to_server).ok();
+        to_server.shutdown(std::net::Shutdown::Write).ok();
+    });
+    std::io::copy(&mut server, &mut client).ok();
+    requests.join().unwrap();
+}
+
+#[test]
+fn a_server_without_a_file_is_reached_by_its_abstract_name() {
+    let dir = TempDir::new().unwrap();
+    let (_server, socket) = nbdkit(&dir, &["memory", "1M"]);
+    for is_tight in [true, false] {
+        let name = format!("outboard-nbd-{}", std::process::id());
+        let mut bytes = name.clone().into_bytes();
+        if !is_tight {
+            bytes.resize(107, 0);
+        }
+        let address = std::os::unix::net::SocketAddr::from_abstract_name(&bytes).unwrap();
+        let listener = UnixListener::bind_addr(&address).unwrap();
+        let to = socket.clone();
+        let forwarding = std::thread::spawn(move || forward(&listener, &to));
+        run(async {
+            let graph = graph();
+            let server = json!({"type": "unix", "path": name, "abstract": true, "tight": is_tight});
+            let definition = json!({"driver": "nbd", "node-name": "n", "server": server});
+            let node = graph.add(options(definition)).await.unwrap();
+            assert_eq!(node.length(), 1 << 20);
+            assert!(node.filename().starts_with("json:{"), "{}", node.filename());
+            drop(node);
+            graph.remove("n").await.unwrap();
+        });
+        forwarding.join().unwrap();
+    }
+    let long = json!({"type": "unix", "path": "x".repeat(108), "abstract": "on"});
+    let refused = run(async {
+        let definition = json!({"driver": "nbd", "node-name": "n", "server": long});
+        refusal(&graph(), definition).await
+    });
+    assert!(refused.contains("too long"), "{refused}");
 }
 
 #[test]
