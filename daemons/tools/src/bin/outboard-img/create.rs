@@ -209,6 +209,8 @@ impl Request {
             self.format,
             given.shown(&known)
         ));
+        // It stands before whatever goes wrong.
+        output::flush();
         let made = make_file(tool, (&self.name, entry), (&known, &given)).await;
         made.map_err(|error| Failure::block(&self.name, &error))
     }
