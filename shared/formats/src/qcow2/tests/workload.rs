@@ -165,11 +165,9 @@ fn is_filled(bytes: &[u8], fill: Fill) -> bool {
 
 /// The bytes of a fill; 0 is zeroes.
 pub(super) fn pattern(fill: Fill, length: usize) -> Vec<u8> {
-    fill.to_le_bytes()
-        .into_iter()
-        .cycle()
-        .take(length)
-        .collect()
+    let mut bytes = fill.to_le_bytes().repeat(length.div_ceil(8));
+    bytes.truncate(length);
+    bytes
 }
 
 /// What a random workload is like.
