@@ -10,6 +10,10 @@
 //! bochs, cloop, dmg:
 //!   input = script ++ image file
 //!     │ open in memory ─► steps ─► close
+//! luks:
+//!   input = choice ++ header
+//!     │ describe ─► open with a password ─► erase a slot ─► read again
+//!     └─ a volume that opens gives back what it encrypts
 //! net_frame:
 //!   input = offloads, rules, virtio-net header ++ frame
 //!     │ guard ─► header check ─► finish for the receiver
@@ -21,6 +25,8 @@
 
 mod disk;
 pub mod image;
+pub mod luks;
+pub mod luks_seeds;
 pub mod memory_file;
 pub mod model;
 pub mod net_frame;

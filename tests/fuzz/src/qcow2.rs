@@ -30,9 +30,15 @@ pub fn run(target: Target, input: &[u8]) {
     let Some(script) = Script::parse(target, input) else {
         return;
     };
-    processor_time::bounded(|| {
-        EXECUTOR.with(|executor| executor.block_on(run_script(target, &script)));
-    });
+    in_time(run_script(target, &script));
+}
+
+/// Runs what one input asks for.
+///
+/// # Panics
+/// When it takes too long: that is a finding.
+pub(crate) fn in_time(work: impl Future<Output = ()>) {
+    processor_time::bounded(|| EXECUTOR.with(|executor| executor.block_on(work)));
 }
 
 async fn run_script(target: Target, script: &Script<'_>) {

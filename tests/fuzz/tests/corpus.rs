@@ -42,6 +42,16 @@ fn what_fuzzing_found_stays_fixed() {
 }
 
 #[test]
+fn every_luks_seed_runs() {
+    let seeds = fuzz::luks_seeds::luks();
+    assert!(!seeds.is_empty());
+    for seed in seeds {
+        println!("{}", seed.name);
+        fuzz::luks::run(&seed.input);
+    }
+}
+
+#[test]
 fn every_frame_seed_runs() {
     let seeds = fuzz::net_seeds::net_frame();
     assert!(!seeds.is_empty());

@@ -8,6 +8,7 @@ use block::cipher::Tweak;
 use block::open::ChildRole;
 use block::{Edge, Error, SectorCipher};
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 use zeroize::Zeroizing;
@@ -158,6 +159,134 @@ fn what_is_encrypted_here_is_decrypted_by_qemu() {
         ];
         qemu("qemu-img", &convert);
         assert!(std::fs::read(plain).unwrap() == content(seed));
+    }
+}
+
+/// Runs cryptsetup with `files/key` as password, which needs neither the kernel's device mapper nor rights; what it
+/// says, and whether it succeeded.
+fn cryptsetup(files: &Files, arguments: &[&str]) -> (String, bool) {
+    let output = Command::new("cryptsetup")
+        .args(["--batch-mode", "--key-file", &files.text("key")])
+        .args(arguments)
+        .output()
+        .unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let (out, error) = (text(&output.stdout), text(&output.stderr));
+    (out + &error, output.status.success())
+}
+
+#[test]
+fn cryptsetup_opens_what_is_made_here_and_the_other_way_round() {
+    if Command::new("cryptsetup")
+        .arg("--version")
+        .output()
+        .is_err()
+    {
+        println!("skipped: cryptsetup is not installed");
+        return;
+    }
+    let ciphers = [
+        (
+            spec("aes-256", "xts", IvKind::Plain64),
+            Hash::Sha256,
+            "aes-xts-plain64",
+            "512",
+        ),
+        (
+            spec("aes-128", "cbc", IvKind::Essiv(Hash::Sha256)),
+            Hash::Sha1,
+            "aes-cbc-essiv:sha256",
+            "128",
+        ),
+    ];
+    for (cipher, hash, name, bits) in ciphers {
+        println!("{name}");
+        let files = Files::new();
+        for (name, key) in [("key", "geheim"), ("other", "two")] {
+            std::fs::write(files.path(name), key).unwrap();
+        }
+        // Theirs, with a second key.
+        let theirs = files.text("theirs");
+        std::fs::write(&theirs, vec![0; 4 << 20]).unwrap();
+        let format = [
+            "luksFormat",
+            "--type",
+            "luks1",
+            "--pbkdf-force-iterations",
+            "1000",
+            "--cipher",
+            name,
+            "--key-size",
+            bits,
+            "--hash",
+            hash.name(),
+            &theirs,
+        ];
+        let (said, made) = cryptsetup(&files, &format);
+        assert!(made, "{said}");
+        let other = files.text("other");
+        let add = [
+            "luksAddKey",
+            "--pbkdf-force-iterations",
+            "1000",
+            &theirs,
+            &other,
+        ];
+        let (said, added) = cryptsetup(&files, &add);
+        assert!(added, "{said}");
+        // Ours, with a second key.
+        let ours = files.text("ours");
+        on_host(async {
+            let file = edge(Path::new(&theirs));
+            let location = Location {
+                file: &file,
+                offset: 0,
+            };
+            let keys = ["geheim", "two"].map(password);
+            for key in &keys {
+                let volume = Volume::open(location, key).await.unwrap();
+                assert_eq!((volume.header.cipher, volume.header.hash), (cipher, hash));
+            }
+            assert!(Volume::open(location, &password("falsch")).await.is_err());
+            let file = edge(Path::new(&ours));
+            let location = Location {
+                file: &file,
+                offset: 0,
+            };
+            let made = Volume::create(location, &options(cipher, hash), &keys[1]).await;
+            let add = Amend::Add {
+                password: keys[0].clone(),
+                slot: Some(4),
+                iter_time: Some(Duration::from_millis(1)),
+                force: false,
+            };
+            made.unwrap().amend(location, add).await.unwrap();
+        });
+        let length = std::fs::metadata(&ours).unwrap().len();
+        let file = std::fs::OpenOptions::new().write(true).open(&ours).unwrap();
+        // It has no volume without a payload.
+        file.set_len(length + (1 << 20)).unwrap();
+        let (said, dumped) = cryptsetup(&files, &["luksDump", &ours]);
+        assert!(dumped, "{said}");
+        let mode = name.split_once('-').unwrap().1;
+        for line in [
+            format!("Cipher mode:   \t{mode}"),
+            format!("MK bits:       \t{bits}"),
+        ] {
+            assert!(said.contains(&line), "{said}");
+        }
+        for slot in ["0", "4"] {
+            std::fs::write(
+                files.path("key"),
+                if slot == "4" { "geheim" } else { "two" },
+            )
+            .unwrap();
+            let test = ["open", "--test-passphrase", "--key-slot", slot, &ours];
+            let (said, opened) = cryptsetup(&files, &test);
+            assert!(opened, "slot {slot}: {said}");
+        }
+        std::fs::write(files.path("key"), "falsch").unwrap();
+        assert!(!cryptsetup(&files, &["open", "--test-passphrase", &ours]).1);
     }
 }
 

@@ -12,6 +12,7 @@ fn main() -> ExitCode {
     };
     let seeds = match (Target::named(target), target.as_str()) {
         (Some(target), _) => fuzz::seeds::of(target),
+        (None, "luks") => fuzz::luks_seeds::luks(),
         (None, "net_frame") => fuzz::net_seeds::net_frame(),
         (None, format) if fuzz::image::FORMATS.contains(&format) => fuzz::image::seeds(format),
         (None, _) => {
