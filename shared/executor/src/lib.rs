@@ -22,6 +22,7 @@
 //! Must not know: images, guests, sockets' protocols.
 
 pub mod buffer;
+mod crew;
 pub mod file;
 mod hold;
 mod iothread;
@@ -44,6 +45,7 @@ pub mod word_arena;
 pub mod workers;
 
 pub use buffer::{Buffer, HeapBuffer};
+pub use crew::Crew;
 pub use file::{File, FileOp, OpenOptions};
 pub use hold::{Hold, hold_open};
 pub use iothread::{IoThread, IoThreadOptions};

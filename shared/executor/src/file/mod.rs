@@ -201,6 +201,28 @@ impl File {
         }
     }
 
+    /// Copies `len` bytes at `offset` to a place in another file without bringing them here: shared
+    /// where the file system can do that, else copied within the kernel, on a worker thread.
+    ///
+    /// # Errors
+    /// The kernel's, mostly because it cannot do it for these two files (`EXDEV`, `EINVAL`,
+    /// `EOPNOTSUPP`); `ENODATA` when the file ends before. Some bytes may have been copied.
+    pub async fn copy_range(
+        &self,
+        offset: u64,
+        (to, to_offset): (&File, u64),
+        len: u64,
+    ) -> Result<(), Errno> {
+        let (from, to) = (self.clone(), to.clone());
+        crate::workers::offload(move || match (&*from.kind, &*to.kind) {
+            (Kind::Host(from), Kind::Host(to)) => {
+                transfer::copy_range((from.fd(), offset), (to.fd(), to_offset), len)
+            }
+            _ => Err(Errno::EOPNOTSUPP),
+        })
+        .await
+    }
+
     /// Sets the length; new bytes read as zeroes.
     pub fn set_len(&self, len: u64) -> FileOp {
         match &*self.kind {

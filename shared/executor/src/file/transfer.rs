@@ -137,6 +137,33 @@ impl Allocation {
     }
 }
 
+/// Has the kernel copy `len` bytes from one file to another, at these offsets.
+pub(super) fn copy_range(
+    (from, offset): (BorrowedFd<'_>, u64),
+    (to, to_offset): (BorrowedFd<'_>, u64),
+    len: u64,
+) -> Result<(), Errno> {
+    let mut offset = i64::try_from(offset).map_err(|_| Errno::EFBIG)?;
+    let mut to_offset = i64::try_from(to_offset).map_err(|_| Errno::EFBIG)?;
+    let mut left = len;
+    while left > 0 {
+        let asked = left.min(MAX_BYTES as u64) as usize;
+        // SAFETY: two valid descriptors, and offsets that outlive the call.
+        let copied = unsafe {
+            let (from, to) = (from.as_raw_fd(), to.as_raw_fd());
+            libc::copy_file_range(from, &raw mut offset, to, &raw mut to_offset, asked, 0)
+        };
+        match u64::try_from(copied) {
+            // The source ends here.
+            Ok(0) => return Err(Errno::ENODATA),
+            Ok(copied) => left -= copied,
+            Err(_) if Errno::last() == Errno::EINTR => {}
+            Err(_) => return Err(Errno::last()),
+        }
+    }
+    Ok(())
+}
+
 /// What one syscall is to transfer.
 pub(super) struct Piece<'a> {
     pub(super) buffer: &'a Buffer,
