@@ -8,7 +8,7 @@ use crate::naming::Layer;
 use crate::node::WriteGuard;
 use crate::redo_log::ImageIdentity;
 use crate::snapshot::Snapshots;
-use executor::{Buffer, Errno, FileOp};
+use executor::{Buffer, Errno, File, FileOp};
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -194,6 +194,24 @@ pub struct StatusExtent {
     pub status: BlockStatus,
 }
 
+/// What is to be done with stored bytes behind the drivers' backs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StoredUse {
+    /// They are read.
+    Read,
+    /// They are written over: nothing else refers to them.
+    Overwrite,
+}
+
+/// Where bytes are stored as they are.
+#[derive(Clone, Copy, Debug)]
+pub struct Stored<'a> {
+    /// The file.
+    pub file: &'a File,
+    /// The offset of the first byte in it.
+    pub offset: u64,
+}
+
 /// Where the content of an extent comes from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BlockStatus {
@@ -294,6 +312,13 @@ pub trait Driver: Send + Sync {
     fn drain_end(&self) {}
     /// What is known about the start of `range` (at least one byte of it).
     fn block_status(&self, range: ByteRange) -> BoxFuture<'_, Result<StatusExtent, Errno>>;
+    /// Where all of `range` is stored as it is read, in one piece of a host's file, if that is known
+    /// without waiting and requests need not pass this driver: for copies that the kernel makes. It
+    /// holds as long as a visit to the graph ([`crate::RootHandle::visit`]) and no request changes
+    /// the mapping of the range.
+    fn stored(&self, _range: ByteRange, _use: StoredUse) -> Option<Stored<'_>> {
+        None
+    }
     /// Changes the length.
     fn resize(&self, resize: Resize) -> BoxFuture<'_, Result<(), crate::Error>>;
     /// Changes what the image says about its backing file, and nothing else: the open backing child

@@ -26,7 +26,7 @@ use crate::check::{CheckOptions, CheckResult, CheckSink};
 use crate::debug::Event;
 use crate::driver::{
     BackingReference, BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Resize,
-    StatusExtent, WriteFlags, ZeroFlags,
+    StatusExtent, Stored, StoredUse, WriteFlags, ZeroFlags,
 };
 use crate::edge::Edge;
 use crate::error::{Error, Result};
@@ -440,6 +440,22 @@ impl<F: Format> Driver for FormatNode<F> {
             }
             Ok(extent)
         })
+    }
+    fn stored(&self, range: ByteRange, purpose: StoredUse) -> Option<Stored<'_>> {
+        if self.is_debugged() || self.format.cipher().is_some() {
+            return None;
+        }
+        match self.format.lookup(range) {
+            Lookup::Hit(Extent {
+                length,
+                mapping: Mapping::Data(host_offset),
+                in_place,
+            }) if length >= range.length && (in_place || purpose == StoredUse::Read) => {
+                let range = ByteRange::new(host_offset, range.length);
+                self.data().stored(range, purpose)
+            }
+            _ => None,
+        }
     }
     fn resize(&self, resize: Resize) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.set_length(resize))

@@ -28,7 +28,7 @@ use crate::bitmap::BitmapSet;
 use crate::debug::Event;
 use crate::driver::{
     BackingReference, BlockStatus, BoxFuture, ByteRange, Driver, IoFuture, Limits, Resize,
-    StatusExtent, WriteFlags, ZeroFlags,
+    StatusExtent, Stored, StoredUse, WriteFlags, ZeroFlags,
 };
 use crate::edge::{Edge, Permissions};
 use crate::error::{Error, ErrorKind};
@@ -349,6 +349,18 @@ impl Node {
         let within = range.length.min(length - range.offset);
         self.driver
             .block_status(ByteRange::new(range.offset, within))
+    }
+    /// See [`Driver::stored`]. `None`, too, where the node does something about requests itself.
+    pub fn stored(&self, range: ByteRange, purpose: StoredUse) -> Option<Stored<'_>> {
+        let options = &self.options;
+        let is_watched = options.read_only
+            || !self.bitmaps.is_empty()
+            || options.detect_zeroes != DetectZeroes::Off;
+        let is_within = range.checked_end()? <= self.length();
+        if self.debugged || !is_within || purpose == StoredUse::Overwrite && is_watched {
+            return None;
+        }
+        self.driver.stored(range, purpose)
     }
     /// Changes the length and tells the users of the node. The caller holds the `resize`
     /// permission through a root.

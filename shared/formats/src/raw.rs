@@ -10,8 +10,8 @@ use block::error::Result;
 use block::open::{ChildRole, DriverEntry};
 use block::{
     BoxFuture, Buffer, ByteRange, Driver, Edge, Errno, Error, ErrorKind, Event, ImageIdentity,
-    IoFuture, Layer, Limits, Measured, Node, OpenRequest, Resize, RootHandle, StatusExtent,
-    WriteFlags, ZeroFlags,
+    IoFuture, Layer, Limits, Measured, Node, OpenRequest, Resize, RootHandle, StatusExtent, Stored,
+    StoredUse, WriteFlags, ZeroFlags,
 };
 use serde_json::{Map, Value};
 
@@ -198,6 +198,9 @@ impl Driver for Raw {
         range: ByteRange,
     ) -> BoxFuture<'_, std::result::Result<StatusExtent, Errno>> {
         Box::pin(self.status(range))
+    }
+    fn stored(&self, range: ByteRange, purpose: StoredUse) -> Option<Stored<'_>> {
+        self.child().stored(self.shift(range)?, purpose)
     }
     fn resize(&self, resize: Resize) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.set_length(resize))

@@ -25,7 +25,7 @@ use block::open::DriverEntry;
 use block::{
     BlockStatus, BoxFuture, Buffer, ByteRange, Driver, Edge, Errno, Error, ErrorKind,
     ImageIdentity, IoFuture, Limits, OpenRequest, Preallocation, Protocol, Reach, Resize,
-    StatusExtent, WriteFlags, ZeroFlags,
+    StatusExtent, Stored, StoredUse, WriteFlags, ZeroFlags,
 };
 use executor::file::Fallocate;
 use executor::{File, OpenOptions};
@@ -520,6 +520,12 @@ impl Driver for FileNode {
     }
     fn block_status(&self, range: ByteRange) -> BoxFuture<'_, Result<StatusExtent, Errno>> {
         Box::pin(self.status(range))
+    }
+    fn stored(&self, range: ByteRange, _purpose: StoredUse) -> Option<Stored<'_>> {
+        (self.storage == Storage::File).then_some(Stored {
+            file: &self.file,
+            offset: range.offset,
+        })
     }
     fn resize(&self, resize: Resize) -> BoxFuture<'_, Result<(), Error>> {
         Box::pin(self.set_length(resize))

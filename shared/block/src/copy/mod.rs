@@ -2,20 +2,22 @@
 //!
 //! ```text
 //!   Walk ── step {range, data | zero | backing} ──► worker (several at a time)
-//!    │ block status of the sources                    │ read a chunk
-//!    │ (holes cost nothing)                           │ wait for its turn (ascending writes)
-//!    │                                                │ Runs: data │ zeroes
+//!    │ block status of the sources                    │ read a chunk ┐ here, or by a crew
+//!    │ (holes cost nothing)                           │ Runs: data │ zeroes ┘ of threads
+//!    │                                                │ wait for its turn (ascending writes)
 //!    ▼                                                ▼      ▼         ▼
 //!   Sources: one or more roots, end to end          rate   write   write_zeroes, or nothing
 //! ```
 //!
 //! Owns: [`status`] (who decides the content of a range), [`Sources`], [`Walk`], [`Runs`] (zero
-//! detection), the order of writes, the rate, and [`Copy`], which puts them together. Promises:
+//! detection), what a chunk is read and looked at by, the order of writes, the rate, and [`Copy`], which puts them together. Promises:
 //! each byte of the sources is read at most once; what is written reads as the sources did, or an
 //! error says which offset failed; at most [`CopyOptions::in_flight`] chunks are in memory; after
 //! the first error no request begins, and those under way are waited for. Must not know: formats,
 //! files, who is told of the progress.
 
+mod chunk;
+mod offload;
 mod rate;
 mod runs;
 mod sources;
@@ -26,14 +28,14 @@ mod window;
 
 pub use rate::Rate;
 pub use runs::{Run, RunRules, Runs, first_difference, first_nonzero};
-pub use sources::Sources;
+pub use sources::{Disks, Sources};
 pub use walk::{Backed, Kind, Step, Walk};
 pub use window::Window;
 
 use crate::root::RootHandle;
 use crate::turns::Turns;
 use executor::sync::Mutex;
-use executor::{Errno, HeapBuffer};
+use executor::{Crew, Errno, HeapBuffer};
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::future::{Future, poll_fn};
@@ -86,6 +88,16 @@ pub enum Store {
     },
 }
 
+/// Who copies data that both sides store as it is, in files of the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Offload {
+    /// This program reads and writes it.
+    #[default]
+    Never,
+    /// The file system shares or copies it where it can. Zeroes in it are not looked for.
+    WherePossible,
+}
+
 /// What happens when a source cannot be read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnReadError {
@@ -114,6 +126,8 @@ pub struct CopyOptions {
     pub backed: Backed,
     /// How data is stored.
     pub store: Store,
+    /// Who copies plain data.
+    pub offload: Offload,
     /// What unreadable sectors do.
     pub on_read_error: OnReadError,
     /// Most bytes written in a second.
@@ -130,6 +144,7 @@ impl Default for CopyOptions {
             unwritten: Unwritten::default(),
             backed: Backed::default(),
             store: Store::default(),
+            offload: Offload::default(),
             on_read_error: OnReadError::default(),
             rate: None,
         }
@@ -205,6 +220,9 @@ pub struct Copy<'a> {
     /// Bytes copied that the observer has not been told of.
     untold: Cell<u64>,
     memory: RefCell<Vec<HeapBuffer>>,
+    readers: Option<&'a Crew<Sources>>,
+    /// The file system cannot.
+    is_refused: Cell<bool>,
 }
 
 /// Where the walk is, and how many steps it has made.
@@ -232,7 +250,17 @@ impl<'a> Copy<'a> {
             failed: Cell::new(None),
             untold: Cell::new(0),
             memory: RefCell::default(),
+            readers: None,
+            is_refused: Cell::new(false),
         }
+    }
+
+    /// Has chunks read and looked at by `readers`, too, whose sources are the same disks
+    /// ([`Sources::disks`]).
+    #[must_use]
+    pub fn with_readers(mut self, readers: Option<&'a Crew<Sources>>) -> Self {
+        self.readers = readers;
+        self
     }
 
     /// Copies.

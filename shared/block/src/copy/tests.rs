@@ -87,6 +87,51 @@ fn the_target_reads_as_the_sources_end_to_end() {
     }
 }
 
+/// On a real executor: readers are threads.
+fn copy_with_readers(from: &Memory, to: &Memory, options: &CopyOptions) -> Result<(), CopyError> {
+    let executor = Executor::new(&executor::Config::default()).unwrap();
+    executor.block_on(async {
+        let (source, target) = (root(from), root(to).attach());
+        let sources = Sources::new([&source]).unwrap();
+        let disks = sources.disks();
+        let readers = Crew::start("reader", 2, move || disks.attach()).unwrap();
+        let copy = Copy::new((&sources, &target), options, &Unobserved);
+        copy.with_readers(Some(&readers)).run().await
+    })
+}
+
+#[test]
+fn chunks_that_other_threads_read_are_written_as_if_they_were_not() {
+    for seed in 0..12 {
+        let bytes = content(seed, 600);
+        let (from, to) = (slow(bytes.clone(), 0), slow(vec![0xaa; bytes.len()], 0));
+        let options = CopyOptions {
+            in_flight: 1 + seed as usize * 2,
+            sparse: [None, Some(4096)][seed as usize % 2],
+            ..options()
+        };
+        copy_with_readers(&from, &to, &options).unwrap();
+        assert!(to.bytes() == bytes, "seed {seed}");
+        let offset = |call: &Call| match call {
+            Call::Write(offset, _) => Some(*offset),
+            _ => None,
+        };
+        let written: Vec<u64> = to.calls().iter().filter_map(offset).collect();
+        assert!(written.is_sorted(), "seed {seed}: {written:?}");
+    }
+}
+
+#[test]
+fn what_another_thread_cannot_read_ends_the_copy_with_its_offset() {
+    let (from, to) = (slow(vec![7; 64 << 10], 0), slow(vec![0; 64 << 10], 0));
+    from.arrange(Ok(()));
+    from.arrange(Ok(()));
+    from.arrange(Err(Errno::EIO));
+    let error = copy_with_readers(&from, &to, &options()).unwrap_err();
+    assert_eq!((error.act, error.errno), (Act::Read, Errno::EIO));
+    assert!(error.offset.is_multiple_of(CHUNK));
+}
+
 #[test]
 fn zeroes_are_not_written_where_the_target_has_them() {
     simulated(async || {

@@ -1,6 +1,6 @@
 //! One step of a copy: read, told apart, written.
 
-use super::runs::{Run, RunRules, Runs, is_zero};
+use super::chunk::{Chunk, Unread, owned};
 use super::{Act, Copy, CopyError, Kind, OnReadError, SECTOR, Step, Store, Unwritten};
 use crate::driver::{ByteRange, WriteFlags, ZeroFlags};
 use executor::{Buffer, Errno, HeapBuffer};
@@ -21,29 +21,56 @@ impl Copy<'_> {
             (Kind::Zero, None) => {
                 let mut zeroes = self.take_memory(length as usize);
                 zeroes.fill(0);
-                self.write(step, zeroes, turn).await
+                let chunk = Chunk {
+                    runs: self.look().runs(offset, &zeroes),
+                    memory: zeroes,
+                };
+                self.write(step, chunk, turn).await
             }
             (Kind::Data, _) => {
-                let data = self.read(offset, self.take_memory(length as usize)).await?;
-                self.write(step, data, turn).await
+                if self.offloads() && self.copy_offloaded(step, turn).await {
+                    return Ok(());
+                }
+                let chunk = self.read(offset, self.take_memory(length as usize)).await?;
+                self.write(step, chunk, turn).await
             }
         }
     }
 
-    async fn read(&self, offset: u64, memory: HeapBuffer) -> Result<HeapBuffer, CopyError> {
-        let buffer = memory.into_buffer();
-        match self.sources.read(offset, buffer.clone()).await {
-            Ok(()) => {}
-            Err(errno) if self.options.on_read_error == OnReadError::Fail => {
-                return Err(CopyError {
+    /// Has the kernel copy `step` when it is its turn; false when that is still to be done.
+    async fn copy_offloaded(&self, step: Step, turn: u64) -> bool {
+        if !self.wait_for(turn).await {
+            // Nothing is to be done after a failure.
+            return true;
+        }
+        let is_copied = self.offload(step.range).await;
+        if is_copied {
+            self.count(step);
+            if let Some(rate) = &self.rate {
+                rate.take(step.range.length).await;
+            }
+        }
+        is_copied
+    }
+
+    async fn read(&self, offset: u64, memory: HeapBuffer) -> Result<Chunk, CopyError> {
+        match self.fetch(offset, memory).await {
+            Ok(chunk) => Ok(chunk),
+            Err(Unread { errno, .. }) if self.options.on_read_error == OnReadError::Fail => {
+                Err(CopyError {
                     act: Act::Read,
                     offset,
                     errno,
-                });
+                })
             }
-            Err(_) => self.salvage(offset, &buffer).await,
+            Err(Unread { memory, .. }) => {
+                let buffer = memory.into_buffer();
+                self.salvage(offset, &buffer).await;
+                let memory = owned(buffer);
+                let runs = self.look().runs(offset, &memory);
+                Ok(Chunk { memory, runs })
+            }
         }
-        Ok(owned(buffer))
     }
 
     /// Reads sector by sector; those that cannot be read are zeroes.
@@ -59,15 +86,15 @@ impl Copy<'_> {
     }
 
     /// Writes a chunk when it is its turn, zeroes as zeroes.
-    async fn write(&self, step: Step, data: HeapBuffer, turn: u64) -> Result<(), CopyError> {
+    async fn write(&self, step: Step, chunk: Chunk, turn: u64) -> Result<(), CopyError> {
         if !self.wait_for(turn).await {
             return Ok(());
         }
         // In turn: portions end in the order in which they began.
         self.count(step);
         let offset = step.range.offset;
-        let runs = self.runs(offset, &data);
-        let buffer = data.into_buffer();
+        let Chunk { memory, runs } = chunk;
+        let buffer = memory.into_buffer();
         let mut at = 0;
         for run in runs {
             let start = offset + at as u64;
@@ -81,33 +108,6 @@ impl Copy<'_> {
         }
         self.memory.borrow_mut().push(owned(buffer));
         Ok(())
-    }
-
-    /// How a chunk is written.
-    fn runs(&self, offset: u64, data: &[u8]) -> Vec<Run> {
-        let whole = Run {
-            length: data.len(),
-            zero: false,
-        };
-        match (self.options.sparse, self.options.store) {
-            (None, _) => vec![whole],
-            (Some(sparse), Store::Plain) => {
-                let alignment = u64::from(self.target_alignment());
-                Runs::new(data, offset, RunRules::new(sparse, alignment)).collect()
-            }
-            (Some(_), Store::Compressed { cluster: unit }) => {
-                let mut runs: Vec<Run> = Vec::new();
-                for cluster in data.chunks(unit.max(1) as usize) {
-                    let zero = is_zero(cluster);
-                    let length = cluster.len();
-                    match runs.last_mut().filter(|last| last.zero == zero) {
-                        Some(last) => last.length += length,
-                        None => runs.push(Run { length, zero }),
-                    }
-                }
-                runs
-            }
-        }
     }
 
     async fn store(&self, offset: u64, data: Buffer) -> Result<(), CopyError> {
@@ -130,10 +130,6 @@ impl Copy<'_> {
         written.map_err(|errno| at_target(range.offset, errno))
     }
 
-    fn target_alignment(&self) -> u32 {
-        self.target.limits().request_alignment
-    }
-
     /// Memory for a chunk, of an earlier one when there is some.
     fn take_memory(&self, length: usize) -> HeapBuffer {
         let mut kept = self.memory.borrow_mut();
@@ -154,11 +150,4 @@ fn at_target(offset: u64, errno: Errno) -> CopyError {
         offset,
         errno,
     }
-}
-
-/// The memory of a buffer that no operation uses any more.
-fn owned(buffer: Buffer) -> HeapBuffer {
-    buffer
-        .try_into_heap()
-        .unwrap_or_else(|buffer| buffer.to_heap())
 }

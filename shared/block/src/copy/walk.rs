@@ -114,8 +114,8 @@ impl<'a> Walk<'a> {
     /// Finds out what begins here.
     async fn look(&mut self) -> Result<(), CopyError> {
         let part = self.sources.part_at(self.at);
-        let offset = self.at - part.start;
-        let mut longest = (part.length - offset).min(MAX_STEP);
+        let offset = self.at - part.disk.start;
+        let mut longest = (part.disk.length - offset).min(MAX_STEP);
         let mut beyond_backing = false;
         if let Backed::Alike {
             length: Some(backing),
@@ -149,7 +149,7 @@ impl<'a> Walk<'a> {
         let (data, zero) = (data || length < SECTOR, zero && length >= SECTOR);
         let mut length = (length / SECTOR * SECTOR).max(SECTOR).min(longest);
         // Pieces end where the source can end a read.
-        let beyond = (offset + length) % part.alignment;
+        let beyond = (offset + length) % part.disk.alignment;
         if length > beyond {
             length -= beyond;
         }

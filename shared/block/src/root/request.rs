@@ -67,6 +67,10 @@ impl RootHandle {
     pub fn limits(&self) -> Limits {
         self.node().driver().limits()
     }
+    /// Whether each write is durable when it completes.
+    pub fn writes_through(&self) -> bool {
+        self.through
+    }
     /// Comes in, as a request does, to ask the nodes below what no request tells.
     pub async fn visit(&self) -> Visit<'_> {
         poll_fn(|cx| match self.thread.is_paused() {
