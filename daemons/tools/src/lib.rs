@@ -12,6 +12,7 @@
 pub mod dump;
 pub mod failure;
 pub mod getopt;
+pub mod helpers;
 pub mod image;
 pub mod json;
 pub mod options;

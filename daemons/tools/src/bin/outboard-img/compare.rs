@@ -7,10 +7,13 @@ use crate::{Command, Running};
 use block::copy::status::{Above, above};
 use block::copy::{Window, first_difference, first_nonzero};
 use block::error::reason;
-use block::{BlockStatus, ByteRange, Errno, HeapBuffer, RootHandle};
+use block::{BlockStatus, ByteRange, Errno, HeapBuffer, Root, RootHandle};
+use executor::Crew;
 use std::cell::RefCell;
+use std::rc::Rc;
 use tools::failure::{Failure, Outcome};
 use tools::getopt::{self, Opt};
+use tools::helpers;
 use tools::image::{Access, Cache, Common, Image, Opening, Tool};
 use tools::progress::{Progress, Show};
 
@@ -44,7 +47,7 @@ const NOT_READ: u8 = 4;
 /// Bytes of a piece.
 const PIECE_BYTES: u64 = 512 << 10;
 /// Pieces in memory at a time.
-const PIECES: usize = 8;
+const PIECES: usize = 12;
 
 /// Whether allocation and length are compared too.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -108,8 +111,12 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
         let spec = one.image(name.clone()).map_err(not_opened)?;
         images.push(tool.open(&spec, opening).await.map_err(not_opened)?);
     }
-    let sides = [side(&images[0], first), side(&images[1], second)];
-    let ended = compare(&sides, strictness, (&common, &progress)).await;
+    let ended = {
+        let readers = Readers::start(&images);
+        let sides = [side(&images[0], first), side(&images[1], second)];
+        let told = (&common, &progress);
+        compare(&sides, &readers, (strictness, told)).await
+    };
     progress.at(1, 1);
     match ended {
         Ok(()) => {
@@ -146,15 +153,12 @@ struct Side<'n> {
     handle: RootHandle,
     name: &'n str,
     length: u64,
-    /// Memory of earlier pieces.
-    memory: RefCell<Vec<HeapBuffer>>,
 }
 
 fn side<'n>(image: &Image, name: &'n str) -> Side<'n> {
     let handle = image.root.attach();
     Side {
         length: handle.length(),
-        memory: RefCell::default(),
         handle,
         name,
     }
@@ -195,21 +199,6 @@ impl Side<'_> {
         }
     }
 
-    async fn read(&self, range: ByteRange) -> Result<HeapBuffer, End> {
-        let length = range.length as usize;
-        let kept = self.memory.borrow_mut().pop();
-        let memory = match kept {
-            Some(memory) if memory.len() == length => memory,
-            _ => HeapBuffer::zeroed(length),
-        };
-        let buffer = memory.into_buffer();
-        let read = self.handle.read(range.offset, buffer.clone()).await;
-        read.map_err(|errno| self.unreadable(range.offset, errno))?;
-        Ok(buffer
-            .try_into_heap()
-            .unwrap_or_else(|buffer| buffer.to_heap()))
-    }
-
     fn unreadable(&self, offset: u64, errno: Errno) -> End {
         let reason = reason(errno);
         let message = format!(
@@ -218,13 +207,91 @@ impl Side<'_> {
         );
         End::Failed(Failure::message(message).with_code(NOT_READ))
     }
+}
 
-    /// Whether a range is all zero.
-    async fn check_zero(&self, range: ByteRange) -> Result<(), End> {
-        let bytes = self.read(range).await?;
-        let found = first_nonzero(&bytes);
-        self.memory.borrow_mut().push(bytes);
-        found.map_or(Ok(()), |at| Err(differ(range.offset + at as u64)))
+/// The images on one thread, and memory of earlier pieces.
+struct Reader {
+    handles: [RootHandle; 2],
+    memory: RefCell<Vec<HeapBuffer>>,
+}
+
+/// What a piece is looked at for.
+#[derive(Clone, Copy)]
+enum Question {
+    /// Whether both images read the same.
+    Same,
+    /// Whether this one (by its number) is all zero.
+    Zero(usize),
+}
+
+/// Which image could not be read, and why.
+struct Unread(usize, Errno);
+
+impl Reader {
+    fn new(roots: &[Root; 2]) -> Self {
+        Self {
+            handles: roots.each_ref().map(Root::attach),
+            memory: RefCell::default(),
+        }
+    }
+
+    /// Where the answer to `question` is no.
+    async fn look(&self, question: Question, range: ByteRange) -> Result<Option<u64>, Unread> {
+        let (found, read) = match question {
+            Question::Same => {
+                let (one, other) = (self.read(0, range).await?, self.read(1, range).await?);
+                (first_difference(&one, &other), vec![one, other])
+            }
+            Question::Zero(side) => {
+                let bytes = self.read(side, range).await?;
+                (first_nonzero(&bytes), vec![bytes])
+            }
+        };
+        self.memory.borrow_mut().extend(read);
+        Ok(found.map(|at| range.offset + at as u64))
+    }
+
+    async fn read(&self, side: usize, range: ByteRange) -> Result<HeapBuffer, Unread> {
+        let length = range.length as usize;
+        let kept = self.memory.borrow_mut().pop();
+        let memory = match kept {
+            Some(memory) if memory.len() == length => memory,
+            _ => HeapBuffer::zeroed(length),
+        };
+        let buffer = memory.into_buffer();
+        let read = self.handles[side].read(range.offset, buffer.clone()).await;
+        read.map_err(|errno| Unread(side, errno))?;
+        Ok(buffer
+            .try_into_heap()
+            .unwrap_or_else(|buffer| buffer.to_heap()))
+    }
+}
+
+/// Who reads: this thread, and others that help.
+struct Readers {
+    here: Reader,
+    crew: Option<Crew<Reader>>,
+}
+
+impl Readers {
+    fn start(images: &[Image]) -> Self {
+        let roots = [images[0].root.clone(), images[1].root.clone()];
+        let here = Reader::new(&roots);
+        let bytes = here.handles.each_ref().map(RootHandle::length);
+        let crew = helpers::start(bytes[0].max(bytes[1]), move || Reader::new(&roots));
+        Self { here, crew }
+    }
+
+    async fn look(&self, question: Question, range: ByteRange) -> Result<Option<u64>, Unread> {
+        match self.crew.as_ref().filter(|crew| crew.has_room()) {
+            None => self.here.look(question, range).await,
+            Some(crew) => {
+                let work =
+                    move |reader: Rc<Reader>| async move { reader.look(question, range).await };
+                let answer = crew.call(work).await;
+                answer.unwrap_or(Err(Unread(0, Errno::EIO)))
+            }
+        }
     }
 }
 
@@ -232,24 +299,17 @@ fn differ(offset: u64) -> End {
     End::Differ(format!("Content mismatch at offset {offset}!"))
 }
 
-async fn check_equal([left, right]: &[Side<'_>; 2], range: ByteRange) -> Result<(), End> {
-    let (one, other) = (left.read(range).await?, right.read(range).await?);
-    let found = first_difference(&one, &other);
-    left.memory.borrow_mut().push(one);
-    right.memory.borrow_mut().push(other);
-    found.map_or(Ok(()), |at| Err(differ(range.offset + at as u64)))
-}
-
 async fn compare(
     sides: &[Side<'_>; 2],
-    strictness: Strictness,
-    (common, progress): (&Common, &Progress),
+    readers: &Readers,
+    (strictness, (common, progress)): (Strictness, (&Common, &Progress)),
 ) -> Result<(), End> {
     let [first, second] = sides;
     let (shorter, longer) = match first.length <= second.length {
         true => (first, second),
         false => (second, first),
     };
+    let check = |question, range| check((sides, readers), question, range);
     let is_strict = strictness == Strictness::Strict;
     if is_strict && shorter.length != longer.length {
         let message = "Strict mode: Image size mismatch!";
@@ -280,11 +340,11 @@ async fn compare(
             length = length.min(PIECE_BYTES);
             make_room(&mut window).await?;
             let range = ByteRange::new(at, length);
-            match (one.is_allocated(), other.is_allocated()) {
-                (true, true) => window.push(check(Some(sides), first, range)),
-                (true, false) => window.push(check(None, first, range)),
-                _ => window.push(check(None, second, range)),
-            }
+            window.push(match (one.is_allocated(), other.is_allocated()) {
+                (true, true) => check(Question::Same, range),
+                (true, false) => check(Question::Zero(0), range),
+                _ => check(Question::Zero(1), range),
+            });
         }
         at += length;
         progress.at(at, longer.length);
@@ -303,7 +363,8 @@ async fn compare(
         if known.is_allocated() && !known.status.zero {
             length = length.min(PIECE_BYTES);
             make_room(&mut window).await?;
-            window.push(check(None, longer, ByteRange::new(at, length)));
+            let number = usize::from(std::ptr::eq(longer, second));
+            window.push(check(Question::Zero(number), ByteRange::new(at, length)));
         }
         at += length;
         progress.at(at, longer.length);
@@ -311,11 +372,16 @@ async fn compare(
     finish(&mut window).await
 }
 
-/// Compares a range of both sides, or one side's with zeroes.
-async fn check(both: Option<&[Side<'_>; 2]>, one: &Side<'_>, range: ByteRange) -> Result<(), End> {
-    match both {
-        Some(both) => check_equal(both, range).await,
-        None => one.check_zero(range).await,
+/// Fails when the answer to `question` is no, or not to be had.
+async fn check(
+    (sides, readers): (&[Side<'_>; 2], &Readers),
+    question: Question,
+    range: ByteRange,
+) -> Result<(), End> {
+    match readers.look(question, range).await {
+        Ok(None) => Ok(()),
+        Ok(Some(at)) => Err(differ(at)),
+        Err(Unread(side, errno)) => Err(sides[side].unreadable(range.offset, errno)),
     }
 }
 

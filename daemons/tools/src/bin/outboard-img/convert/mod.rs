@@ -15,7 +15,7 @@ mod target;
 
 use crate::{Command, Running};
 use block::copy::{
-    Backed, CHUNK_BYTES, Copy, CopyOptions, Kind, LONG_CHUNK_BYTES, Observer, OnReadError,
+    Backed, CHUNK_BYTES, Copy, CopyOptions, Kind, LONG_CHUNK_BYTES, Observer, Offload, OnReadError,
     SPARSE_BYTES, Sources, Store, Unwritten, Walk, status::backing_of,
 };
 use block::{BlockStatus, ByteRange, Errno, Node};
@@ -24,6 +24,7 @@ use source::Source;
 use std::cell::Cell;
 use target::Prepared;
 use tools::failure::{Failure, Outcome, warn};
+use tools::helpers;
 use tools::image::{Image, Tool};
 use tools::progress::{Progress, Show};
 
@@ -100,7 +101,16 @@ async fn copy(
     if salvages || request.progress && !request.common.quiet {
         shown.total.set(to_copy(sources, &options, &shown).await?);
     }
-    let copied = Copy::new((sources, &handle), &options, &shown).run().await;
+    // A single chunk at a time is what `-m 1` asks for.
+    let bytes = if options.in_flight > 1 {
+        sources.length()
+    } else {
+        0
+    };
+    let disks = sources.disks();
+    let readers = helpers::start(bytes, move || disks.attach());
+    let copy = Copy::new((sources, &handle), &options, &shown).with_readers(readers.as_ref());
+    let copied = copy.run().await;
     copied.map_err(|error| Failure::message(error.to_string()))
 }
 
@@ -108,7 +118,9 @@ async fn copy(
 async fn options(request: &Request, target: &Image) -> Result<CopyOptions, Failure> {
     let limits = target.node.driver().limits();
     let cluster = u64::from(limits.optimal_transfer);
-    let is_long = request.compressed || request.sparse.is_some_and(|bytes| bytes > SPARSE_BYTES);
+    let is_long = request.compressed
+        || request.offload
+        || request.sparse.is_some_and(|bytes| bytes > SPARSE_BYTES);
     let least = match is_long {
         true => LONG_CHUNK_BYTES,
         false => CHUNK_BYTES,
@@ -148,6 +160,10 @@ async fn options(request: &Request, target: &Image) -> Result<CopyOptions, Failu
         unwritten,
         backed,
         store,
+        offload: match request.offload {
+            true => Offload::WherePossible,
+            false => Offload::Never,
+        },
         on_read_error: request.on_read_error,
         rate: request.rate,
     })
