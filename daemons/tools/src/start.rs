@@ -24,8 +24,17 @@ pub fn main(name: &str, run: impl FnOnce(Vec<String>) -> Outcome) -> ExitCode {
 ///
 /// Those of `work`, then those of closing.
 pub fn with_tool(work: impl AsyncFnOnce(&Tool) -> Outcome) -> Outcome {
+    with_executor(&Config::default(), work)
+}
+
+/// The same on an executor that is set up by `config`.
+///
+/// # Errors
+///
+/// As above.
+pub fn with_executor(config: &Config, work: impl AsyncFnOnce(&Tool) -> Outcome) -> Outcome {
     let failed = |error| Failure::message(format!("Could not start: {error}"));
-    let executor = Executor::new(&Config::default()).map_err(failed)?;
+    let executor = Executor::new(config).map_err(failed)?;
     executor.block_on(async {
         let tool = Tool::new();
         let outcome = work(&tool).await;

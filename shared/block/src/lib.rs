@@ -55,7 +55,8 @@ pub use create::{CreateRequest, Creator, OptionKind, OptionSpec};
 pub use debug::{Debugger, Event};
 pub use driver::{
     BackingReference, BlockStatus, BoxFuture, ByteRange, ChildrenChange, ChildrenRefusal, Driver,
-    IoFuture, Limits, Preallocation, Resize, StatusExtent, Stored, StoredUse, WriteFlags, ZeroFlags,
+    IoFuture, Limits, Preallocation, Resize, StatusExtent, Stored, StoredUse, WriteFlags,
+    ZeroFlags,
 };
 pub use edge::{Edge, EdgeSpec, Permissions};
 pub use error::{Error, ErrorKind};

@@ -360,6 +360,9 @@ impl Node {
         if self.debugged || !is_within || purpose == StoredUse::Overwrite && is_watched {
             return None;
         }
+        if purpose == StoredUse::Overwrite {
+            self.reserve(range).ok()?;
+        }
         self.driver.stored(range, purpose)
     }
     /// Changes the length and tells the users of the node. The caller holds the `resize`

@@ -52,6 +52,6 @@ pub use iothread::{IoThread, IoThreadOptions};
 pub use nix::errno::Errno;
 pub use op::{Unfinished, after_abandoned, unfinished};
 pub use pool::TaskPool;
-pub use runtime::{Config, Executor, Handle, JoinHandle, Poller, spawn};
+pub use runtime::{BufferedWrites, Config, Executor, Handle, JoinHandle, Poller, spawn};
 pub use shared_memory::SharedMemory;
 pub use word_arena::WordArena;

@@ -39,6 +39,16 @@ use std::time::Duration;
 /// Rounds that one [`Executor::turn`] runs before it lets its host's loop have the thread.
 const ROUNDS_PER_TURN: u32 = 64;
 
+/// Who waits when a write to a buffered file has to (for memory, for the file's lock).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BufferedWrites {
+    /// A thread of the kernel: this one goes on.
+    #[default]
+    ByRing,
+    /// This thread. Saves waking others and is for programs with nothing else to do meanwhile.
+    InPlace,
+}
+
 /// How an executor is set up.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -46,6 +56,8 @@ pub struct Config {
     pub ring_entries: u32,
     /// Longest time to poll before sleeping; zero sleeps at once. The window adapts below it.
     pub poll_max: Duration,
+    /// How buffered files are written.
+    pub buffered_writes: BufferedWrites,
 }
 
 impl Default for Config {
@@ -53,6 +65,7 @@ impl Default for Config {
         Self {
             ring_entries: 256,
             poll_max: Duration::from_micros(32),
+            buffered_writes: BufferedWrites::default(),
         }
     }
 }
@@ -92,6 +105,7 @@ pub(crate) struct Inner {
     /// Counts rounds of work.
     pub(crate) rounds: Cell<u32>,
     running: Cell<bool>,
+    pub(crate) buffered_writes: Cell<BufferedWrites>,
 }
 
 thread_local! {
@@ -152,11 +166,9 @@ impl Executor {
         let shared = Shared::new()?;
         let ring = Ring::new(config.ring_entries, shared.eventfd())?;
         let pollers = Pollers::new(config.poll_max);
-        Ok(Self::make(
-            shared,
-            Backend::Ring(RefCell::new(ring)),
-            pollers,
-        ))
+        let executor = Self::make(shared, Backend::Ring(RefCell::new(ring)), pollers);
+        executor.inner.buffered_writes.set(config.buffered_writes);
+        Ok(executor)
     }
 
     /// An executor whose files and time are those of `world`.
@@ -182,6 +194,7 @@ impl Executor {
             turn_fd: OnceCell::new(),
             rounds: Cell::new(0),
             running: Cell::new(false),
+            buffered_writes: Cell::default(),
         });
         DEFAULT.set(Rc::downgrade(&inner));
         Executor { inner }

@@ -9,7 +9,9 @@ use executor::buffer::IoVecs;
 use executor::file::Fallocate;
 use executor::runtime::{PollerRegistration, register_poller};
 use executor::sync::{Mutex, Notify, RangeLock, Semaphore};
-use executor::{Buffer, Config, Executor, File, Handle, OpenOptions, Poller, spawn, time};
+use executor::{
+    Buffer, BufferedWrites, Config, Executor, File, Handle, OpenOptions, Poller, spawn, time,
+};
 use std::cell::{Cell, RefCell};
 use std::path::Path;
 use std::rc::Rc;
@@ -89,6 +91,25 @@ fn files_of_every_kind_keep_what_is_written() {
                 Ok(file) => round_trip(&file).await,
                 Err(error) => eprintln!("skipped O_DIRECT on {}: {error}", path.display()),
             }
+        });
+    }
+}
+
+#[test]
+fn an_executor_that_writes_in_place_has_written_when_the_call_returns() {
+    let config = Config {
+        buffered_writes: BufferedWrites::InPlace,
+        ..Config::default()
+    };
+    for directory in directories() {
+        let path = directory.path().join("file");
+        Executor::new(&config).unwrap().block_on(async {
+            let file = File::open(&path, &create()).unwrap();
+            let write = file.write_at(pattern(1 << 20, 5), 4096);
+            assert_eq!(write.result(), Some(Ok(())));
+            let written = std::fs::read(&path).unwrap();
+            assert_eq!(written[4096..], *pattern(1 << 20, 5).to_heap());
+            round_trip(&File::open(&directory.path().join("other"), &create()).unwrap()).await;
         });
     }
 }

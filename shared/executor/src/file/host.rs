@@ -3,7 +3,8 @@
 use super::mapped::{Done, Mappings, protection};
 use super::transfer::{Direction, MAX_PIECES, Piece, transfer_once};
 use super::{Alignment, Allocation, Fallocate, OpenOptions};
-use crate::{Buffer, Errno};
+use crate::runtime::with_current;
+use crate::{Buffer, BufferedWrites, Errno};
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::stat::{FileStat, Mode as Permissions, SFlag, fstat};
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
@@ -185,6 +186,7 @@ impl HostFile {
         let nowait = match (self.mode, direction) {
             (Mode::Inline, _) => false,
             (Mode::Cached, Direction::Read) if self.nowait.load(Ordering::Relaxed) => true,
+            (Mode::Cached, Direction::Write) if writes_in_place() => false,
             (Mode::Cached | Mode::Direct, _) => return Ok(0),
         };
         let mut piece = Piece {
@@ -217,6 +219,13 @@ impl HostFile {
             }
         }
     }
+}
+
+/// Whether the executor writes buffered files by itself.
+fn writes_in_place() -> bool {
+    with_current(|executor| {
+        executor.is_some_and(|inner| inner.buffered_writes.get() == BufferedWrites::InPlace)
+    })
 }
 
 fn file_type(stat: &FileStat) -> SFlag {

@@ -2,8 +2,8 @@
 //! zeroes) and positioned.
 //!
 //! How a transfer reaches the kernel depends on the file: tmpfs is read and written inline, through
-//! a shared mapping where that is safe ([`mapped`]), else by `pread` and `pwrite`; a buffered file is tried without blocking first (`RWF_NOWAIT`) and goes to the
-//! ring when that would block, `O_DIRECT` goes to the ring. In a simulated world a file is a
+//! a shared mapping where that is safe ([`mapped`]), else by `pread` and `pwrite`; a buffered file is read without blocking first (`RWF_NOWAIT`), else and for writes it goes to the
+//! ring (unless the executor has writes done in place), `O_DIRECT` goes to the ring. In a simulated world a file is a
 //! byte array with a write log.
 
 mod host;

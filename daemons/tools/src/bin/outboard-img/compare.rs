@@ -9,7 +9,7 @@ use block::copy::{Window, first_difference, first_nonzero};
 use block::error::reason;
 use block::{BlockStatus, ByteRange, Errno, HeapBuffer, Root, RootHandle};
 use executor::Crew;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tools::failure::{Failure, Outcome};
 use tools::getopt::{self, Opt};
@@ -153,6 +153,8 @@ struct Side<'n> {
     handle: RootHandle,
     name: &'n str,
     length: u64,
+    /// What was found out last, and where it begins.
+    last: Cell<Option<(u64, Known)>>,
 }
 
 fn side<'n>(image: &Image, name: &'n str) -> Side<'n> {
@@ -161,6 +163,7 @@ fn side<'n>(image: &Image, name: &'n str) -> Side<'n> {
         length: handle.length(),
         handle,
         name,
+        last: Cell::new(None),
     }
 }
 
@@ -187,6 +190,21 @@ impl Known {
 }
 
 impl Side<'_> {
+    /// What is known of the rest of the image, asked for once in each extent: where an extent ends
+    /// may take long to find out.
+    async fn known(&self, offset: u64) -> Result<Known, End> {
+        if let Some((start, known)) = self.last.get()
+            && let Some(passed) = offset.checked_sub(start)
+            && passed < known.length
+        {
+            let length = known.length - passed;
+            return Ok(Known { length, ..known });
+        }
+        let known = self.status(offset).await?;
+        self.last.set(Some((offset, known)));
+        Ok(known)
+    }
+
     async fn status(&self, offset: u64) -> Result<Known, End> {
         let visit = self.handle.visit().await;
         let range = ByteRange::new(offset, self.length - offset);
@@ -318,7 +336,7 @@ async fn compare(
     let mut window = Window::new(PIECES);
     let mut at = 0;
     while at < shorter.length {
-        let looked = match (first.status(at).await, second.status(at).await) {
+        let looked = match (first.known(at).await, second.known(at).await) {
             (Ok(one), Ok(other)) => Ok([one, other]),
             (Err(end), _) | (_, Err(end)) => Err(end),
         };
@@ -354,7 +372,7 @@ async fn compare(
         common.say("Warning: Image size mismatch!");
     }
     while at < longer.length {
-        let known = longer.status(at).await;
+        let known = longer.known(at).await;
         let known = match known {
             Ok(known) => known,
             Err(end) => return finish(&mut window).await.and(Err(end)),

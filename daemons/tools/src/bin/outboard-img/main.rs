@@ -29,6 +29,7 @@ mod resize;
 mod snapshot;
 mod text;
 
+use executor::{BufferedWrites, Config};
 use std::future::Future;
 use std::pin::Pin;
 use std::process::ExitCode;
@@ -95,5 +96,11 @@ fn run(arguments: Vec<String>) -> Outcome {
     let Some(command) = COMMANDS.iter().find(|command| command.name == name) else {
         return Err(Failure::usage(format!("Command not found: {name}")));
     };
-    start::with_tool(async |tool| (command.run)(tool, rest.collect()).await)
+    let config = Config {
+        buffered_writes: BufferedWrites::InPlace,
+        ..Config::default()
+    };
+    start::with_executor(&config, async |tool| {
+        (command.run)(tool, rest.collect()).await
+    })
 }
