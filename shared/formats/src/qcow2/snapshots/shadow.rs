@@ -178,7 +178,8 @@ impl<'q> Shadow<'q> {
         }))
     }
 
-    /// Changes each refcount of a run; calls `each` with the cluster and its new refcount.
+    /// Changes each refcount of a run, where `None` is below zero or above all; calls `each` with the
+    /// cluster and its new refcount.
     pub(super) async fn change(
         &mut self,
         run: ClusterRun,
@@ -201,16 +202,17 @@ impl<'q> Shadow<'q> {
             for cluster in at..end {
                 let position = cluster & ((1 << bits) - 1);
                 let old = refcount::get_in_bytes(block, geometry.refcount_order, position);
-                let Some(new) = change(old) else {
-                    let what = format!(
-                        "cluster at {:#x} is used more often than it is counted",
-                        cluster << geometry.cluster_bits
-                    );
-                    return Err(Failure::Corrupt(what));
+                let new = match change(old) {
+                    Some(new) if new <= geometry.refcount_max() => new,
+                    None if old != u64::MAX => {
+                        let what = format!(
+                            "cluster at {:#x} is used more often than it is counted",
+                            cluster << geometry.cluster_bits
+                        );
+                        return Err(Failure::Corrupt(what));
+                    }
+                    Some(_) | None => return Err(Failure::Overflow),
                 };
-                if new > geometry.refcount_max() {
-                    return Err(Failure::Overflow);
-                }
                 refcount::set_in_bytes(block, geometry.refcount_order, position, new);
                 each(HostCluster(cluster), new);
             }

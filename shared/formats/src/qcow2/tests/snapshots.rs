@@ -5,7 +5,10 @@ use super::rig::{self, Disk, Setup};
 use super::workload::{Check, Fill, History, SECTOR};
 use crate::qcow2::CreateOptions;
 use block::check::Silent;
-use block::{Buffer, ByteRange, CheckOptions, NewSnapshot, Node, NodeOptions, SnapshotInfo};
+use block::{
+    Buffer, ByteRange, CheckOptions, Errno, NewSnapshot, Node, NodeOptions, SnapshotInfo,
+    WriteFlags,
+};
 use executor::Executor;
 use executor::sim::{Config, World};
 use rand::Rng;
@@ -95,7 +98,7 @@ async fn apply(disk: &Disk, history: &History, snapshot: &SnapshotInfo) {
     }
     let result = disk.node.apply_snapshot(&snapshot.id).await;
     for number in 0..content.len() / SECTOR {
-        let result = result.as_ref().map_err(|_| block::Errno::EIO);
+        let result = result.as_ref().map_err(|_| Errno::EIO);
         history.end(sector(number), result.copied());
     }
 }
@@ -180,5 +183,38 @@ fn clusters_that_a_snapshot_s_tables_skip_are_given_back_once() {
         let result = checked.unwrap();
         let found = (result.corruptions, result.check_errors, result.leaks);
         assert_eq!(found, (0, 0, 0), "{result:?}");
+    });
+}
+
+#[test]
+fn the_widest_refcount_at_its_maximum_is_no_corruption() {
+    let world = World::new(Config::default());
+    Executor::simulated(&world).block_on(async {
+        let path = Path::new("disk.qcow2");
+        let options = CreateOptions {
+            refcount_bits: 64,
+            ..CreateOptions::new(1 << 20)
+        };
+        rig::make(path, &options).await;
+        let disk = Disk::open(path, Setup::default()).await.unwrap();
+        disk.write(0, &[1; SECTOR]).await.unwrap();
+        let first = disk.node.block_status(ByteRange::new(0, 65536)).await;
+        let cluster = first.unwrap().status.offset.unwrap() / 65536;
+        disk.close().await.unwrap();
+        let word = |at: usize| {
+            let bytes = &world.files()[path][at..at + 8];
+            u64::from_be_bytes(bytes.try_into().unwrap())
+        };
+        // The header's refcount table, whose first entry is the first block.
+        let block = word(word(48) as usize);
+        let most = Buffer::from(&u64::MAX.to_be_bytes()[..]);
+        let leaf = rig::leaf(path);
+        let written = leaf.write(block + cluster * 8, most, WriteFlags::default());
+        written.await.unwrap();
+        let disk = Disk::open(path, Setup::default()).await.unwrap();
+        let refused = disk.snapshots().create(NewSnapshot::now("s".to_owned()));
+        assert_eq!(refused.await.unwrap_err().errno, Some(Errno::EINVAL));
+        disk.write(0, &[2; SECTOR]).await.unwrap();
+        disk.close().await.unwrap();
     });
 }
