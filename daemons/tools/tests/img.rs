@@ -515,6 +515,21 @@ fn rebase_and_commit_move_content_like_qemu_img() {
 }
 
 #[test]
+fn committed_zeroes_take_no_space_in_the_base_as_with_qemu_img() {
+    if !has_qemu() {
+        return;
+    }
+    let pair = Pair::new();
+    pair.both("create -q -f qcow2 base.qcow2 1M");
+    pair.both("create -q -f qcow2 -b base.qcow2 -F qcow2 a.qcow2");
+    write_to(&pair, ("base.qcow2", 0, 1 << 20), "write -P 3");
+    write_to(&pair, ("a.qcow2", 0, 768 << 10), "write -z");
+    pair.both("commit -q a.qcow2");
+    let checked = pair.both("check -f qcow2 base.qcow2");
+    assert!(checked.1.contains("4/16 = 25.00% allocated"), "{checked:?}");
+}
+
+#[test]
 fn conversions_give_what_qemu_img_gives() {
     if !has_qemu() {
         return;

@@ -128,6 +128,8 @@ pub struct CopyOptions {
     pub store: Store,
     /// Who copies plain data.
     pub offload: Offload,
+    /// Zeroes may give up the target's space, where its node passes discards on.
+    pub may_unmap: bool,
     /// What unreadable sectors do.
     pub on_read_error: OnReadError,
     /// Most bytes written in a second.
@@ -145,6 +147,7 @@ impl Default for CopyOptions {
             backed: Backed::default(),
             store: Store::default(),
             offload: Offload::default(),
+            may_unmap: false,
             on_read_error: OnReadError::default(),
             rate: None,
         }

@@ -126,7 +126,11 @@ impl Copy<'_> {
         if let Some(rate) = &self.rate {
             rate.take(range.length).await;
         }
-        let written = self.target.write_zeroes(range, ZeroFlags::default()).await;
+        let flags = ZeroFlags {
+            may_unmap: self.options.may_unmap,
+            ..ZeroFlags::default()
+        };
+        let written = self.target.write_zeroes(range, flags).await;
         written.map_err(|errno| at_target(range.offset, errno))
     }
 

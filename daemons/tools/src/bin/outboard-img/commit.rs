@@ -116,6 +116,7 @@ impl Request {
         let options = CopyOptions {
             backed: Backed::Alike { length: None },
             rate: self.rate,
+            may_unmap: true,
             ..CopyOptions::default()
         };
         let told = Told {
@@ -189,6 +190,8 @@ impl Request {
             below = members;
         }
         below.insert("read-only".to_owned(), json!(false));
+        // What is zeroes above takes no space in the base.
+        below.entry("discard").or_insert(json!("unmap"));
         self.cache.add_to(below);
         let top = tool.open_prepared(spec, opening, options).await?;
         let base = (0..depth).try_fold(&*top.node, |node, _| backing_of(node));

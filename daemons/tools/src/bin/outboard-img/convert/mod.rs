@@ -164,6 +164,7 @@ async fn options(request: &Request, target: &Image) -> Result<CopyOptions, Failu
             true => Offload::WherePossible,
             false => Offload::Never,
         },
+        may_unmap: false,
         on_read_error: request.on_read_error,
         rate: request.rate,
     })
