@@ -13,6 +13,7 @@ pub mod qcow2;
 pub mod raw;
 #[cfg(test)]
 mod samples_on_disk;
+pub mod vdi;
 
 use block::DriverEntry;
 
@@ -24,4 +25,5 @@ pub static DRIVERS: &[DriverEntry] = &[
     luks::ENTRY,
     qcow2::ENTRY,
     raw::ENTRY,
+    vdi::ENTRY,
 ];

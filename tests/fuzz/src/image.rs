@@ -35,7 +35,7 @@ const KINDS: &[Kind] = &[
 ];
 
 /// The formats with a target, which is called as they are.
-pub const FORMATS: &[&str] = &["bochs", "cloop", "dmg"];
+pub const FORMATS: &[&str] = &["bochs", "cloop", "dmg", "vdi"];
 
 /// The name of the driver of the file in memory.
 const MEMORY: &str = "memory";
@@ -161,13 +161,23 @@ pub fn seeds(format: &str) -> Vec<Seed> {
             .map(|bytes| (format!("{bytes}"), samples::cloop::image(bytes, &disk)))
             .to_vec(),
         "dmg" => dmg(&disk),
+        "vdi" => {
+            // The second block is not in the file.
+            let disk = [&disk[..4096], &vec![0; (2 << 20) - 2048]].concat();
+            let mut image = samples::vdi::image(&disk);
+            // The rest of the block is zeroes, in the file or behind its end.
+            image.truncate(8192);
+            vec![("dynamic".to_owned(), image)]
+        }
         _ => Vec::new(),
     };
-    let with_script = |(name, image): (String, Vec<u8>)| Seed {
-        name: format!("{format}-{name}"),
-        input: [script(true), image].concat(),
+    let with_script = |(name, image): (String, Vec<u8>)| {
+        [true, false].map(|read_only| Seed {
+            name: format!("{format}-{name}-{}", u8::from(read_only)),
+            input: [script(read_only), image.clone()].concat(),
+        })
     };
-    images.into_iter().map(with_script).collect()
+    images.into_iter().flat_map(with_script).collect()
 }
 
 fn bochs(disk: &[u8]) -> Vec<(String, Vec<u8>)> {

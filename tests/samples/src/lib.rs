@@ -1,4 +1,5 @@
-//! Makes images of formats that are only read, and that nothing on a test machine writes.
+//! Makes images: of formats that are only read, and that nothing on a test machine writes, and of
+//! others in shapes that nobody writes.
 //!
 //! Each module has one function from what a disk holds to the bytes of an image, with the few choices
 //! that the format leaves. The bytes follow the formats' descriptions and share no code with what
@@ -7,6 +8,7 @@
 pub mod bochs;
 pub mod cloop;
 pub mod dmg;
+pub mod vdi;
 
 /// Bytes of a sector.
 pub const SECTOR: usize = 512;

@@ -95,6 +95,47 @@ fn qcow2(name: &'static str, options: &str, backed: bool) -> Subject {
     }
 }
 
+/// A vdi image made by qemu-img, of some blocks.
+fn vdi(options: &str) -> Subject {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image");
+    let created = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "vdi", "-o", options])
+        .arg(&path)
+        .arg((LENGTH + LENGTH / 2 + 1536).to_string())
+        .status()
+        .expect("scripts/setup installs QEMU's tools");
+    assert!(created.success(), "qemu-img: {created:?}");
+    let definition = json!({"driver": "vdi", "node-name": "subject", "discard": "unmap",
+        "file": {"driver": "file", "filename": IMAGE}});
+    let files = Image::from([(PathBuf::from(IMAGE), std::fs::read(&path).unwrap())]);
+    Subject {
+        check: vdi_check,
+        ..subject("vdi", files, definition)
+    }
+}
+
+/// No block is used twice or lies outside. A count that is behind the map does no harm.
+fn vdi_check(files: &Image) -> Result<(), String> {
+    let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+    file.write_all(&files[Path::new(IMAGE)]).unwrap();
+    let output = Command::new("qemu-img")
+        .args(["check", "-f", "vdi"])
+        .arg(file.path())
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    let is_harmless = |line: &str| line.is_empty() || line.contains("allocated blocks mismatch");
+    let counted = ["errors were found", "Data may be corrupted"];
+    match errors
+        .lines()
+        .all(|line| is_harmless(line) || counted.iter().any(|c| line.contains(c)))
+    {
+        true => Ok(()),
+        false => Err(format!("{output:?}")),
+    }
+}
+
 /// What the images that are read hold: zeroes, repeated bytes, noise.
 fn content() -> Vec<u8> {
     samples::disk(LENGTH, 7)
@@ -335,6 +376,7 @@ conformance! {
     logging_writes: logged();
     preallocating: preallocated();
     copying_on_read: copy_on_read();
+    vdi_dynamic: vdi("static=off");
     qcow2_version_2_overlay: qcow2("qcow2 v2 overlay", "compat=0.10,cluster_size=4k", true);
 }
 
@@ -363,6 +405,8 @@ reading! {
     qcow2_reading: converted("qcow2", &[]);
     qcow2_compressed_reading: converted("qcow2", &["-c", "-o", "cluster_size=4k"]);
     qcow2_subclusters_reading: converted("qcow2", &["-o", "cluster_size=16k,extended_l2=on"]);
+    vdi_reading: converted("vdi", &[]);
+    vdi_sample_reading: only_read("vdi", samples::vdi::image(&content()));
     bochs_reading: bochs(2, 4096);
     bochs_version_1_reading: bochs(1, 64 << 10);
     bochs_one_extent_reading: bochs(2, 1 << 20);
@@ -373,10 +417,49 @@ reading! {
     dmg_bzip2_reading: dmg(Codec::Bzip2, Table::Fork);
 }
 
+/// The images that nothing on this machine writes are what the formats say: the peer reads them so.
+#[test]
+fn qemu_img_reads_the_samples_as_they_were_meant() {
+    let directory = tempfile::tempdir().unwrap();
+    let (image, raw) = (directory.path().join("image"), directory.path().join("raw"));
+    // The peer's module for bzip2 is not everywhere.
+    let subjects = [
+        bochs(2, 4096),
+        bochs(1, 64 << 10),
+        bochs(2, 1 << 20),
+        only_read("cloop", samples::cloop::image(64 << 10, &content())),
+        dmg(Codec::Zlib, Table::Xml),
+        dmg(Codec::Zlib, Table::Fork),
+        dmg(Codec::Raw, Table::Xml),
+        only_read("vdi", samples::vdi::image(&content())),
+    ];
+    for subject in subjects {
+        std::fs::write(&image, &subject.files[Path::new(IMAGE)]).unwrap();
+        let converted = Command::new("qemu-img")
+            .args(["convert", "-f", subject.name, "-O", "raw"])
+            .args([&image, &raw])
+            .output()
+            .expect("scripts/setup installs QEMU's tools");
+        assert!(
+            converted.status.success(),
+            "{}: {converted:?}",
+            subject.name
+        );
+        let read = std::fs::read(&raw).unwrap();
+        assert!(read == content(), "{} is read otherwise", subject.name);
+    }
+}
+
 #[test]
 fn copies_see_the_writes_of_requests_side_by_side() {
     let subject = quorum();
     seeds(8).for_each(|seed| concurrent_requests(&subject, seed));
+}
+
+#[test]
+fn static_images_hold_what_was_written_side_by_side() {
+    let subject = vdi("static=on");
+    seeds(4).for_each(|seed| concurrent_requests(&subject, seed));
 }
 
 #[test]
