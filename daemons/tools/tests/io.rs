@@ -6,10 +6,12 @@
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use std::io::Write;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 const OWN: &str = env!("CARGO_BIN_EXE_outboard-io");
+const IMG: &str = env!("CARGO_BIN_EXE_outboard-img");
 const PEER: &str = "qemu-io";
 /// Bytes of the disks.
 const LENGTH: u64 = 4 << 20;
@@ -324,4 +326,35 @@ fn with_image_opts_files_are_opened_by_options_throughout() {
     ];
     let runs = [(words(&["--image-opts"]), script.join("\n") + "\n")];
     compare(&["-f", "raw", "image", "4M"], &runs);
+}
+
+#[test]
+fn a_new_image_has_nothing_of_what_a_killed_writer_left_for_the_old_one() {
+    let scratch = tempfile::tempdir().expect("a temporary directory");
+    // Logs are kept where a daemon has made the directory for them.
+    let logs = engine::host::redo_dir();
+    let made = std::fs::DirBuilder::new().mode(0o700).create(&logs);
+    assert!(made.is_ok() || logs.is_dir(), "{made:?}");
+    let tool = |program: &str, arguments: &[&str]| {
+        let output = Command::new(program)
+            .args(arguments)
+            .current_dir(scratch.path())
+            .output()
+            .expect("the program runs");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let create = || tool(IMG, &["create", "-q", "-f", "qcow2", "image", "1M"]);
+    create();
+    let write_and_die = ["-t", "writeback", "-c", "write 0 4k", "-c", "sigraise 9"];
+    tool(OWN, &[&write_and_die[..], &["image"]].concat());
+    create();
+    tool(OWN, &["-c", "write 64k 4k", "image"]);
+    let map = tool(IMG, &["map", "--output=json", "image"]);
+    assert!(map.contains("\"start\": 65536"), "{map}");
+    assert!(
+        !map.contains("\"start\": 0, \"length\": 65536, \"depth\": 0, \"present\": true"),
+        "{map}"
+    );
+    let check = tool(IMG, &["check", "image"]);
+    assert!(check.starts_with("No errors"), "{check}");
 }

@@ -110,6 +110,10 @@ pub struct CheckResult {
 pub trait CheckSink {
     /// A finding, in QEMU's words and without a line end.
     fn message(&mut self, text: &str);
+    /// Why the check ends early; its answer has the errno alone.
+    fn error(&mut self, text: &str) {
+        self.message(text);
+    }
     /// `done` of `total` units of work; both may still grow.
     fn progress(&mut self, _done: u64, _total: u64) {}
 }

@@ -17,6 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::graph::Graph;
 use crate::node::{Node, NodeOptions};
 use crate::open::{ChildRole, FILE_PROTOCOL, Options, attach_as};
+use crate::redo_log::RedoLog;
 use crate::secret::Secret;
 use executor::Buffer;
 use serde_json::{Map, Value};
@@ -212,7 +213,12 @@ impl CreateRequest<'_> {
             }
             Target::Node(node) => Arc::clone(node),
         };
-        self.attach(&node, "file", ChildRole::Image)
+        let file = self.attach(&node, "file", ChildRole::Image)?;
+        // What the writer of an earlier image in this file left behind is of no image any more.
+        if let (Some(directory), Some(identity)) = (self.graph.redo_dir(), node.identity()) {
+            RedoLog::discard(directory, &identity)?;
+        }
+        Ok(file)
     }
     /// The same as [`CreateRequest::file`] for drivers that add nothing: `members` go to the
     /// protocol, and no child is needed.

@@ -40,14 +40,7 @@ pub struct Error {
 /// Control-path result.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// The host's words for an error number ("Input/output error").
-pub fn reason(errno: Errno) -> String {
-    let text = std::io::Error::from_raw_os_error(errno as i32).to_string();
-    match text.rsplit_once(" (os error") {
-        Some((words, _)) => words.to_owned(),
-        None => text,
-    }
-}
+pub use executor::reason;
 
 impl Error {
     /// An error of `kind` with a message.

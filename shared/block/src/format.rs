@@ -24,6 +24,9 @@ use crate::edge::Edge;
 use crate::snapshot::Snapshots;
 use executor::{Buffer, Errno, HeapBuffer};
 
+/// Most zero bytes that are written at a time in place of a change of the mapping.
+pub const MAX_ZERO_BYTES: u64 = 2 << 20;
+
 /// Where a piece of the virtual disk is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mapping {
@@ -151,7 +154,7 @@ pub trait Format: Send + Sync + 'static {
     /// The data could not be written: give the allocation back.
     async fn abort<'a>(&'a self, plan: WritePlan<Self::Token<'a>>);
     /// Makes the start of `range` read as zeroes by metadata alone; resolves to the bytes done.
-    /// `EOPNOTSUPP`: the caller writes zero bytes to that much (partial clusters).
+    /// `EOPNOTSUPP`: the caller writes zero bytes to its first [`MAX_ZERO_BYTES`] (partial clusters).
     async fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> Result<u64, Errno>;
     /// Unmaps whole clusters in `range`, leaving partial ones alone.
     async fn discard(&self, range: ByteRange) -> Result<(), Errno>;

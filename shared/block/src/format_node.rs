@@ -30,7 +30,7 @@ use crate::driver::{
 };
 use crate::edge::Edge;
 use crate::error::{Error, Result};
-use crate::format::{Extent, Format, Lookup, Mapping};
+use crate::format::{Extent, Format, Lookup, MAX_ZERO_BYTES, Mapping};
 use crate::naming::Layer;
 use crate::node::Node;
 use crate::redo_log::ImageIdentity;
@@ -218,7 +218,7 @@ impl<F: Format> FormatNode<F> {
                 Ok(done) => done.min(asked),
                 // A partial cluster is not what `no_fallback` protects from.
                 Err(Errno::EOPNOTSUPP) if is_partial || !flags.no_fallback => {
-                    let length = next.min(end) - at;
+                    let length = asked.min(MAX_ZERO_BYTES);
                     let zeroes = Buffer::zeroed(length as usize);
                     self.write_pieces(at, zeroes).await?;
                     length

@@ -173,7 +173,7 @@ impl Graph {
         file.read(0, start.clone()).await.map_err(|errno| {
             let message = format!(
                 "Could not read image for determining its format: {}",
-                errno.desc()
+                crate::error::reason(errno)
             );
             Error::new(ErrorKind::Io, message)
         })?;

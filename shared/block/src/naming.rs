@@ -15,8 +15,8 @@
 mod generate;
 mod parse;
 
-pub(crate) use parse::flattened;
 pub use parse::{Names, combine, has_protocol, members_of_json};
+pub use parse::{flattened, nested};
 
 use crate::error::Result;
 use serde_json::{Map, Value};

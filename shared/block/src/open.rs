@@ -83,7 +83,13 @@ pub struct DriverEntry {
     /// The options that decide what is read; a name that ends with a dot stands for all that start
     /// with it. A node with one of them has no plain file name.
     pub strong_options: &'static [&'static str],
+    /// What becomes of options when some of them change.
+    pub supersede: Option<SupersedeFn>,
 }
+
+/// Takes out of the old options of a node what the new ones replace beside their own names, and brings the new
+/// ones into one form; both flat ([`crate::naming::flattened`]).
+pub type SupersedeFn = fn(new: &mut Map<String, Value>, old: &mut Map<String, Value>) -> Result<()>;
 
 /// Opens a node of one driver.
 pub type OpenFn = for<'a> fn(&'a mut OpenRequest<'_>) -> BoxFuture<'a, Result<Box<dyn Driver>>>;
@@ -104,6 +110,7 @@ impl DriverEntry {
             amend: None,
             protocol: None,
             strong_options: &[],
+            supersede: None,
         }
     }
     /// The same driver, addressed by names.
@@ -119,6 +126,14 @@ impl DriverEntry {
     pub const fn with_strong_options(self, names: &'static [&'static str]) -> Self {
         Self {
             strong_options: names,
+            ..self
+        }
+    }
+    /// The same driver, with options that replace others.
+    #[must_use]
+    pub const fn with_supersede(self, supersede: SupersedeFn) -> Self {
+        Self {
+            supersede: Some(supersede),
             ..self
         }
     }

@@ -153,6 +153,21 @@ impl RedoLog {
         }
     }
 
+    /// Forgets what a process that was killed left for `image`: another image is made in its file.
+    ///
+    /// # Errors
+    /// `Io` when the log cannot be removed.
+    pub fn discard(directory: &Path, image: &ImageIdentity) -> Result<()> {
+        let path = path_of(directory, image);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                let message = format!("cannot remove redo log {}: {error}", path.display());
+                Err(Error::new(ErrorKind::Io, message))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn over(memory: SharedMemory, most: usize, path: Option<PathBuf>) -> RedoLog {
         let inner = Inner {
             memory,

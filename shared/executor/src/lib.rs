@@ -23,6 +23,7 @@
 
 pub mod buffer;
 mod crew;
+mod errno;
 pub mod file;
 mod hold;
 mod iothread;
@@ -46,10 +47,10 @@ pub mod workers;
 
 pub use buffer::{Buffer, HeapBuffer};
 pub use crew::Crew;
+pub use errno::{Errno, reason};
 pub use file::{File, FileOp, OpenOptions};
 pub use hold::{Hold, hold_open};
 pub use iothread::{IoThread, IoThreadOptions};
-pub use nix::errno::Errno;
 pub use op::{Unfinished, after_abandoned, unfinished};
 pub use pool::TaskPool;
 pub use runtime::{BufferedWrites, Config, Executor, Handle, JoinHandle, Poller, spawn};

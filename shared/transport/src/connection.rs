@@ -57,7 +57,7 @@ impl Connection {
     }
 
     async fn secure(self, mut tls: Tls) -> Result<Self, TlsError> {
-        let gone = |errno: Errno| TlsError::Handshake(errno.desc().to_owned());
+        let gone = |errno: Errno| TlsError::Handshake(executor::reason(errno));
         loop {
             let step = tls.handshake();
             let outgoing = tls.take_outgoing();

@@ -126,7 +126,10 @@ pub fn members_of_json(text: &str) -> Result<Map<String, Value>> {
 }
 
 /// Turns `{"file.driver": "x"}` into `{"file": {"driver": "x"}}`.
-fn nested(members: Map<String, Value>) -> Result<Map<String, Value>> {
+///
+/// # Errors
+/// `Invalid` when a name has both a value and members.
+pub fn nested(members: Map<String, Value>) -> Result<Map<String, Value>> {
     let mut result = Map::new();
     for (name, value) in members {
         let value = match value {
@@ -183,7 +186,7 @@ fn with_list(value: Value) -> Value {
 }
 
 /// The leaves of nested options, with dots in their names.
-pub(crate) fn flattened(options: &Map<String, Value>) -> Map<String, Value> {
+pub fn flattened(options: &Map<String, Value>) -> Map<String, Value> {
     fn walk(value: &Value, name: &str, flat: &mut Map<String, Value>) {
         match value {
             Value::Object(members) if !members.is_empty() => {

@@ -238,7 +238,7 @@ impl Job {
     /// A job that was cancelled has failed, whatever its work says.
     pub(super) fn judge(&self) {
         if self.is_cancelled() {
-            self.fail(executor::Errno::ECANCELED.desc().to_owned());
+            self.fail(executor::reason(executor::Errno::ECANCELED));
         }
     }
 

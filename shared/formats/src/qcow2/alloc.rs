@@ -96,6 +96,50 @@ impl Drop for Reserved<'_> {
     }
 }
 
+/// What clusters are allocated for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Use {
+    L2Table,
+    RefcountBlock,
+    CompressedCluster,
+    /// Data, and structures that messages do not name.
+    Other,
+}
+
+impl Use {
+    /// What messages call it.
+    const fn text(self) -> Option<&'static str> {
+        match self {
+            Self::L2Table => Some("L2 table"),
+            Self::RefcountBlock => Some("refcount block"),
+            Self::CompressedCluster => Some("compressed cluster"),
+            Self::Other => None,
+        }
+    }
+}
+
+/// What is asked of an allocation.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Want {
+    /// Contiguous clusters, at most.
+    clusters: u64,
+    usage: Use,
+}
+
+impl Want {
+    /// One cluster.
+    pub(super) const fn one(usage: Use) -> Self {
+        Self { clusters: 1, usage }
+    }
+}
+
+impl From<u64> for Want {
+    fn from(clusters: u64) -> Self {
+        let usage = Use::Other;
+        Self { clusters, usage }
+    }
+}
+
 /// Contiguous clusters, allocated in parts.
 pub(super) struct Contiguous<'q> {
     pub(super) run: ClusterRun,
@@ -122,7 +166,11 @@ pub(super) type Structure<'q> = MutexGuard<'q, ()>;
 impl Qcow2 {
     /// Allocates up to `want` contiguous clusters, at least one, with refcount one. The change of
     /// the refcounts is logged together with what will refer to them.
-    pub(super) async fn allocate(&self, want: u64) -> Result<(ClusterRun, Storage), Errno> {
+    pub(super) async fn allocate(
+        &self,
+        want: impl Into<Want>,
+    ) -> Result<(ClusterRun, Storage), Errno> {
+        let want = want.into();
         self.event(Event::ClusterAlloc).await;
         let attempt = self.try_allocate(&mut self.state(), want);
         if let Ok(allocated) = attempt {
@@ -136,8 +184,9 @@ impl Qcow2 {
     pub(super) async fn allocate_in(
         &self,
         structure: &Structure<'_>,
-        want: u64,
+        want: impl Into<Want>,
     ) -> Result<(ClusterRun, Storage), Errno> {
+        let want = want.into();
         let mut pins = Pins::default();
         loop {
             let attempt = self.try_allocate(&mut self.state(), want);
@@ -170,23 +219,37 @@ impl Qcow2 {
     /// The cached slice `index` of refcounts; its block must exist.
     async fn load_refcounts(&self, index: u64) -> Result<Pinned<'_>, Errno> {
         let table_index = self.geometry.refcount_table_index_of_slice(index);
-        let block = self.state().refcount_table.block(table_index);
-        if block == 0 || !self.geometry.is_aligned(block) || block >= MAX_HOST_OFFSET {
-            let what = format!("refcount block offset {block:#x} invalid (index {table_index:#x})");
-            return Err(self.corruption(what).await);
-        }
-        let offset = HostOffset(block + self.geometry.refcount_slice_offset(index));
+        let block = self.refcount_block_place(table_index).await?;
+        let offset = HostOffset(block.0 + self.geometry.refcount_slice_offset(index));
         self.load(&self.refcounts, index, offset).await
     }
 
-    fn try_allocate(&self, state: &mut State, want: u64) -> Result<(ClusterRun, Storage), Need> {
-        let (run, storage) = match self.find_hole(state, want)? {
-            Some(run) => (run, Storage::Anything),
-            None if self.file.node().grows() => (self.find_at_end(state, want)?, Storage::Zeroes),
-            None => (self.find_at_end(state, want)?, Storage::Anything),
+    /// Where the refcount block is that the table refers to; the image is corrupt when there can be none.
+    pub(super) async fn refcount_block_place(&self, table_index: u64) -> Result<HostOffset, Errno> {
+        let block = self.state().refcount_table.block(table_index);
+        let wrong = match self.geometry.is_aligned(block) {
+            false => "unaligned",
+            true if block == 0 || block >= MAX_HOST_OFFSET => "invalid",
+            true => return Ok(HostOffset(block)),
         };
-        if let Some(what) = state.metadata.overlap(run) {
-            return Err(Need::Corrupt(self.overlapping(run, what)));
+        let what = format!("Refblock offset {block:#x} {wrong} (reftable index: {table_index:#x})");
+        Err(self.corruption(what).await)
+    }
+
+    fn try_allocate(&self, state: &mut State, want: Want) -> Result<(ClusterRun, Storage), Need> {
+        let Want { clusters, usage } = want;
+        let (run, storage) = match self.find_hole(state, clusters)? {
+            Some(run) => (run, Storage::Anything),
+            None => {
+                let storage = match self.file.node().grows() {
+                    true => Storage::Zeroes,
+                    false => Storage::Anything,
+                };
+                (self.find_at_end(state, clusters)?, storage)
+            }
+        };
+        if let Some(found) = self.misplaced(state, run, usage) {
+            return Err(Need::Corrupt(found));
         }
         self.set_refcounts(run, 1)?;
         if run.first.0 == state.allocator.scan {
@@ -319,11 +382,11 @@ impl Qcow2 {
         if table_index >= self.state().refcount_table.entries.len() as u64 {
             return self.grow_refcount_table(structure, cluster).await;
         }
-        self.check_free_of_metadata(ClusterRun {
+        let run = ClusterRun {
             first: cluster,
             count: 1,
-        })
-        .await?;
+        };
+        self.check_free_of_metadata(run, Use::RefcountBlock).await?;
         self.event(Event::RefblockAlloc).await;
         let offset = self.geometry.host_offset(cluster);
         let mut block = vec![0; self.geometry.cluster_size() as usize];
@@ -351,24 +414,29 @@ impl Qcow2 {
         Ok(())
     }
 
-    async fn check_free_of_metadata(&self, run: ClusterRun) -> Result<(), Errno> {
-        let overlap = self.state().metadata.overlap(run);
-        match overlap {
+    async fn check_free_of_metadata(&self, run: ClusterRun, usage: Use) -> Result<(), Errno> {
+        let found = self.misplaced(&self.state(), run, usage);
+        match found {
             None => Ok(()),
-            Some(what) => {
-                let found = self.overlapping(run, what);
-                Err(self.corruption_found(found).await)
-            }
+            Some(found) => Err(self.corruption_found(found).await),
         }
     }
 
-    /// New clusters lie where there is metadata already.
-    fn overlapping(&self, run: ClusterRun, what: &str) -> Corruption {
+    /// New clusters lie where there is metadata already. The header's is nobody else's, whatever is
+    /// checked.
+    fn misplaced(&self, state: &State, run: ClusterRun, usage: Use) -> Option<Corruption> {
+        let at_header = run.first.0 == 0;
+        let what = state.metadata.overlap(run);
+        let what = what.or(at_header.then_some("qcow2_header"))?;
+        let message = match (at_header, usage.text()) {
+            (true, Some(name)) => format!("Preventing invalid allocation of {name} at offset 0"),
+            _ => format!("Preventing invalid write on metadata (overlaps with {what})"),
+        };
         let bits = self.geometry.cluster_bits;
-        Corruption {
-            message: format!("Preventing invalid write on metadata (overlaps with {what})"),
+        Some(Corruption {
+            message,
             range: Some(ByteRange::new(run.first.0 << bits, run.count << bits)),
-        }
+        })
     }
 
     /// Moves the refcount table to a larger place at `first`, beyond all that it covers now,
@@ -385,7 +453,7 @@ impl Qcow2 {
             first,
             count: plan.blocks + plan.table_clusters,
         };
-        self.check_free_of_metadata(everything).await?;
+        self.check_free_of_metadata(everything, Use::Other).await?;
         let cluster_size = geometry.cluster_size();
         let per_block_bits = geometry.refcount_block_bits();
         let first_index = geometry.refcount_table_index(first);

@@ -20,6 +20,10 @@ pub const ENTRY: DriverEntry = DriverEntry::new(
 .with_probe(probe)
 .with_compression()
 .with_strong_options(&["encrypt.key-secret"])
+.with_supersede(|new, old| {
+    CacheOptions::supersede(new, old);
+    OverlapChecks::supersede(new, old)
+})
 .with_create(super::create_entry::CREATOR)
 .with_measure(|request, source| Box::pin(super::measure::measure(request, source)))
 .with_amend(super::amend::AMENDER);

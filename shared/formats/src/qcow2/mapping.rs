@@ -133,16 +133,21 @@ impl Qcow2 {
     }
 
     pub(super) async fn invalid_entry(&self, cluster: GuestCluster, words: EntryWords) -> Errno {
-        let offset = self.geometry.guest_offset(cluster);
-        let entry = words.descriptor.0;
-        let bitmap = match self.geometry.extended_l2 {
-            true => format!(", subclusters {:#x},", words.bitmap),
-            false => String::new(),
-        };
-        self.corruption(format!(
-            "invalid L2 entry {entry:#x}{bitmap} for guest offset {offset:#x}"
-        ))
-        .await
+        let geometry = &self.geometry;
+        let table = self.l1.entry(geometry.l1_index(cluster)) & OFFSET_MASK;
+        let index = cluster.0 & ((1 << geometry.l2_bits()) - 1);
+        let found = format!(
+            "Invalid cluster entry found (L2 offset: {}, L2 index: {})",
+            hexadecimal(table),
+            hexadecimal(index)
+        );
+        // The entry itself is for who looks into the image.
+        let (entry, subclusters) = (words.descriptor.0, words.bitmap);
+        tracing::debug!(
+            node = self.file.node().name(),
+            "entry {entry:#x}, subclusters {subclusters:#x}"
+        );
+        self.corruption(found).await
     }
 
     /// The extent of a range whose L1 entry is empty.
@@ -318,5 +323,13 @@ impl Entries for Pinned<'_> {
 impl Entries for [u64] {
     fn word(&self, index: usize) -> u64 {
         self[index]
+    }
+}
+
+/// A number as C's `%#x` prints it: zero has no prefix.
+fn hexadecimal(value: u64) -> String {
+    match value {
+        0 => "0".to_owned(),
+        value => format!("{value:#x}"),
     }
 }

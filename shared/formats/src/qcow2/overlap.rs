@@ -7,7 +7,7 @@
 
 use super::tables::{ClusterRun, HostCluster};
 use block::{Error, ErrorKind};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
@@ -72,6 +72,11 @@ impl Structure {
     }
 }
 
+/// The option as a mode, its mode when it has flags, and what the names of all of these begin with.
+const MODE: &str = "overlap-check";
+const TEMPLATE: &str = "overlap-check.template";
+const FLAGS: &str = "overlap-check.";
+
 /// Which structures are checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OverlapChecks(u16);
@@ -126,6 +131,31 @@ impl OverlapChecks {
             };
         }
         Ok(checks)
+    }
+
+    /// See [`block::open::SupersedeFn`]: a new mode replaces the old one and its flags; flags alone change single ones.
+    pub(super) fn supersede(
+        new: &mut Map<String, Value>,
+        old: &mut Map<String, Value>,
+    ) -> Result<(), Error> {
+        for options in [&mut *new, &mut *old] {
+            let Some(mode) = options.shift_remove(MODE) else {
+                continue;
+            };
+            if let Some(template) = options.get(TEMPLATE).filter(|template| **template != mode) {
+                let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+                return Err(wrong(format!(
+                    "Conflicting values for qcow2 options '{MODE}' ('{}') and '{TEMPLATE}' ('{}')",
+                    text(&mode),
+                    text(template)
+                )));
+            }
+            options.insert(TEMPLATE.to_owned(), mode);
+        }
+        if new.contains_key(TEMPLATE) {
+            old.retain(|name, _| !name.starts_with(FLAGS));
+        }
+        Ok(())
     }
 
     fn template(mode: &str) -> Result<Self, Error> {
@@ -297,6 +327,33 @@ mod tests {
 
     fn parse(value: Value) -> Result<OverlapChecks, String> {
         OverlapChecks::parse(&value).map_err(|error| error.message)
+    }
+
+    #[test]
+    fn a_new_mode_replaces_the_old_one_and_its_flags() {
+        let options = |value: Value| value.as_object().unwrap().clone();
+        let joined = |new: Value, old: Value| {
+            let (mut new, mut old) = (options(new), options(old));
+            let joined = OverlapChecks::supersede(&mut new, &mut old);
+            joined.map(|()| (new, old)).map_err(|error| error.message)
+        };
+        let (all, header) = (
+            json!({"overlap-check": "all"}),
+            json!({"overlap-check.main-header": "on"}),
+        );
+        let template = json!({"overlap-check.template": "all"});
+        assert_eq!(
+            joined(all.clone(), header.clone()),
+            Ok((options(template.clone()), options(json!({}))))
+        );
+        assert_eq!(
+            joined(header.clone(), all),
+            Ok((options(header), options(template)))
+        );
+        let both = json!({"overlap-check": "constant", "overlap-check.template": "all"});
+        let message = "Conflicting values for qcow2 options 'overlap-check' ('constant') and \
+                       'overlap-check.template' ('all')";
+        assert_eq!(joined(both, json!({})), Err(message.to_owned()));
     }
 
     #[test]

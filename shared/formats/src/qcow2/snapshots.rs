@@ -206,6 +206,20 @@ impl Window<'_> {
     }
 }
 
+/// What is said of a snapshot with more extra data than this driver takes.
+pub(super) fn extra_error(index: u32) -> String {
+    format!("Too much extra metadata in snapshot table entry {index}")
+}
+
+/// What helps then.
+pub(super) const EXTRA_HINT: &str =
+    "You can force-remove this extra metadata with qemu-img check -r all";
+
+/// What helps when `count` snapshots are beyond the limits.
+pub(super) fn overhanging_hint(count: u32) -> String {
+    format!("You can force-remove all {count} overhanging snapshots with qemu-img check -r all")
+}
+
 impl SnapshotTable {
     /// Reads the table that `header` refers to.
     pub(super) async fn read(file: &Edge, header: &Header) -> Result<Self, Error> {
@@ -226,8 +240,9 @@ impl SnapshotTable {
             let length = |at, bytes| number(&fixed, at, bytes) as usize;
             let extra = length(field::EXTRA_LENGTH, 4);
             if extra > MAX_EXTRA {
-                let message = format!("Snapshot table entry {index}: too much extra metadata");
-                return Err(Error::new(ErrorKind::Corrupt, message));
+                return Err(
+                    Error::new(ErrorKind::Corrupt, extra_error(index)).with_hint(EXTRA_HINT)
+                );
             }
             let (id, name) = (length(field::ID_LENGTH, 2), length(field::NAME_LENGTH, 2));
             let rest = window.read(at + FIXED as u64, extra + id + name);
@@ -250,7 +265,10 @@ impl SnapshotTable {
             });
             table.length += ((FIXED + rest.len()) as u64).next_multiple_of(8);
             if table.length > MAX_TABLE_BYTES {
-                return Err(Error::new(ErrorKind::Corrupt, "Snapshot table too large"));
+                let hint = overhanging_hint(header.snapshots - index);
+                return Err(
+                    Error::new(ErrorKind::Corrupt, "Snapshot table is too big").with_hint(hint)
+                );
             }
         }
         Ok(table)

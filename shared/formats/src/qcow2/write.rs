@@ -13,7 +13,7 @@
 //! The guest clusters are locked and the L2 slice is pinned from prepare to commit, so a commit
 //! does no I/O but for a full redo log.
 
-use super::alloc::{Reserved, Storage};
+use super::alloc::{Reserved, Storage, Use, Want};
 use super::cache::Pinned;
 use super::cluster::{Cluster, EntryWords, Subclusters, mask};
 use super::lazy::Scope;
@@ -313,7 +313,9 @@ impl Qcow2 {
             return Ok(());
         }
         self.event(Event::ClusterAlloc).await;
-        let (run, _) = self.allocate_in(&structure, 1).await?;
+        let (run, _) = self
+            .allocate_in(&structure, Want::one(Use::L2Table))
+            .await?;
         let reserved = Reserved::new(self, run);
         let table = self.geometry.host_offset(run.first);
         let filled = match self.fill_l2_table(old & OFFSET_MASK, table).await {

@@ -19,6 +19,7 @@ use super::redo::{L2Run, RedoRecord};
 use super::tables::{ClusterRun, GuestCluster, HostOffset, OFFSET_MASK};
 use super::{Qcow2, cache::Pinned};
 use block::copy::status;
+use block::format::MAX_ZERO_BYTES;
 use block::{ByteRange, Mapping, Node, ZeroFlags};
 use executor::Errno;
 use smallvec::SmallVec;
@@ -93,8 +94,28 @@ impl Qcow2 {
             (false, _) if self.backing.is_none() => Erase::Unmap,
             (false, _) => return Err(Errno::EOPNOTSUPP),
         };
+        let whole = self.without_compressed_end(whole).await?;
         let end = self.erase_some(whole, erase).await?;
         Ok((end - range.offset).min(range.length))
+    }
+
+    /// `range` without the compressed cluster at its end of which it is a part, whose subclusters cannot be told apart.
+    /// What is short enough to be written at once is written as a whole then, and not data beside zeroes.
+    async fn without_compressed_end(&self, range: Range<u64>) -> Result<Range<u64>, Errno> {
+        let last = range.end - range.end % self.geometry.cluster_size();
+        if last == range.end || range.end >= self.disk_size() {
+            return Ok(range);
+        }
+        let end = ByteRange::new(last, range.end - last);
+        let is_compressed = match self.resolve_mapping(end).await?.mapping {
+            Mapping::Encoded(_) => true,
+            Mapping::Data(_) | Mapping::Zero(_) | Mapping::Unallocated => false,
+        };
+        match is_compressed {
+            false => Ok(range),
+            true if range.end - range.start <= MAX_ZERO_BYTES => Err(Errno::EOPNOTSUPP),
+            true => Ok(range.start..last),
+        }
     }
 
     /// Zeroes the part of one subcluster at the start of `range`, by making all of it zeroes.

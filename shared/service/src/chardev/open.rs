@@ -19,8 +19,9 @@ use super::options::{Address, Backend, Socket};
 use super::ring::Ring;
 use super::{Channel, Device, Endpoint, SocketFile};
 
-fn reason(error: &std::io::Error) -> &'static str {
-    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)).desc()
+fn reason(error: &std::io::Error) -> String {
+    let errno = error.raw_os_error().unwrap_or(libc::EIO);
+    executor::reason(Errno::from_raw(errno))
 }
 
 /// Opens a device.
@@ -102,7 +103,8 @@ fn open_pipe(path: &Path) -> Result<Channel> {
 
 /// The terminal's path, and our end of it.
 fn open_pty() -> Result<(String, Channel)> {
-    let failed = |errno: Errno| Error::generic(format!("Failed to create PTY: {}", errno.desc()));
+    let failed =
+        |errno: Errno| Error::generic(format!("Failed to create PTY: {}", executor::reason(errno)));
     let master = pty::posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY).map_err(failed)?;
     pty::grantpt(&master).map_err(failed)?;
     pty::unlockpt(&master).map_err(failed)?;
@@ -169,7 +171,7 @@ async fn open_socket(fds: &NamedFds, socket: Socket) -> Result<(String, Endpoint
         tracing::info!(socket = shown, "waiting for a client");
         let accepted = listener.accept().await;
         let failed = |errno: Errno| {
-            let reason = errno.desc();
+            let reason = executor::reason(errno);
             Error::generic(format!("Failed to accept on {shown}: {reason}"))
         };
         first = Some(accepted.map_err(failed)?);
@@ -190,12 +192,12 @@ async fn connect(fds: &NamedFds, address: Address) -> Result<(String, Endpoint)>
         Address::Unix(path) => {
             let shown = path.display().to_string();
             let stream = Stream::connect_unix(&path).await;
-            let stream = stream.map_err(|errno| failed(&shown, errno.desc()))?;
+            let stream = stream.map_err(|errno| failed(&shown, &executor::reason(errno)))?;
             (format!("unix:{shown}"), stream)
         }
         Address::Inet { host, port } => {
             let shown = format!("{host}:{port}");
-            let failed = |error: std::io::Error| failed(&shown, reason(&error));
+            let failed = |error: std::io::Error| failed(&shown, &reason(&error));
             let stream = TcpStream::connect(resolve(&host, &port)?.as_slice()).map_err(failed)?;
             let stream = Stream::from_fd(stream.into()).map_err(failed)?;
             (format!("tcp:{shown}"), stream)

@@ -9,7 +9,7 @@ use crate::{Command, Running};
 use block::error::reason;
 use block::{CheckOptions, CheckResult, CheckSink, ErrorKind, Repair};
 use serde_json::{Map, Value, json as value};
-use tools::failure::{Failure, Outcome};
+use tools::failure::{Failure, Outcome, report};
 use tools::getopt::{self, Opt};
 use tools::image::{Access, Cache, Common, Image, ImageSpec, Opening, Tool};
 use tools::json;
@@ -45,6 +45,9 @@ struct Findings;
 impl CheckSink for Findings {
     fn message(&mut self, text: &str) {
         eprintln!("{text}");
+    }
+    fn error(&mut self, text: &str) {
+        report(text);
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::info::Output;
 use crate::{Command, Running};
 use block::copy::status::above;
+use block::error::reason;
 use block::{BlockStatus, ByteRange, Node};
 use tools::failure::{Failure, Outcome};
 use tools::getopt::{self, Opt};
@@ -90,7 +91,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     while at < end {
         let range = ByteRange::new(at, end - at);
         let entry = status_above(&image.node, range).await.map_err(|errno| {
-            Failure::message(format!("Failed to read image metadata: {}", errno.desc()))
+            Failure::message(format!("Failed to read image metadata: {}", reason(errno)))
         })?;
         at = entry.end();
         match &mut pending {

@@ -95,8 +95,7 @@ fn listing(node: &Node) -> String {
 /// `-ERRNO (reason)`
 fn numbered(error: &Error) -> String {
     match error.errno {
-        Some(nix::errno::Errno::EOPNOTSUPP) => NOT_SUPPORTED.to_owned(),
-        Some(errno) => format!("-{} ({})", errno as i32, errno.desc()),
+        Some(errno) => format!("-{} ({})", errno as i32, block::error::reason(errno)),
         None => error.message.clone(),
     }
 }

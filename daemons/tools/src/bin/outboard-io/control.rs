@@ -99,7 +99,7 @@ fn sigraise(words: &[&str]) -> Answer {
     output::flush();
     // Zero is no signal, and those that have no name are not raised either.
     if let Ok(signal) = Signal::try_from(value as i32) {
-        raise(signal).map_err(|errno| Problem::Error(errno.desc().to_owned()))?;
+        raise(signal).map_err(|errno| Problem::Error(block::error::reason(errno)))?;
     }
     Ok(())
 }

@@ -6,7 +6,8 @@ use crate::command::{Answer, Problem};
 use crate::files::problem;
 use crate::open::merge;
 use crate::session::{Mode, Opened, Recipe, Session, WriteCache};
-use block::Node;
+use block::naming::{flattened, nested};
+use block::{Graph, Node};
 use qmp::keyval;
 use serde_json::{Map, Value, json};
 use tools::image::Cache;
@@ -16,7 +17,7 @@ pub(crate) async fn reopen(session: &Session<'_>, words: &[&str]) -> Answer {
     let words = arguments::parse("reopen", words, "c:o:rw")?;
     let change = Change::parse(&words)?;
     let image = session.opened()?;
-    let recipe = change.applied(&image)?;
+    let recipe = change.applied(session.tool.graph(), &image)?;
     if recipe.mode == Mode::ReadOnly {
         // Nothing of what the image was open for writing with may be lost.
         image.flush().await.ok();
@@ -46,6 +47,7 @@ pub(crate) async fn reopen(session: &Session<'_>, words: &[&str]) -> Answer {
 struct Change {
     mode: Option<Mode>,
     cache: Option<Cache>,
+    /// Flat: `file.cache.direct`.
     options: Map<String, Value>,
 }
 
@@ -59,9 +61,9 @@ impl Change {
         }
         let mut options = Map::new();
         for (_, text) in words.options.iter().filter(|(letter, _)| *letter == 'o') {
-            let given = keyval::parse(text, None);
+            let given = keyval::parse_flags(text, None);
             let given = given.map_err(|error| Problem::Error(error.desc))?;
-            merge(&mut options, given.into_members());
+            options.extend(given.into_members());
         }
         let both = |first: &str, second: &str| {
             Err(Problem::Error(format!(
@@ -71,7 +73,7 @@ impl Change {
         if mode.is_some() && options.contains_key("read-only") {
             return both("-r/-w", "'read-only'");
         }
-        if cache.is_some() && options.contains_key("cache") {
+        if cache.is_some() && options.keys().any(|name| name.starts_with("cache.")) {
             return both("-c", "the cache options");
         }
         Ok(Self {
@@ -81,9 +83,14 @@ impl Change {
         })
     }
 
-    fn applied(mut self, image: &Opened) -> Result<Recipe, Problem> {
+    fn applied(mut self, graph: &Graph, image: &Opened) -> Result<Recipe, Problem> {
         let mut recipe = image.recipe.clone();
-        take_fixed(&mut self.options, image.node())?;
+        let mut old = flattened(&recipe.options);
+        supersede(graph, image.node(), (&mut self.options, &mut old))?;
+        let options = |flat| nested(flat).map_err(|error| Problem::block("", &error));
+        recipe.options = options(old)?;
+        let mut changes = options(self.options)?;
+        take_fixed(&mut changes, image.node())?;
         if let Some(mode) = self.mode {
             recipe.mode = mode;
             let read_only = json!(mode == Mode::ReadOnly);
@@ -96,7 +103,7 @@ impl Change {
             };
             recipe.options.insert("cache".to_owned(), cache.options());
         }
-        merge(&mut recipe.options, self.options);
+        merge(&mut recipe.options, changes);
         Ok(recipe)
     }
 }
@@ -115,6 +122,46 @@ fn mode(words: &Words) -> Result<Option<Mode>, Problem> {
             "Only one -r/-w option may be given".to_owned(),
         )),
     }
+}
+
+/// Lets the new options of a node and of those below it replace old ones; both flat.
+fn supersede(
+    graph: &Graph,
+    node: &Node,
+    (new, old): (&mut Map<String, Value>, &mut Map<String, Value>),
+) -> Answer {
+    for (name, edge) in node.driver().edges() {
+        let prefix = format!("{name}.");
+        let mut below = take_below(new, &prefix);
+        if !below.is_empty() {
+            let mut old_below = take_below(old, &prefix);
+            supersede(graph, edge.node(), (&mut below, &mut old_below))?;
+            put_below(new, (&prefix, below));
+            put_below(old, (&prefix, old_below));
+        }
+    }
+    let driver = graph.entry(node.driver().driver_name());
+    match driver.and_then(|driver| driver.supersede) {
+        Some(supersede) => supersede(new, old).map_err(|error| Problem::block("", &error)),
+        None => Ok(()),
+    }
+}
+
+/// The options whose names begin with `prefix`, without it.
+fn take_below(options: &mut Map<String, Value>, prefix: &str) -> Map<String, Value> {
+    let (below, others) = std::mem::take(options)
+        .into_iter()
+        .partition::<Map<_, _>, _>(|(name, _)| name.starts_with(prefix));
+    *options = others;
+    let stripped = below.into_iter();
+    stripped
+        .map(|(name, value)| (name[prefix.len()..].to_owned(), value))
+        .collect()
+}
+
+fn put_below(options: &mut Map<String, Value>, (prefix, below): (&str, Map<String, Value>)) {
+    let named = below.into_iter();
+    options.extend(named.map(|(name, value)| (format!("{prefix}{name}"), value)));
 }
 
 /// Takes the options that say what a node is: an error for the first that is to change, since it

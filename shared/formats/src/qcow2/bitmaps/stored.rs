@@ -161,10 +161,11 @@ impl Qcow2 {
         let clusters = Self::bitmap_bytes(bitmap).div_ceil(cluster_size);
         let mut table = Vec::with_capacity(clusters as usize * 8);
         for number in 0..clusters {
-            let data = bitmap.to_bytes(number * cluster_size / 8, cluster_size / 8);
+            let mut data = bitmap.to_bytes(number * cluster_size / 8, cluster_size / 8);
             let word = if data.iter().all(|byte| *byte == 0) {
                 0
             } else {
+                data.resize(cluster_size as usize, 0);
                 self.write_clusters(&data, new).await?.0
             };
             table.extend_from_slice(&word.to_be_bytes());
@@ -176,7 +177,7 @@ impl Qcow2 {
         Ok((offset, clusters as u32))
     }
 
-    /// Writes bytes to contiguous clusters of their own.
+    /// Writes bytes to contiguous clusters of their own, whose rest has no meaning.
     async fn write_clusters<'q>(
         &'q self,
         bytes: &[u8],
@@ -193,10 +194,8 @@ impl Qcow2 {
         };
         skipped.into_iter().for_each(Reserved::give_back);
         new.0.extend(parts);
-        let mut whole = bytes.to_vec();
-        whole.resize((count << self.geometry.cluster_bits) as usize, 0);
         let offset = self.geometry.host_offset(run.first);
-        self.write_bytes(offset.0, &whole).await?;
+        self.write_bytes(offset.0, bytes).await?;
         Ok(offset)
     }
 

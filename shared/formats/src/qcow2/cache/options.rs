@@ -7,6 +7,7 @@
 use super::super::header::Header;
 use super::super::open::SLICE_BITS;
 use block::{Error, ErrorKind};
+use serde_json::{Map, Value};
 use std::time::Duration;
 
 /// Default for all metadata of an image, in bytes.
@@ -47,6 +48,20 @@ pub(in crate::qcow2) struct CacheSizes {
 }
 
 impl CacheOptions {
+    /// See [`block::open::SupersedeFn`]: a new size of both caches replaces those of single ones; those of single ones
+    /// together replace the old size of both.
+    pub(in crate::qcow2) fn supersede(new: &Map<String, Value>, old: &mut Map<String, Value>) {
+        let single = ["l2-cache-size", "refcount-cache-size"];
+        if new.contains_key("cache-size") {
+            old.retain(|name, _| !single.contains(&name.as_str()));
+        } else if single
+            .iter()
+            .all(|name| new.contains_key(*name) || old.contains_key(*name))
+        {
+            old.shift_remove("cache-size");
+        }
+    }
+
     /// Memory for each cache of the image.
     pub(in crate::qcow2) fn sizes(&self, header: &Header) -> Result<CacheSizes, Error> {
         let cluster_size = 1_u64 << header.cluster_bits;
@@ -187,6 +202,25 @@ mod tests {
         assert_eq!(sizes(Some(mib(200)), None, None), Ok((mib(128), mib(72))));
         let (l2, refcounts) = sizes(None, None, None).unwrap();
         assert!((mib(60)..mib(64)).contains(&(l2 + refcounts)));
+    }
+
+    #[test]
+    fn new_sizes_replace_old_ones_that_contradict_them() {
+        let left = |new: &[&str], old: &[&str]| {
+            let options = |names: &[&str]| -> Map<String, Value> {
+                let named = names
+                    .iter()
+                    .map(|name| ((*name).to_owned(), Value::from(1)));
+                named.collect()
+            };
+            let mut old = options(old);
+            CacheOptions::supersede(&options(new), &mut old);
+            old.into_iter().map(|(name, _)| name).collect::<Vec<_>>()
+        };
+        let (total, l2, refcounts) = ("cache-size", "l2-cache-size", "refcount-cache-size");
+        assert_eq!(left(&[total], &[l2, refcounts, "other"]), ["other"]);
+        assert_eq!(left(&[l2], &[total]), [total]);
+        assert_eq!(left(&[l2], &[total, refcounts]), [refcounts]);
     }
 
     #[test]

@@ -90,14 +90,23 @@ async fn read_layout(file: &Edge) -> Result<Layout, Error> {
 struct Report<'a> {
     sink: &'a mut dyn CheckSink,
     told: u64,
+    /// What follows from a repair is no finding.
+    quiet: bool,
 }
 
 impl Report<'_> {
     fn say(&mut self, text: std::fmt::Arguments<'_>) {
+        if self.quiet {
+            return;
+        }
         self.told += 1;
         if self.told <= MAX_MESSAGES {
             self.sink.message(&text.to_string());
         }
+    }
+    /// Tells what ends the check.
+    fn fail(&mut self, text: std::fmt::Arguments<'_>) {
+        self.sink.error(&text.to_string());
     }
     fn finish(&mut self) {
         if self.told > MAX_MESSAGES {
@@ -149,7 +158,11 @@ impl<'a> Check<'a> {
         Ok(Self {
             references: references.map_err(failed)?,
             io,
-            report: Report { sink, told: 0 },
+            report: Report {
+                sink,
+                told: 0,
+                quiet: false,
+            },
             repair: options.repair,
             memory: options.memory,
             layout,
@@ -166,7 +179,10 @@ impl<'a> Check<'a> {
         let found = self.read_snapshots().await?;
         self.check_refcounts().await?;
         self.result.corruptions += found.corruptions;
-        self.repair_snapshots(found).await?;
+        self.report.quiet = true;
+        let repaired = self.repair_snapshots(found).await;
+        self.report.quiet = false;
+        repaired?;
         let sound = self.result.check_errors == 0 && self.result.corruptions == 0;
         if self.repair != Repair::None && sound {
             self.clear_marks().await?;

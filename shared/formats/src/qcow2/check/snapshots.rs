@@ -9,6 +9,7 @@
 //! ```
 
 use super::super::header::{MAX_SNAPSHOTS, field};
+use super::super::snapshots::{EXTRA_HINT, extra_error, overhanging_hint};
 use super::super::tables::{HostCluster, HostOffset};
 use super::Check;
 use super::layout::{Extent, Raw};
@@ -25,6 +26,9 @@ const KNOWN_EXTRA: usize = 24;
 const MAX_EXTRA: u32 = 1024;
 /// Most bytes of the whole table.
 const MAX_TABLE_BYTES: u64 = 64 << 20;
+
+/// Before what is said of a table that cannot be read.
+const UNREAD: &str = "failed to read the snapshot table: ";
 
 /// A snapshot, as far as a check is concerned.
 #[derive(Clone, Debug)]
@@ -99,10 +103,15 @@ impl Check<'_> {
         }
         let end = offset.0.checked_add(MAX_TABLE_BYTES);
         if wanted > MAX_SNAPSHOTS {
-            return Err(self.refuse_table("Snapshot table too large", Errno::EFBIG));
+            let more = wanted - MAX_SNAPSHOTS;
+            return Err(self.refuse_table(
+                format_args!("snapshot table too large\n{}", overhanging_hint(more)),
+                Errno::EFBIG,
+            ));
         }
         if !self.layout.is_aligned(offset.0) || end.is_none_or(|end| end > i64::MAX as u64) {
-            return Err(self.refuse_table("Snapshot table offset invalid", Errno::EINVAL));
+            let what = format_args!("{UNREAD}Snapshot table offset invalid");
+            return Err(self.refuse_table(what, Errno::EINVAL));
         }
         self.io.begin_pass();
         for number in 0..wanted {
@@ -110,10 +119,16 @@ impl Check<'_> {
             let length = FIXED as u64 + entry.1;
             let table_bytes = (self.snapshots.place.bytes + length).next_multiple_of(8);
             if table_bytes > MAX_TABLE_BYTES {
-                if !errors {
-                    return Err(self.refuse_table("Snapshot table is too big", Errno::EFBIG));
-                }
                 let more = wanted - number;
+                if !errors {
+                    return Err(self.refuse_table(
+                        format_args!(
+                            "{UNREAD}Snapshot table is too big\n{}",
+                            overhanging_hint(more)
+                        ),
+                        Errno::EFBIG,
+                    ));
+                }
                 self.report.say(format_args!(
                     "Discarding {more} overhanging snapshots (snapshot table is too big)"
                 ));
@@ -126,8 +141,8 @@ impl Check<'_> {
         Ok(findings)
     }
 
-    fn refuse_table(&mut self, what: &str, errno: Errno) -> Errno {
-        self.report.say(format_args!("ERROR {what}"));
+    fn refuse_table(&mut self, what: fmt::Arguments<'_>, errno: Errno) -> Errno {
+        self.report.fail(format_args!("ERROR {what}"));
         self.result.check_errors += 1;
         errno
     }
@@ -149,8 +164,10 @@ impl Check<'_> {
         let extra_length = raw.u32(36);
         if extra_length > MAX_EXTRA {
             if !self.repair.errors() {
-                let what = format!("Too much extra metadata in snapshot table entry {number}");
-                return Err(self.refuse_table(&what, Errno::EINVAL));
+                let what = extra_error(number);
+                return Err(
+                    self.refuse_table(format_args!("{UNREAD}{what}\n{EXTRA_HINT}"), Errno::EFBIG)
+                );
             }
             self.report.say(format_args!(
                 "Discarding too much extra metadata in snapshot table entry {number} \

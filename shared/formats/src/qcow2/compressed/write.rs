@@ -12,7 +12,7 @@
 //! (`place`), because a place that spans two host clusters needs them to be neighbours.
 
 use super::Packed;
-use crate::qcow2::alloc::{Need, Pins, Reserved};
+use crate::qcow2::alloc::{Need, Pins, Reserved, Use, Want};
 use crate::qcow2::cache::Pinned;
 use crate::qcow2::cluster::EntryWords;
 use crate::qcow2::lazy::Scope;
@@ -186,7 +186,7 @@ impl Qcow2 {
                 Err(need) => self.provide_unlocked(need, &mut pins).await?,
             }
         }
-        let (fresh, _) = self.allocate(1).await?;
+        let (fresh, _) = self.allocate(Want::one(Use::CompressedCluster)).await?;
         let reserved = Reserved::new(self, fresh);
         // Other compressed data may have had this place: nothing read before is true of it.
         self.inflated.forget();

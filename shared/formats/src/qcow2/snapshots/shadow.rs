@@ -7,6 +7,7 @@ use super::super::alloc::Reserved;
 use super::super::tables::{ClusterRun, HostCluster, HostOffset};
 use super::super::{Qcow2, read_bytes, refcount};
 use super::quiet::Quiet;
+use block::error::reason;
 use block::{Error, ErrorKind};
 use executor::Errno;
 use std::collections::{BTreeMap, HashMap};
@@ -45,14 +46,6 @@ pub(super) struct Shadow<'q> {
     loaded: HashMap<u64, Vec<u8>>,
 }
 
-/// `strerror` of it.
-fn text_of(errno: Errno) -> &'static str {
-    match errno {
-        Errno::EOPNOTSUPP => "Operation not supported",
-        other => other.desc(),
-    }
-}
-
 /// Failures that change nothing.
 #[derive(Debug)]
 pub(super) enum Failure {
@@ -73,7 +66,7 @@ impl Failure {
         match self {
             Self::Io(errno) => Error {
                 errno: Some(errno),
-                ..Error::new(ErrorKind::Io, text_of(errno))
+                ..Error::new(ErrorKind::Io, reason(errno))
             },
             Self::Overflow => Error {
                 errno: Some(Errno::EINVAL),
@@ -137,7 +130,7 @@ impl<'q> Shadow<'q> {
             self.make_room().await?;
             let source = match self.changed.get(&index) {
                 Some(true) => place.0,
-                _ => self.image.state().refcount_table.block(index),
+                _ => self.image.refcount_block_place(index).await?.0,
             };
             let length = self.image.geometry.cluster_size() as usize;
             let bytes = read_bytes(&self.image.file, source, length).await?;
