@@ -77,7 +77,7 @@ pub(crate) async fn prepare_create(context: &Context, arguments: Arguments) -> R
     let created = created.map_err(|error| {
         let reason = error
             .errno
-            .map_or(error.message, |errno| executor::reason(errno));
+            .map_or(error.message, executor::reason);
         let what = format!("Failed to create snapshot '{name}' on device '{device}': {reason}");
         Error::generic(what)
     })?;

@@ -16,7 +16,7 @@ use crate::qcow2::reclaim::DiscardKind;
 use crate::qcow2::tables::{ClusterRun, HostOffset, MAX_HOST_OFFSET, OFFSET_MASK};
 use crate::qcow2::{Qcow2, State, read_bytes};
 use block::bitmap::DirtyBitmap;
-use block::{Errno, Error};
+use block::{ByteRange, Errno, Error};
 use std::sync::Arc;
 
 /// A table entry without a cluster: everything is dirty.
@@ -160,13 +160,16 @@ impl Qcow2 {
         let cluster_size = self.geometry.cluster_size();
         let clusters = Self::bitmap_bytes(bitmap).div_ceil(cluster_size);
         let mut table = Vec::with_capacity(clusters as usize * 8);
+        // Bytes of the disk that a cluster of bits stands for.
+        let span = cluster_size * 8 * u64::from(bitmap.granularity());
         for number in 0..clusters {
-            let mut data = bitmap.to_bytes(number * cluster_size / 8, cluster_size / 8);
-            let word = if data.iter().all(|byte| *byte == 0) {
-                0
-            } else {
-                data.resize(cluster_size as usize, 0);
-                self.write_clusters(&data, new).await?.0
+            let part = ByteRange::new(number * span, span);
+            let word = match bitmap.next_dirty(part) {
+                None => 0,
+                Some(_) => {
+                    let bits = bitmap.to_bytes(number * cluster_size / 8, cluster_size / 8);
+                    self.write_clusters(&bits, new).await?.0
+                }
             };
             table.extend_from_slice(&word.to_be_bytes());
         }
