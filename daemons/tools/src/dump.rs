@@ -4,13 +4,17 @@ use serde_json::Value;
 
 /// The lines for an `ImageInfoSpecific` of QMP; none when there is nothing to tell.
 pub fn specific(specific: &Value) -> String {
+    let data = specific.get("data").unwrap_or(&Value::Null);
+    members("Format specific information", data)
+}
+
+/// The members of `value` below a line with the title; nothing when there are none.
+pub fn members(title: &str, value: &Value) -> String {
     let mut lines = String::new();
-    if let Some(data) = specific.get("data") {
-        nested(&mut lines, data, 1);
-    }
+    nested(&mut lines, value, 1);
     match lines.is_empty() {
         true => lines,
-        false => format!("Format specific information:\n{lines}"),
+        false => format!("{title}:\n{lines}"),
     }
 }
 

@@ -613,3 +613,33 @@ fn encrypted_images_are_made_and_measured_like_those_of_qemu_img() {
     }
     pair.both("create -f qcow2 -b base -F qcow2 overlay");
 }
+
+#[test]
+fn long_options_of_newer_versions_mean_the_short_ones() {
+    let scratch = tempfile::tempdir().expect("a temporary directory");
+    let own = |line: &str| run(scratch.path(), PROGRAMS[1], &words(line));
+    let ok = |line: &str| {
+        let Outcome(code, printed, error) = own(line);
+        assert_eq!((code, error.as_str()), (Some(0), ""), "{line}");
+        printed
+    };
+    ok("create --quiet --format qcow2 --options cluster_size=4k a 64k");
+    ok("convert --source-format=qcow2 --target-format=qcow2 --parallel 2 --oob-writes a b");
+    ok("compare --a-format qcow2 --b-format qcow2 --quiet a b");
+    ok("snapshot --format qcow2 --create one a");
+    assert!(ok("snapshot --list a").contains("one"));
+    ok("bench --format qcow2 --count 1 --buffer-size 4k a");
+    let measured = ok("measure --source-format qcow2 --target-format qcow2 a");
+    assert_eq!(measured, ok("measure -f qcow2 -O qcow2 a"));
+    let limits = ok("info --limits a");
+    let (_, limits) = limits.split_once("Block limits:\n").expect("they are told");
+    for line in [
+        "request alignment: 1",
+        "opt transfer: 4096",
+        "max iov: 1024",
+    ] {
+        assert!(limits.contains(&format!("    {line}\n")), "{limits}");
+    }
+    assert!(!ok("info a").contains("limits"));
+    assert!(ok("resize --help").starts_with("usage: qemu-img resize [--object objectdef]"));
+}

@@ -75,9 +75,7 @@ pub(crate) async fn prepare_create(context: &Context, arguments: Arguments) -> R
     new.vm_clock_ns = u64::from(new.date_seconds) * NANOSECONDS + u64::from(new.date_ns);
     let created = snapshots.create(new).await;
     let created = created.map_err(|error| {
-        let reason = error
-            .errno
-            .map_or(error.message, executor::reason);
+        let reason = error.errno.map_or(error.message, executor::reason);
         let what = format!("Failed to create snapshot '{name}' on device '{device}': {reason}");
         Error::generic(what)
     })?;

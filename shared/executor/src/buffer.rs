@@ -25,7 +25,7 @@ use std::ptr::{self, NonNull};
 use std::rc::Rc;
 
 /// Alignment of heap buffers in bytes; serves direct I/O on every known device.
-const HEAP_ALIGN: usize = 4096;
+pub const HEAP_ALIGN: usize = 4096;
 
 /// A page-aligned private allocation; what metadata and bounced data live in.
 pub struct HeapBuffer {

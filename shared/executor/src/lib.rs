@@ -45,7 +45,7 @@ mod turn;
 pub mod word_arena;
 pub mod workers;
 
-pub use buffer::{Buffer, HeapBuffer};
+pub use buffer::{Buffer, HEAP_ALIGN, HeapBuffer};
 pub use crew::Crew;
 pub use errno::{Errno, reason};
 pub use file::{File, FileOp, OpenOptions};

@@ -38,7 +38,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     let (mut texts, mut show, mut force) = (Vec::new(), Show::OnSignal, Force::Refuse);
     for (name, value) in parsed.options {
         match name {
-            "h" => return Ok(crate::help::show()),
+            "h" => return Ok(crate::help::of(&COMMAND)),
             "o" => texts.push(list(value)?),
             "t" => cache = Cache::parse(&value)?,
             "p" => show = Show::Always,

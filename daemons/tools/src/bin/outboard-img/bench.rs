@@ -23,20 +23,20 @@ pub(crate) const COMMAND: Command = Command {
 
 const OPTIONS: &[Opt] = &[
     Opt::flag(&["h", "help"]),
-    Opt::value(&["c"]),
-    Opt::value(&["d"]),
-    Opt::value(&["f"]),
+    Opt::value(&["c", "count"]),
+    Opt::value(&["d", "depth"]),
+    Opt::value(&["f", "format"]),
     Opt::value(&["flush-interval"]),
-    Opt::value(&["i"]),
-    Opt::flag(&["n"]),
+    Opt::value(&["i", "aio"]),
+    Opt::flag(&["n", "native"]),
     Opt::flag(&["no-drain"]),
-    Opt::value(&["o"]),
+    Opt::value(&["o", "offset"]),
     Opt::value(&["pattern"]),
-    Opt::flag(&["q"]),
-    Opt::value(&["s"]),
-    Opt::value(&["S"]),
-    Opt::value(&["t"]),
-    Opt::flag(&["w"]),
+    Opt::flag(&["q", "quiet"]),
+    Opt::value(&["s", "buffer-size"]),
+    Opt::value(&["S", "step-size"]),
+    Opt::value(&["t", "cache"]),
+    Opt::flag(&["w", "write"]),
     Opt::value(&["object"]),
     Opt::flag(&["image-opts"]),
     Opt::flag(&["U", "force-share"]),
@@ -278,7 +278,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     let (mut common, mut load) = (Common::default(), Load::new());
     for (name, value) in parsed.options {
         if name == "h" {
-            return Ok(crate::help::show());
+            return Ok(crate::help::of(&COMMAND));
         }
         if !common.take(tool, (name, &value))? {
             load.take(name, &value)?;

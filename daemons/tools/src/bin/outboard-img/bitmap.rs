@@ -117,7 +117,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     let (mut common, mut request) = (Common::default(), Request::default());
     for (name, value) in parsed.options {
         if name == "h" {
-            return Ok(crate::help::show());
+            return Ok(crate::help::of(&COMMAND));
         }
         if !common.take(tool, (name, &value))? {
             request.take(name, value)?;

@@ -28,7 +28,7 @@ const OPTIONS: &[Opt] = &[
     Opt::value(&["f", "format"]),
     Opt::value(&["r", "repair"]),
     Opt::value(&["output"]),
-    Opt::value(&["T"]),
+    Opt::value(&["T", "cache"]),
     Opt::flag(&["q", "quiet"]),
     Opt::value(&["object"]),
     Opt::flag(&["image-opts"]),
@@ -57,7 +57,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     let mut cache = Cache::default();
     for (name, value) in parsed.options {
         match name {
-            "h" => return Ok(crate::help::show()),
+            "h" => return Ok(crate::help::of(&COMMAND)),
             "output" => output = Output::parse(&value).map_err(without_hint)?,
             "r" => repair = parse_repair(&value)?,
             "T" => {

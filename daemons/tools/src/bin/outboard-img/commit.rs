@@ -77,7 +77,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     };
     for (name, value) in parsed.options {
         match name {
-            "h" => return Ok(crate::help::show()),
+            "h" => return Ok(crate::help::of(&COMMAND)),
             "b" => {
                 request.base = Some(value);
                 request.afterwards = Afterwards::Left;

@@ -27,12 +27,12 @@ pub(crate) const COMMAND: Command = Command {
 
 const OPTIONS: &[Opt] = &[
     Opt::flag(&["h", "help"]),
-    Opt::value(&["f"]),
-    Opt::value(&["F"]),
-    Opt::value(&["T"]),
-    Opt::flag(&["p"]),
-    Opt::flag(&["q"]),
-    Opt::flag(&["s"]),
+    Opt::value(&["f", "a-format"]),
+    Opt::value(&["F", "b-format"]),
+    Opt::value(&["T", "cache"]),
+    Opt::flag(&["p", "progress"]),
+    Opt::flag(&["q", "quiet"]),
+    Opt::flag(&["s", "strict"]),
     Opt::value(&["object"]),
     Opt::flag(&["image-opts"]),
     Opt::flag(&["U", "force-share"]),
@@ -73,7 +73,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     let mut cache = Cache::default();
     for (name, value) in parsed.options {
         match name {
-            "h" => return Ok(crate::help::show()),
+            "h" => return Ok(crate::help::of(&COMMAND)),
             "F" => second_format = Some(value),
             "T" => {
                 let invalid = |_| Failure::message(format!("Invalid source cache option: {value}"));

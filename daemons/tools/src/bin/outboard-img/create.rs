@@ -55,7 +55,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     let (mut options, mut unsafe_backing) = (Vec::new(), false);
     for (name, value) in parsed.options {
         match name {
-            "h" => return Ok(crate::help::show()),
+            "h" => return Ok(crate::help::of(&COMMAND)),
             "F" => backing_format = Some(value),
             "b" => backing = Some(value),
             "u" => unsafe_backing = true,

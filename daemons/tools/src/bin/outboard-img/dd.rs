@@ -21,8 +21,8 @@ pub(crate) const COMMAND: Command = Command {
 
 const OPTIONS: &[Opt] = &[
     Opt::flag(&["h", "help"]),
-    Opt::value(&["f"]),
-    Opt::value(&["O"]),
+    Opt::value(&["f", "format"]),
+    Opt::value(&["O", "output-format"]),
     Opt::value(&["object"]),
     Opt::flag(&["image-opts"]),
     Opt::flag(&["U", "force-share"]),
@@ -94,7 +94,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     let (mut common, mut format) = (Common::default(), "raw".to_owned());
     for (name, value) in parsed.options {
         match name {
-            "h" => return Ok(crate::help::show()),
+            "h" => return Ok(crate::help::of(&COMMAND)),
             "O" => format = value,
             _ => {
                 common.take(tool, (name, &value))?;

@@ -1,6 +1,6 @@
 //! `--help` and `--version`.
 
-use crate::COMMANDS;
+use crate::{COMMANDS, Command};
 use std::io::Write;
 use tools::failure::program;
 
@@ -43,6 +43,17 @@ pub(crate) fn show() -> u8 {
         sorted(names).join(" ")
     ));
     print(&text)
+}
+
+/// Prints what a command takes.
+pub(crate) fn of(command: &Command) -> u8 {
+    let line = format!(
+        "usage: {} {} {}\n\n",
+        program(),
+        command.name,
+        command.usage
+    );
+    print(&(line + PARAMETERS))
 }
 
 /// Prints the version.

@@ -1,21 +1,21 @@
 //! `info`: what an image says about itself.
 
 use crate::{Command, Running, text};
-use block::Node;
 use block::open::MAX_CHAIN;
+use block::{Limits, Node};
 use serde_json::{Map, Value, json as value};
 use std::sync::Arc;
 use tools::failure::{Failure, Outcome};
 use tools::getopt::{self, Opt};
-use tools::image::{Access, Common, Opening, Tool};
+use tools::image::{Access, Cache, Common, Opening, Tool};
 use tools::json;
 use tools::output;
 
 /// The subcommand.
 pub(crate) const COMMAND: Command = Command {
     name: "info",
-    usage: "[--object objectdef] [--image-opts] [-f fmt] [--output=ofmt] [--backing-chain] [-U] \
-            filename",
+    usage: "[--object objectdef] [--image-opts] [-f fmt] [-t cache] [--output=ofmt] \
+            [--backing-chain] [--limits] [-U] filename",
     run: |tool, arguments| -> Running<'_> { Box::pin(run(tool, arguments)) },
 };
 
@@ -24,6 +24,8 @@ const OPTIONS: &[Opt] = &[
     Opt::value(&["f", "format"]),
     Opt::value(&["output"]),
     Opt::flag(&["backing-chain"]),
+    Opt::value(&["t", "cache"]),
+    Opt::flag(&["limits"]),
     Opt::value(&["object"]),
     Opt::flag(&["image-opts"]),
     Opt::flag(&["U", "force-share"]),
@@ -60,14 +62,25 @@ enum Depth {
     Chain,
 }
 
+/// What is told of each image.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Detail {
+    Usual,
+    /// `--limits`: what requests have to look like, too.
+    Limits,
+}
+
 async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     let parsed = getopt::parse(arguments, OPTIONS)?;
     let (mut common, mut output, mut depth) = (Common::default(), Output::Human, Depth::One);
+    let (mut cache, mut detail) = (Cache::default(), Detail::Usual);
     for (name, value) in parsed.options {
         match name {
-            "h" => return Ok(crate::help::show()),
+            "h" => return Ok(crate::help::of(&COMMAND)),
             "output" => output = Output::parse(&value)?,
             "backing-chain" => depth = Depth::Chain,
+            "t" => cache = Cache::parse(&value)?,
+            "limits" => detail = Detail::Limits,
             _ => {
                 common.take(tool, (name, &value))?;
             }
@@ -76,12 +89,13 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     let name = getopt::one_image(parsed.operands)?;
     let opening = Opening {
         sharing: common.sharing,
+        cache,
         ..Opening::new(Access::Describe)
     };
     let image = tool.open(&common.image(name)?, opening).await?;
-    let mut infos = vec![describe(&image.node)];
+    let mut infos = vec![describe(&image.node, detail)];
     if depth == Depth::Chain {
-        follow(tool, &image.node, &mut infos).await?;
+        follow((tool, detail), &image.node, &mut infos).await?;
     }
     match (output, depth) {
         (Output::Human, _) => {
@@ -105,7 +119,11 @@ fn ordered(info: &Value) -> Map<String, Value> {
 }
 
 /// Adds the backing images, as far as the names in the images may be followed.
-async fn follow(tool: &Tool, top: &Arc<Node>, infos: &mut Vec<Value>) -> Result<(), Failure> {
+async fn follow(
+    (tool, detail): (&Tool, Detail),
+    top: &Arc<Node>,
+    infos: &mut Vec<Value>,
+) -> Result<(), Failure> {
     let mut current = Arc::clone(top);
     let mut seen = vec![current.filename()];
     loop {
@@ -127,12 +145,12 @@ async fn follow(tool: &Tool, top: &Arc<Node>, infos: &mut Vec<Value>) -> Result<
         current =
             opened.map_err(|error| Failure::block(&format!("Could not open '{full}'"), &error))?;
         seen.push(full);
-        infos.push(describe(&current));
+        infos.push(describe(&current, detail));
     }
 }
 
 /// QMP's `ImageInfo` of a node, without its backing image.
-fn describe(node: &Node) -> Value {
+fn describe(node: &Node, detail: Detail) -> Value {
     let driver = node.driver();
     let filename = node.filename();
     let mut info = value!({
@@ -163,5 +181,28 @@ fn describe(node: &Node) -> Value {
             info["full-backing-filename"] = value!(full);
         }
     }
+    if detail == Detail::Limits {
+        info["limits"] = limits(&node.driver().limits());
+    }
     info
+}
+
+/// QMP's `BlockLimitsInfo`; a limit that there is not is absent.
+fn limits(limits: &Limits) -> Value {
+    let mut info = Map::new();
+    let mut add = |name: &str, value: u64| info.insert(name.to_owned(), value.into());
+    add("request-alignment", limits.request_alignment.into());
+    let some = [
+        ("discard-alignment", limits.zero_alignment),
+        ("write-zeroes-alignment", limits.zero_alignment),
+        ("opt-transfer", limits.optimal_transfer),
+        ("max-transfer", limits.max_transfer),
+    ];
+    for (name, value) in some.into_iter().filter(|(_, value)| *value != 0) {
+        add(name, value.into());
+    }
+    add("max-iov", libc::UIO_MAXIOV as u64);
+    add("min-mem-alignment", limits.memory_alignment.into());
+    add("opt-mem-alignment", executor::HEAP_ALIGN as u64);
+    Value::Object(info)
 }

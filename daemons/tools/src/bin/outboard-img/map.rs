@@ -68,7 +68,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     let (mut start, mut length) = (0, None);
     for (name, value) in parsed.options {
         match name {
-            "h" => return Ok(crate::help::show()),
+            "h" => return Ok(crate::help::of(&COMMAND)),
             "output" => output = Output::parse(&value)?,
             "s" => start = size::argument("start offset", &value)?,
             "l" => length = Some(size::argument("max length", &value)?),

@@ -23,15 +23,15 @@ pub(crate) const COMMAND: Command = Command {
 
 const OPTIONS: &[Opt] = &[
     Opt::flag(&["h", "help"]),
-    Opt::value(&["f"]),
-    Opt::value(&["l"]),
-    Opt::value(&["o"]),
-    Opt::value(&["O"]),
+    Opt::value(&["f", "format", "source-format"]),
+    Opt::value(&["l", "snapshot"]),
+    Opt::value(&["o", "options", "target-format-options"]),
+    Opt::value(&["O", "target-format"]),
     Opt::flag(&["U", "force-share"]),
     Opt::value(&["object"]),
-    Opt::flag(&["image-opts"]),
+    Opt::flag(&["image-opts", "source-image-opts"]),
     Opt::value(&["output"]),
-    Opt::value(&["size"]),
+    Opt::value(&["size", "s"]),
     Opt::value(&["allow-dir"]),
 ];
 
@@ -59,7 +59,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     };
     for (name, value) in parsed.options {
         match name {
-            "h" => return Ok(crate::help::show()),
+            "h" => return Ok(crate::help::of(&COMMAND)),
             "l" => request.snapshot = Some(Selection::parse(&value)?),
             "o" => request.options.push(options::list(value)?),
             "O" => request.format = value,

@@ -86,7 +86,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     };
     for (name, value) in parsed.options {
         match name {
-            "h" => return Ok(crate::help::show()),
+            "h" => return Ok(crate::help::of(&COMMAND)),
             "b" => request.backing = Some(value),
             "F" => request.format = Some(value),
             "u" => request.mode = Mode::Unsafe,

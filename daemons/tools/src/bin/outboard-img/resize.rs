@@ -72,7 +72,7 @@ async fn run(tool: &Tool, mut arguments: Vec<String>) -> Outcome {
             .iter()
             .any(|argument| argument == "-h" || argument == "--help")
         {
-            return Ok(crate::help::show());
+            return Ok(crate::help::of(&COMMAND));
         }
         return Err(Failure::usage("Not enough arguments"));
     }
@@ -82,7 +82,7 @@ async fn run(tool: &Tool, mut arguments: Vec<String>) -> Outcome {
         (Common::default(), Preallocation::Off, false);
     for (name, value) in parsed.options {
         match name {
-            "h" => return Ok(crate::help::show()),
+            "h" => return Ok(crate::help::of(&COMMAND)),
             "preallocation" => preallocation = preallocation_mode(&value)?,
             "shrink" => may_shrink = true,
             _ => {

@@ -21,10 +21,11 @@ pub(crate) const COMMAND: Command = Command {
 
 const OPTIONS: &[Opt] = &[
     Opt::flag(&["h", "help"]),
-    Opt::flag(&["l"]),
-    Opt::value(&["a"]),
-    Opt::value(&["c"]),
-    Opt::value(&["d"]),
+    Opt::value(&["f", "format"]),
+    Opt::flag(&["l", "list"]),
+    Opt::value(&["a", "apply"]),
+    Opt::value(&["c", "create"]),
+    Opt::value(&["d", "delete"]),
     Opt::flag(&["q", "quiet"]),
     Opt::value(&["object"]),
     Opt::flag(&["image-opts"]),
@@ -51,7 +52,7 @@ async fn run(tool: &Tool, arguments: Vec<String>) -> Outcome {
     let (mut common, mut action) = (Common::default(), None);
     for (name, value) in parsed.options {
         let next = match name {
-            "h" => return Ok(crate::help::show()),
+            "h" => return Ok(crate::help::of(&COMMAND)),
             "l" => Action::List,
             "a" => Action::Apply(value),
             "c" => Action::Create(value),

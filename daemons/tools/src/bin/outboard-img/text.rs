@@ -44,6 +44,9 @@ pub(crate) fn image(info: &Map<String, Value>) -> String {
             out.push_str(&format!("backing file format: {format}\n"));
         }
     }
+    if let Some(limits) = info.get("limits") {
+        out.push_str(&dump::members("Block limits", limits));
+    }
     if let Some(snapshots) = info.get("snapshots").and_then(Value::as_array) {
         out.push_str(&crate::snapshot::table(snapshots));
     }

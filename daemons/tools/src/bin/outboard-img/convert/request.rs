@@ -13,25 +13,25 @@ use tools::size;
 
 const OPTIONS: &[Opt] = &[
     Opt::flag(&["h", "help"]),
-    Opt::flag(&["C"]),
-    Opt::flag(&["c"]),
-    Opt::flag(&["p"]),
-    Opt::flag(&["q"]),
-    Opt::flag(&["n"]),
-    Opt::flag(&["W"]),
-    Opt::value(&["f"]),
-    Opt::value(&["O"]),
-    Opt::value(&["B"]),
-    Opt::value(&["F"]),
-    Opt::value(&["o"]),
-    Opt::value(&["l"]),
-    Opt::value(&["S"]),
-    Opt::value(&["t"]),
-    Opt::value(&["T"]),
-    Opt::value(&["m"]),
-    Opt::value(&["r"]),
+    Opt::flag(&["C", "copy-range-offloading"]),
+    Opt::flag(&["c", "compress"]),
+    Opt::flag(&["p", "progress"]),
+    Opt::flag(&["q", "quiet"]),
+    Opt::flag(&["n", "no-create"]),
+    Opt::flag(&["W", "oob-writes"]),
+    Opt::value(&["f", "source-format"]),
+    Opt::value(&["O", "target-format"]),
+    Opt::value(&["B", "b", "backing"]),
+    Opt::value(&["F", "backing-format"]),
+    Opt::value(&["o", "target-format-options"]),
+    Opt::value(&["l", "snapshot"]),
+    Opt::value(&["S", "sparse-size"]),
+    Opt::value(&["t", "target-cache"]),
+    Opt::value(&["T", "source-cache"]),
+    Opt::value(&["m", "parallel"]),
+    Opt::value(&["r", "rate-limit"]),
     Opt::value(&["object"]),
-    Opt::flag(&["image-opts"]),
+    Opt::flag(&["image-opts", "source-image-opts"]),
     Opt::flag(&["U", "force-share"]),
     Opt::flag(&["target-image-opts"]),
     Opt::flag(&["target-is-zero"]),
@@ -99,7 +99,7 @@ impl Request {
         let mut raw = Raw::default();
         for (name, value) in parsed.options {
             if name == "h" {
-                return Ok(Asked::Answered(crate::help::show()));
+                return Ok(Asked::Answered(crate::help::of(&super::COMMAND)));
             }
             if !request.common.take(tool, (name, &value))? {
                 request.take((name, value), &mut raw)?;
