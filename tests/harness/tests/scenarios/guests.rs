@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use harness::nested::{NestedVm, Outcome};
+use harness::process::workspace_binary;
 use harness::scene::{FrontEnd, Stage, trial_boot};
 use serde_json::{Value, json};
 
@@ -66,6 +67,25 @@ fn the_nested_machine_offers_kvm_to_programs() {
     assert!(outcome.event("kvm").is_some(), "{outcome:#?}");
     assert_eq!(outcome.output, ["plain"]);
     assert_eq!(outcome.exit, Some(3));
+}
+
+#[test]
+fn the_kernels_nbd_client_keeps_a_file_system_on_what_outboard_nbd_serves() {
+    let machine = NestedVm::new().unwrap().modules(&["nbd"]).unwrap();
+    let programs = ["outboard-nbd", "outboard-img"].map(|name| workspace_binary(name).unwrap());
+    let machine = programs
+        .into_iter()
+        .fold(machine, |machine, path| machine.program(path).unwrap());
+    let outcome = machine
+        .script(include_str!("../../../guest/nbd-client"))
+        .run(TIME_LIMIT, |line| println!("{line}"))
+        .unwrap();
+    assert_eq!(outcome.exit, Some(0), "console:\n{}", outcome.console);
+    assert_eq!(field(&outcome, "connected", "bytes"), 64 << 20);
+    assert_eq!(field(&outcome, "large", "bytes"), 3_u64 << 40);
+    assert_eq!(outcome.events_named("verified").count(), 2);
+    assert_eq!(outcome.events_named("disconnected").count(), 3);
+    assert!(outcome.event("checked").is_some());
 }
 
 #[test]

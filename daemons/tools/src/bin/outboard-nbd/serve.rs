@@ -16,6 +16,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
@@ -45,7 +46,12 @@ pub(crate) async fn run(
     }
     let ended = match device {
         None => Arc::default(),
-        Some(device) => connect(device, options)?,
+        Some(device) => {
+            let ended = connect(device, options)?;
+            // Whoever waits for this process to go into the background uses the device then.
+            ended.connected().await?;
+            ended
+        }
     };
     if let Some(background) = background {
         let entered = background.enter_with_errors();
@@ -182,14 +188,39 @@ fn write_pid(path: &Path) -> Result<(), Failure> {
         .map_err(|error| failure(&format!("Could not write '{shown}'"), &error))
 }
 
-/// How the kernel's client ended, for the executor's thread.
+/// How the kernel's client began and ended, for the executor's thread.
 #[derive(Default)]
 struct Ended {
+    connected: AtomicBool,
     result: Mutex<Option<Result<(), Failure>>>,
     changed: Notify,
 }
 
 impl Ended {
+    /// Resolves when the device shows the export.
+    async fn connected(&self) -> Result<(), Failure> {
+        loop {
+            let changed = self.changed.notified();
+            if self.connected.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            if let Some(early) = self.early_end() {
+                return early;
+            }
+            changed.await;
+        }
+    }
+
+    /// How it ended, if it has; a good end is kept for who waits for it.
+    fn early_end(&self) -> Option<Result<(), Failure>> {
+        let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
+        let ended = result.take()?;
+        if ended.is_ok() {
+            *result = Some(Ok(()));
+        }
+        Some(ended)
+    }
+
     async fn wait(&self) -> Result<(), Failure> {
         loop {
             let changed = self.changed.notified();
@@ -209,16 +240,21 @@ impl Ended {
 fn connect(device: std::fs::File, options: &ServeOptions) -> Result<Arc<Ended>, Failure> {
     let ended = Arc::<Ended>::default();
     let told = Arc::clone(&ended);
-    let address = options.address.clone();
-    let thread = kernel::connect(
+    let attachment = kernel::Attachment {
         device,
-        address,
-        options.export_name.clone(),
-        move |result| {
-            *told.result.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
-            told.changed.notify_all();
-        },
-    );
+        path: options.device.clone().unwrap_or_default(),
+        address: options.address.clone(),
+        export_name: options.export_name.clone(),
+    };
+    let thread = kernel::connect(attachment, move |progress| {
+        match progress {
+            kernel::Progress::Connected => told.connected.store(true, Ordering::Relaxed),
+            kernel::Progress::Ended(result) => {
+                *told.result.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+            }
+        }
+        told.changed.notify_all();
+    });
     thread.map_err(|error| failure("Cannot start the client", &error))?;
     Ok(ended)
 }
