@@ -286,7 +286,10 @@ fn everything_is_repaired_that_qemu_repairs() {
         let header_is_a_table = says(MAGIC);
         // An L1 table that is also something else is not written to; QEMU writes.
         let refuses = found.code == 1 && says("metadata overlap check failed");
-        if gives_up || header_is_a_table || refuses || theirs.contains("is outside image") {
+        // QEMU says this when it gives back more than it had counted for the old snapshot table, which ends in new damage.
+        let gives_back_too_much = theirs.contains("qcow2_free_clusters failed");
+        let is_outside = theirs.contains("is outside image");
+        if gives_up || header_is_a_table || refuses || gives_back_too_much || is_outside {
             expected = found.clone();
         }
         differences.compare(context, (&found, &messages), (&expected, &theirs));
@@ -298,7 +301,9 @@ fn everything_is_repaired_that_qemu_repairs() {
         claimed.result.leaks_fixed = 0;
         claimed.result.corruptions_fixed = 0;
         let context = format!("{context}, judged by QEMU");
-        differences.compare(&context, (&claimed, &messages), (&judged, &verdict));
+        if !is_refused(&found, &judged, &verdict) {
+            differences.compare(&context, (&claimed, &messages), (&judged, &verdict));
+        }
         let bytes = std::fs::read(&path).unwrap();
         if found.code == 0 {
             let marks = if bytes[7] >= 3 { bytes[79] & 3 } else { 0 };
