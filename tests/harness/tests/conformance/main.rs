@@ -411,7 +411,7 @@ reading! {
     bochs_version_1_reading: bochs(1, 64 << 10);
     bochs_one_extent_reading: bochs(2, 1 << 20);
     cloop_reading: only_read("cloop", samples::cloop::image(64 << 10, &content()));
-    cloop_small_blocks_reading: only_read("cloop", samples::cloop::image(3072, &content()));
+    cloop_small_blocks_reading: only_read("cloop", samples::cloop::image(2048, &content()));
     dmg_reading: dmg(Codec::Zlib, Table::Xml);
     dmg_plain_reading: dmg(Codec::Raw, Table::Xml);
     dmg_bzip2_reading: dmg(Codec::Bzip2, Table::Fork);
