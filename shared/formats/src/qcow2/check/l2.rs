@@ -13,8 +13,6 @@ use block::{Errno, Repair};
 const RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// Subcluster bitmap: the half that says which are allocated.
 const ALLOCATED: u64 = 0xffff_ffff;
-/// Subcluster bitmap: all read as zeroes.
-const ALL_ZERO: u64 = 0xffff_ffff_0000_0000;
 
 /// An entry and, with extended L2 entries, its subcluster bitmap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -237,7 +235,7 @@ impl Check<'_> {
                      entry corrupted.",
                     self.action()
                 ));
-                if self.zero_entry(index, walk).await? {
+                if self.drop_storage(index, walk).await? {
                     return Ok(());
                 }
                 self.result.corruptions += times;
@@ -260,9 +258,9 @@ impl Check<'_> {
         self.count(Extent { offset, bytes }, times)
     }
 
-    /// Makes a bad entry one of zeroes, when repairs are asked for and its table is where no other
+    /// Takes the storage of a cluster without data away, when repairs are asked for and its table is where no other
     /// metadata is. True when it was done.
-    async fn zero_entry(&mut self, index: usize, walk: &mut Walk) -> Result<bool, Errno> {
+    async fn drop_storage(&mut self, index: usize, walk: &mut Walk) -> Result<bool, Errno> {
         if !walk.repair.errors() {
             return Ok(false);
         }
@@ -281,15 +279,12 @@ impl Check<'_> {
         }
         let entry_bytes = self.layout.l2_entry_bytes();
         let at = place.offset.0 + index as u64 * entry_bytes;
-        let written = match self.layout.has_subclusters() {
-            true => {
-                let mut bytes = [0; 16];
-                bytes[8..].copy_from_slice(&ALL_ZERO.to_be_bytes());
-                self.io.write(at, &bytes).await
-            }
-            false => self.io.write(at, &ZERO.to_be_bytes()).await,
+        // Of subclusters the bitmap tells: zeroes, and what shows the backing. None has data, or this would not be done.
+        let word = match self.layout.has_subclusters() {
+            true => 0,
+            false => ZERO,
         };
-        if let Err(errno) = written {
+        if let Err(errno) = self.io.write(at, &word.to_be_bytes()).await {
             self.report.say(format_args!(
                 "ERROR: Failed to overwrite L2 table entry: {}",
                 reason(errno)

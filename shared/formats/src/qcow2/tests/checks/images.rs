@@ -70,7 +70,7 @@ pub(super) const SHAPES: &[Shape] = &[
     },
 ];
 
-fn run(directory: &Path, program: &str, arguments: &[&str]) {
+pub(super) fn run(directory: &Path, program: &str, arguments: &[&str]) {
     let output = Command::new(program)
         .current_dir(directory)
         .args(arguments)
@@ -118,7 +118,7 @@ pub(super) fn make(directory: &Path, name: &str, shape: &Shape) {
     }
 }
 
-fn word(bytes: &[u8], at: usize) -> u64 {
+pub(super) fn word(bytes: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 

@@ -196,15 +196,16 @@ fn a_data_cluster_that_is_wrong_in_two_ways_counts_twice() {
     images::make(files.path(), "a.qcow2", shape.unwrap());
     let path = files.path().join("a.qcow2");
     let mut bytes = std::fs::read(&path).unwrap();
-    let word = |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
     let offset = |word: u64| (word & 0x00ff_ffff_ffff_fe00) as usize;
-    let l1_table = word(&bytes, 40) as usize;
-    let l2_table = offset(word(&bytes, l1_table));
-    let holds_data = |at: &usize| word(&bytes, *at) >> 62 == 2 && word(&bytes, at + 8) as u32 != 0;
+    let l1_table = images::word(&bytes, 40) as usize;
+    let l2_table = offset(images::word(&bytes, l1_table));
+    let holds_data = |at: &usize| {
+        images::word(&bytes, *at) >> 62 == 2 && images::word(&bytes, at + 8) as u32 != 0
+    };
     let entry = (l2_table..).step_by(16).find(holds_data).unwrap();
-    let unaligned = word(&bytes, entry) + 512;
+    let unaligned = images::word(&bytes, entry) + 512;
     bytes[entry..entry + 8].copy_from_slice(&unaligned.to_be_bytes());
-    let allocated = word(&bytes, entry + 8) & 0xffff_ffff;
+    let allocated = images::word(&bytes, entry + 8) & 0xffff_ffff;
     let contradiction = allocated << 32 | allocated;
     bytes[entry + 8..entry + 16].copy_from_slice(&contradiction.to_be_bytes());
     std::fs::write(&path, &bytes).unwrap();
@@ -222,6 +223,63 @@ fn a_data_cluster_that_is_wrong_in_two_ways_counts_twice() {
 }
 
 #[test]
+fn a_cluster_that_loses_its_storage_still_shows_the_backing() {
+    if !has_qemu() {
+        return;
+    }
+    let files = tempfile::tempdir().unwrap();
+    let qemu_img = |arguments: &[&str]| images::run(files.path(), "qemu-img", arguments);
+    std::fs::write(files.path().join("base.raw"), vec![0xff; 128 << 10]).unwrap();
+    let overlay = ["-b", "base.raw", "-F", "raw", "a.qcow2"];
+    qemu_img(
+        &[
+            &["create", "-q", "-f", "qcow2", "-o", "extended_l2=on"],
+            &overlay[..],
+        ]
+        .concat(),
+    );
+    // One subcluster of zeroes with storage; the others are the backing's.
+    let commands = ["-c", "write -q 4k 2k", "-c", "write -q -z 4k 2k", "a.qcow2"];
+    images::run(
+        files.path(),
+        "qemu-io",
+        &[&["-f", "qcow2"], &commands[..]].concat(),
+    );
+    qemu_img(&[
+        "convert",
+        "-f",
+        "qcow2",
+        "-O",
+        "raw",
+        "a.qcow2",
+        "before.raw",
+    ]);
+
+    let path = files.path().join("a.qcow2");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let l1_table = images::word(&bytes, 40) as usize;
+    let l2_table = (images::word(&bytes, l1_table) & 0x00ff_ffff_ffff_fe00) as usize;
+    bytes[l2_table + 6] |= 2;
+    std::fs::write(&path, &bytes).unwrap();
+    let (found, messages) = ours(&path, Repair::All);
+    assert_eq!(
+        (found.code, found.result.corruptions_fixed),
+        (0, 1),
+        "{messages:#?}"
+    );
+    qemu_img(&[
+        "compare",
+        "-q",
+        "-f",
+        "qcow2",
+        "-F",
+        "raw",
+        "a.qcow2",
+        "before.raw",
+    ]);
+}
+
+#[test]
 fn a_snapshot_table_that_runs_past_the_end_is_replaced_and_the_data_kept() {
     if !has_qemu() {
         return;
@@ -233,7 +291,7 @@ fn a_snapshot_table_that_runs_past_the_end_is_replaced_and_the_data_kept() {
     images::make(files.path(), "a.qcow2", shape.unwrap());
     let path = files.path().join("a.qcow2");
     let mut bytes = std::fs::read(&path).unwrap();
-    let table = u64::from_be_bytes(bytes[64..72].try_into().unwrap()) as usize;
+    let table = images::word(&bytes, 64) as usize;
     // The first entry's identifier becomes longer than the file.
     bytes[table + 12..table + 14].copy_from_slice(&0xd800_u16.to_be_bytes());
     std::fs::write(&path, &bytes).unwrap();
