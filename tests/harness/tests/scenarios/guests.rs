@@ -12,9 +12,16 @@ use serde_json::{Value, json};
 /// Generous, because emulation is slow and test machines are shared; scenes end long before.
 const TIME_LIMIT: Duration = Duration::from_secs(210);
 
-/// Whether the emulator stopped running the nested machine's processors: its kernel, which has nothing of ours, says so.
-fn emulator_hung(outcome: &Outcome) -> bool {
-    outcome.exit.is_none() && outcome.console.contains("watchdog: BUG: soft lockup")
+/// Whether the emulator failed the nested machine: its kernel, which has nothing of ours, tells that its processors stopped, or
+/// panics. A guest that panics in it ends the scene with a status of its own.
+fn emulator_failed(outcome: &Outcome) -> bool {
+    let says = |what: &str| outcome.console.contains(what);
+    match outcome.exit {
+        None => says("watchdog: BUG: soft lockup"),
+        // The machine reset itself before the scene was over, which QEMU takes for a good end.
+        Some(0) => outcome.event("checked").is_none() && says("Kernel panic - not syncing"),
+        Some(_) => false,
+    }
 }
 
 fn play(stage: &Stage) -> Outcome {
@@ -23,9 +30,9 @@ fn play(stage: &Stage) -> Outcome {
         outcome.expect("what a scene needs is installed and built")
     };
     let mut outcome = attempt();
-    if emulator_hung(&outcome) {
+    if emulator_failed(&outcome) {
         println!(
-            "the emulator hung; once more. Console:\n{}",
+            "the emulator failed; once more. Console:\n{}",
             outcome.console
         );
         outcome = attempt();
