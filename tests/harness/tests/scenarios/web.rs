@@ -97,7 +97,10 @@ fn a_confined_daemon_reaches_its_web_server() -> Result<()> {
         command.arg(format!("nbd+unix:///n?socket={}", socket.display()));
         succeed(command.arg(&copy))?;
         ensure!(is_copy(&copy)?, "{url}");
-        ensure!(server.asked().len() > before + 8, "the rest came later");
+        ensure!(
+            server.asked().len() > before,
+            "the content came after the start"
+        );
     }
     Ok(())
 }
