@@ -34,6 +34,17 @@ impl Change {
         }
     }
 
+    /// The words that it leaves in `sector`; none where that is not known.
+    fn words(self, sector: u64) -> Box<dyn Iterator<Item = Option<u64>>> {
+        match self {
+            Self::Unknown => Box::new(std::iter::repeat(None)),
+            Self::Zero | Self::Discarded => Box::new(std::iter::repeat(Some(0))),
+            Self::Written(generation) | Self::MaybeWritten(generation) => {
+                Box::new(generation.words(sector).map(Some))
+            }
+        }
+    }
+
     fn is_transparent(self) -> bool {
         matches!(self, Self::Discarded | Self::MaybeWritten(_))
     }
@@ -105,6 +116,22 @@ impl History {
             || self.versions[self.opaque_at(since)..]
                 .iter()
                 .any(|v| v.change.allows(found))
+    }
+
+    /// True when `bytes` of the sector `number` may be seen by somebody who looks from `since` to now, because it changes
+    /// meanwhile: each word is of one of its contents.
+    pub(super) fn allows_mixture(&self, (number, bytes): (u64, &[u8]), since: u64) -> bool {
+        let seen = &self.versions[self.opaque_at(since)..];
+        let changes = self.pending.is_some() || seen.iter().any(|v| v.completed > since);
+        let contents = seen.iter().map(|v| v.change).chain(self.pending);
+        let mut known = vec![false; bytes.len() / 8];
+        for content in contents {
+            let words = content.words(number);
+            for ((known, found), word) in known.iter_mut().zip(bytes.chunks_exact(8)).zip(words) {
+                *known |= word.is_none_or(|word| found == word.to_le_bytes());
+            }
+        }
+        changes && known.into_iter().all(|known| known)
     }
 
     /// The sector was seen to hold `found` with nothing in flight: that is its content now.
@@ -184,6 +211,25 @@ mod tests {
         assert!(history.allows(see_first, 3) && history.allows(see_second, 3));
         assert!(!history.allows(Found::Zero, 3));
         assert!(history.allows(see_second, 5) && !history.allows(see_first, 5));
+    }
+
+    #[test]
+    fn a_mixture_of_old_and_new_may_be_seen_only_beside_the_write() {
+        let (write, _) = written(1);
+        let mut torn = vec![0; crate::driver::SECTOR_BYTES];
+        crate::oracle::fill(&mut torn, 5, Generation::new(1, 1, 0));
+        torn[..24].fill(0);
+        let mut history = History::new(Change::Zero);
+        assert!(!history.allows_mixture((5, &torn), 0));
+        history.begin(write);
+        assert!(history.allows_mixture((5, &torn), 1));
+        assert!(!history.allows_mixture((6, &torn), 1), "another sector's");
+        history.complete(3, 1);
+        assert!(
+            history.allows_mixture((5, &torn), 2),
+            "begun before the end"
+        );
+        assert!(!history.allows_mixture((5, &torn), 3));
     }
 
     #[test]

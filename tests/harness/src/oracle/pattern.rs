@@ -37,6 +37,17 @@ impl Generation {
     fn seed(self, sector: u64) -> u64 {
         mix(sector ^ self.id.rotate_left(24) ^ self.epoch.rotate_left(48))
     }
+
+    /// The words that it makes of `sector`.
+    pub(super) fn words(self, sector: u64) -> impl Iterator<Item = u64> {
+        let seed = self.seed(sector);
+        (0..WORDS).map(move |index| match index {
+            0 => sector,
+            1 => self.id,
+            2 => self.epoch,
+            _ => body_word(seed, index),
+        })
+    }
 }
 
 impl fmt::Debug for Generation {
@@ -71,14 +82,7 @@ pub enum Found {
 /// Fills `into` with the sectors from `first` on, as written by `generation`.
 pub fn fill(into: &mut [u8], first: u64, generation: Generation) {
     for (sector, bytes) in (first..).zip(into.chunks_exact_mut(SECTOR_BYTES)) {
-        let seed = generation.seed(sector);
-        for (index, word) in bytes.chunks_exact_mut(8).enumerate() {
-            let value = match index {
-                0 => sector,
-                1 => generation.id,
-                2 => generation.epoch,
-                _ => body_word(seed, index),
-            };
+        for (word, value) in bytes.chunks_exact_mut(8).zip(generation.words(sector)) {
             word.copy_from_slice(&value.to_le_bytes());
         }
     }
