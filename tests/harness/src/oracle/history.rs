@@ -119,16 +119,18 @@ impl History {
     }
 
     /// True when `bytes` of the sector `number` may be seen by somebody who looks from `since` to now, because it changes
-    /// meanwhile: each word is of one of its contents.
+    /// meanwhile: each byte is of one of its contents.
     pub(super) fn allows_mixture(&self, (number, bytes): (u64, &[u8]), since: u64) -> bool {
         let seen = &self.versions[self.opaque_at(since)..];
         let changes = self.pending.is_some() || seen.iter().any(|v| v.completed > since);
         let contents = seen.iter().map(|v| v.change).chain(self.pending);
-        let mut known = vec![false; bytes.len() / 8];
+        let mut known = vec![false; bytes.len()];
         for content in contents {
-            let words = content.words(number);
-            for ((known, found), word) in known.iter_mut().zip(bytes.chunks_exact(8)).zip(words) {
-                *known |= word.is_none_or(|word| found == word.to_le_bytes());
+            let words = content.words(number).map(|word| word.map(u64::to_le_bytes));
+            let bytes_of_words =
+                words.flat_map(|word| (0..8).map(move |at| word.map(|word| word[at])));
+            for ((known, found), byte) in known.iter_mut().zip(bytes).zip(bytes_of_words) {
+                *known |= byte.is_none_or(|byte| *found == byte);
             }
         }
         changes && known.into_iter().all(|known| known)
@@ -218,7 +220,8 @@ mod tests {
         let (write, _) = written(1);
         let mut torn = vec![0; crate::driver::SECTOR_BYTES];
         crate::oracle::fill(&mut torn, 5, Generation::new(1, 1, 0));
-        torn[..24].fill(0);
+        // A copy may be looked at between any two bytes.
+        torn[..27].fill(0);
         let mut history = History::new(Change::Zero);
         assert!(!history.allows_mixture((5, &torn), 0));
         history.begin(write);
