@@ -1,6 +1,6 @@
 //! What the fuzz targets run, as plain functions: a byte string is an image and a script of
-//! requests, or a frame and what is to be done with it, and no byte string may make a driver or a
-//! port panic, hang or use memory beyond its limits.
+//! requests, a frame and what is to be done with it, or a client's side of a conversation, and no byte
+//! string may make a driver, a port or a server panic, hang or use memory beyond its limits.
 //!
 //! ```text
 //! qcow2:
@@ -18,6 +18,10 @@
 //!   input = offloads, rules, virtio-net header ++ frame
 //!     │ guard ─► header check ─► finish for the receiver
 //!     └─ what goes out needs no more than the receiver does
+//! nbd_server:
+//!   input = kind of export ++ all that a client sends
+//!     │ a server on a disk in memory, a socket, a client that reads what comes
+//!     └─ the server lets the client go, and ends
 //! ```
 //!
 //! `fuzz_targets/` holds the entry points in cargo-fuzz's layout, `seeds` makes the corpus to start
@@ -29,6 +33,8 @@ pub mod luks;
 pub mod luks_seeds;
 pub mod memory_file;
 pub mod model;
+pub mod nbd;
+pub mod nbd_seeds;
 pub mod net_frame;
 pub mod net_seeds;
 mod processor_time;

@@ -15,6 +15,7 @@ fn main() -> ExitCode {
         (None, "luks") => fuzz::luks_seeds::luks(),
         (None, "net_frame") => fuzz::net_seeds::net_frame(),
         (None, format) if fuzz::image::FORMATS.contains(&format) => fuzz::image::seeds(format),
+        (None, "nbd_server") => fuzz::nbd_seeds::nbd_server(),
         (None, _) => {
             eprintln!("make-seeds: no target '{target}'");
             return ExitCode::from(2);
