@@ -8,6 +8,8 @@ use executor::{Buffer, Errno, HeapBuffer};
 pub(super) struct Chunk {
     pub(super) memory: HeapBuffer,
     pub(super) runs: Vec<Run>,
+    /// Sectors that could not be read, and why; they hold zeroes.
+    pub(super) lost: Vec<(u64, Errno)>,
 }
 
 /// Memory that could not be filled.
@@ -66,6 +68,7 @@ impl Sources {
             Ok(()) => Ok(Chunk {
                 runs: look.runs(offset, &memory),
                 memory,
+                lost: Vec::new(),
             }),
             Err(errno) => Err(Unread { memory, errno }),
         }

@@ -24,6 +24,7 @@ impl Copy<'_> {
                 let chunk = Chunk {
                     runs: self.look().runs(offset, &zeroes),
                     memory: zeroes,
+                    lost: Vec::new(),
                 };
                 self.write(step, chunk, turn).await
             }
@@ -65,24 +66,26 @@ impl Copy<'_> {
             }
             Err(Unread { memory, .. }) => {
                 let buffer = memory.into_buffer();
-                self.salvage(offset, &buffer).await;
+                let lost = self.salvage(offset, &buffer).await;
                 let memory = owned(buffer);
                 let runs = self.look().runs(offset, &memory);
-                Ok(Chunk { memory, runs })
+                Ok(Chunk { memory, runs, lost })
             }
         }
     }
 
-    /// Reads sector by sector; those that cannot be read are zeroes.
-    async fn salvage(&self, offset: u64, buffer: &Buffer) {
+    /// Reads sector by sector; those that cannot be read are zeroes, and answered.
+    async fn salvage(&self, offset: u64, buffer: &Buffer) -> Vec<(u64, Errno)> {
+        let mut lost = Vec::new();
         for at in (0..buffer.len()).step_by(SECTOR as usize) {
             let sector = buffer.slice(at..buffer.len().min(at + SECTOR as usize));
             let offset = offset + at as u64;
             if let Err(errno) = self.sources.read(offset, sector.clone()).await {
                 sector.fill(0);
-                self.observer.lost(offset, errno);
+                lost.push((offset, errno));
             }
         }
+        lost
     }
 
     /// Writes a chunk when it is its turn, zeroes as zeroes.
@@ -93,7 +96,10 @@ impl Copy<'_> {
         // In turn: portions end in the order in which they began.
         self.count(step);
         let offset = step.range.offset;
-        let Chunk { memory, runs } = chunk;
+        let Chunk { memory, runs, lost } = chunk;
+        for (offset, errno) in lost {
+            self.observer.lost(offset, errno);
+        }
         let buffer = memory.into_buffer();
         let mut at = 0;
         for run in runs {
