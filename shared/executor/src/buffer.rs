@@ -309,6 +309,11 @@ impl Buffer {
         heap
     }
 
+    /// The content as private memory: its own when this is the only clone of a whole heap buffer, else a copy.
+    pub fn into_heap(self) -> HeapBuffer {
+        self.try_into_heap().unwrap_or_else(|shared| shared.to_heap())
+    }
+
     /// Gives a heap buffer back when this is the only clone of a whole one.
     pub fn try_into_heap(self) -> Result<HeapBuffer, Buffer> {
         let Buffer {
@@ -552,6 +557,7 @@ mod tests {
         let buffer = Buffer::from(&b"abc"[..]);
         let clone = buffer.clone();
         let buffer = buffer.try_into_heap().err().unwrap();
+        assert_eq!(&*buffer.clone().into_heap(), b"abc");
         drop(clone);
         assert!(buffer.slice(0..2).try_into_heap().is_err());
         assert_eq!(&*buffer.try_into_heap().ok().unwrap(), b"abc");

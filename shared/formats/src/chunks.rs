@@ -124,7 +124,7 @@ pub(crate) async fn decode(
     }
     let read = Buffer::zeroed(packed.length as usize);
     node.read(packed.offset, read.clone()).await?;
-    let bytes = read.try_into_heap().unwrap_or_else(|b| b.to_heap());
+    let bytes = read.into_heap();
     let work = move || {
         let mut plain = HeapBuffer::zeroed(length);
         decoder(&bytes, &mut plain).map(|()| plain)

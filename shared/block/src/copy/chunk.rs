@@ -2,7 +2,7 @@
 
 use super::runs::{Run, RunRules, Runs, is_zero};
 use super::{Copy, Sources, Store};
-use executor::{Buffer, Errno, HeapBuffer};
+use executor::{Errno, HeapBuffer};
 
 /// What was read, and how it is to be written.
 pub(super) struct Chunk {
@@ -63,7 +63,7 @@ impl Sources {
     ) -> Result<Chunk, Unread> {
         let buffer = memory.into_buffer();
         let read = self.read(offset, buffer.clone()).await;
-        let memory = owned(buffer);
+        let memory = buffer.into_heap();
         match read {
             Ok(()) => Ok(Chunk {
                 runs: look.runs(offset, &memory),
@@ -103,11 +103,4 @@ impl Copy<'_> {
             }
         }
     }
-}
-
-/// The memory of a buffer that no operation uses any more.
-pub(super) fn owned(buffer: Buffer) -> HeapBuffer {
-    buffer
-        .try_into_heap()
-        .unwrap_or_else(|buffer| buffer.to_heap())
 }

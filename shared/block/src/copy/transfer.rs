@@ -1,6 +1,6 @@
 //! One step of a copy: read, told apart, written.
 
-use super::chunk::{Chunk, Unread, owned};
+use super::chunk::{Chunk, Unread};
 use super::{Act, Copy, CopyError, Kind, OnReadError, SECTOR, Step, Store, Unwritten};
 use crate::driver::{ByteRange, WriteFlags, ZeroFlags};
 use executor::{Buffer, Errno, HeapBuffer};
@@ -67,7 +67,7 @@ impl Copy<'_> {
             Err(Unread { memory, .. }) => {
                 let buffer = memory.into_buffer();
                 let lost = self.salvage(offset, &buffer).await;
-                let memory = owned(buffer);
+                let memory = buffer.into_heap();
                 let runs = self.look().runs(offset, &memory);
                 Ok(Chunk { memory, runs, lost })
             }
@@ -112,7 +112,7 @@ impl Copy<'_> {
             }
             at = end;
         }
-        self.memory.borrow_mut().push(owned(buffer));
+        self.memory.borrow_mut().push(buffer.into_heap());
         Ok(())
     }
 

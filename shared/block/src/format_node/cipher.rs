@@ -15,7 +15,7 @@ use crate::cipher::{SECTOR, SectorCipher, Tweak};
 use crate::debug::Event;
 use crate::driver::{IoFuture, WriteFlags};
 use crate::format::Format;
-use executor::{Buffer, Errno, HeapBuffer};
+use executor::{Buffer, Errno};
 
 /// Private memory of one transfer, in bytes; longer ones are done part by part. The cipher takes
 /// some tens of microseconds for this much.
@@ -104,7 +104,7 @@ impl<F: Format> FormatNode<F> {
             let bounce = Buffer::zeroed(length);
             let read = self.data().read(place.host_offset, bounce.clone());
             read.await?;
-            let mut sectors = private(bounce);
+            let mut sectors = bounce.into_heap();
             cipher.decrypt(place.tweak(cipher), &mut sectors);
             buffer.slice(done..done + length).copy_from_slice(&sectors);
             done += length;
@@ -135,13 +135,6 @@ impl<F: Format> FormatNode<F> {
         }
         Ok(())
     }
-}
-
-/// The memory of a finished transfer.
-fn private(buffer: Buffer) -> HeapBuffer {
-    buffer
-        .try_into_heap()
-        .unwrap_or_else(|shared| shared.to_heap())
 }
 
 /// The node's limits see to whole sectors; a format that maps them otherwise is wrong.

@@ -279,9 +279,7 @@ impl Reader {
         let buffer = memory.into_buffer();
         let read = self.handles[side].read(range.offset, buffer.clone()).await;
         read.map_err(|errno| Unread(side, errno))?;
-        Ok(buffer
-            .try_into_heap()
-            .unwrap_or_else(|buffer| buffer.to_heap()))
+        Ok(buffer.into_heap())
     }
 }
 

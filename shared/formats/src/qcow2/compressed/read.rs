@@ -63,7 +63,7 @@ impl Qcow2 {
         self.event(Event::ReadCompressed).await;
         let read = node.read(packed.offset, whole.slice(0..length));
         read.await?;
-        let bytes = whole.try_into_heap().unwrap_or_else(|b| b.to_heap());
+        let bytes = whole.into_heap();
         let (codec, plain) = (self.header.codec, self.inflated.memory());
         let plain_len = plain.len();
         let work = move || {
