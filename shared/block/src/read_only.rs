@@ -5,20 +5,27 @@
 //!   says where     refuses changes            moves data
 //! ```
 //!
-//! A node of such a format is read-only: [`crate::OpenRequest::only_reads`] sees to that when it is
-//! opened, before its file is, so that no change of it gets as far as the format.
+//! A node of such a format is read-only: [`open`] sees to that before it opens the file, so that no
+//! change gets as far as the format.
 
-use crate::driver::{ByteRange, Limits, Resize, ZeroFlags};
+use crate::driver::{ByteRange, Driver, Limits, Resize, ZeroFlags};
 use crate::edge::Edge;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Extent, Format, Lookup, WritePlan};
+use crate::format_node::FormatNode;
+use crate::open::{ChildRole, OpenRequest};
 use executor::{Buffer, Errno};
 use serde_json::{Map, Value};
 
 /// An image format that is only read. Any thread may call at any time; futures stay on the calling
 /// thread.
 #[expect(async_fn_in_trait, reason = "futures are not Send by design")]
-pub trait ReadFormat: Send + Sync + 'static {
+pub trait ReadFormat: Send + Sync + Sized + 'static {
+    /// Opens the image in `file`.
+    ///
+    /// # Errors
+    /// `Corrupt` or `Unsupported` naming what it is, `Io`.
+    async fn open(file: Edge) -> Result<Self>;
     /// The driver's name.
     fn name(&self) -> &'static str;
     /// Virtual size in bytes.
@@ -47,6 +54,17 @@ pub trait ReadFormat: Send + Sync + 'static {
     fn describe(&self) -> Map<String, Value> {
         Map::new()
     }
+}
+
+/// What the table line of such a format calls: a read-only node of the image in the child `file`.
+///
+/// # Errors
+/// `Invalid` for a node that is to be written; those of the child and of [`ReadFormat::open`].
+pub async fn open<F: ReadFormat>(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>> {
+    request.only_reads()?;
+    let file = request.required_child("file", ChildRole::Image).await?;
+    let image = F::open(file).await?;
+    Ok(Box::new(FormatNode::new(ReadOnly(image))))
 }
 
 /// A format that refuses changes.

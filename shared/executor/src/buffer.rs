@@ -309,9 +309,11 @@ impl Buffer {
         heap
     }
 
-    /// The content as private memory: its own when this is the only clone of a whole heap buffer, else a copy.
+    /// The content as private memory: its own when this is the only clone of a whole heap buffer,
+    /// else a copy.
     pub fn into_heap(self) -> HeapBuffer {
-        self.try_into_heap().unwrap_or_else(|shared| shared.to_heap())
+        self.try_into_heap()
+            .unwrap_or_else(|shared| shared.to_heap())
     }
 
     /// Gives a heap buffer back when this is the only clone of a whole one.

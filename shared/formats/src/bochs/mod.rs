@@ -18,14 +18,17 @@ mod tests;
 use crate::bytes::read_bytes;
 use crate::chunks::Chunks;
 use block::format::{Extent, Lookup, Mapping};
-use block::open::{ChildRole, DriverEntry};
-use block::{ByteRange, Driver, Edge, Errno, Error, FormatNode, OpenRequest, ReadFormat, ReadOnly};
+use block::open::DriverEntry;
+use block::read_only;
+use block::{ByteRange, Edge, Errno, Error, ReadFormat};
 use executor::HeapBuffer;
 use header::{Header, SECTOR};
 
 /// The table line of `bochs`.
-pub const ENTRY: DriverEntry =
-    DriverEntry::new("bochs", |request| Box::pin(open(request))).with_probe(header::probe);
+pub const ENTRY: DriverEntry = DriverEntry::new("bochs", |request| {
+    Box::pin(read_only::open::<Bochs>(request))
+})
+.with_probe(header::probe);
 
 /// The catalog's entry of an extent that the file has nothing of.
 const NO_EXTENT: u32 = u32::MAX;
@@ -39,32 +42,7 @@ pub struct Bochs {
     bitmaps: Chunks,
 }
 
-async fn open(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>, Error> {
-    request.only_reads()?;
-    let file = request.required_child("file", ChildRole::Image).await?;
-    let image = Bochs::open(file).await?;
-    Ok(Box::new(FormatNode::new(ReadOnly(image))))
-}
-
 impl Bochs {
-    /// Opens the image in `file`.
-    ///
-    /// # Errors
-    /// `Corrupt` naming what is wrong with the header, `Io`.
-    pub async fn open(file: Edge) -> Result<Self, Error> {
-        let header = Header::read(&file).await?;
-        let length = header.catalog_entries * size_of::<u32>();
-        let bytes = read_bytes(&file, header.catalog_offset, length).await;
-        let bytes = bytes.map_err(|errno| Error::io("Could not read the catalog", errno))?;
-        let (entries, _) = bytes.as_chunks();
-        Ok(Self {
-            catalog: entries.iter().map(|e| u32::from_le_bytes(*e)).collect(),
-            bitmaps: Chunks::new(header.extent_sectors().div_ceil(8) as usize),
-            header,
-            file,
-        })
-    }
-
     /// Where an extent's bitmap is in the file, and its sectors; `EIO` beyond what offsets express.
     fn places(&self, entry: u32) -> Result<(u64, u64), Errno> {
         let stride = (self.header.bitmap_sectors + self.header.extent_sectors()) * SECTOR;
@@ -130,6 +108,19 @@ fn zeroes(length: u64) -> Extent {
 }
 
 impl ReadFormat for Bochs {
+    async fn open(file: Edge) -> Result<Self, Error> {
+        let header = Header::read(&file).await?;
+        let length = header.catalog_entries * size_of::<u32>();
+        let bytes = read_bytes(&file, header.catalog_offset, length).await;
+        let bytes = bytes.map_err(|errno| Error::io("Could not read the catalog", errno))?;
+        let (entries, _) = bytes.as_chunks();
+        Ok(Self {
+            catalog: entries.iter().map(|e| u32::from_le_bytes(*e)).collect(),
+            bitmaps: Chunks::new(header.extent_sectors().div_ceil(8) as usize),
+            header,
+            file,
+        })
+    }
     fn name(&self) -> &'static str {
         "bochs"
     }

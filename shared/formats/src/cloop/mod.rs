@@ -15,16 +15,16 @@ mod tests;
 use crate::bytes::read_bytes;
 use crate::chunks::{Chunks, copy_part, decode, inflate};
 use block::format::{Extent, Lookup, Mapping};
-use block::open::{ChildRole, DriverEntry};
-use block::{
-    Buffer, ByteRange, Driver, Edge, Errno, Error, ErrorKind, FormatNode, OpenRequest, ReadFormat,
-    ReadOnly,
-};
+use block::open::DriverEntry;
+use block::read_only;
+use block::{Buffer, ByteRange, Edge, Errno, Error, ErrorKind, ReadFormat};
 use executor::HeapBuffer;
 
 /// The table line of `cloop`.
-pub const ENTRY: DriverEntry =
-    DriverEntry::new("cloop", |request| Box::pin(open(request))).with_probe(probe);
+pub const ENTRY: DriverEntry = DriverEntry::new("cloop", |request| {
+    Box::pin(read_only::open::<Cloop>(request))
+})
+.with_probe(probe);
 
 /// What images begin with: a script that mounts them.
 const PREAMBLE: &[u8] =
@@ -51,13 +51,6 @@ fn probe(start: &[u8]) -> u8 {
         true => 2,
         false => 0,
     }
-}
-
-async fn open(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>, Error> {
-    request.only_reads()?;
-    let file = request.required_child("file", ChildRole::Image).await?;
-    let image = Cloop::open(file).await?;
-    Ok(Box::new(FormatNode::new(ReadOnly(image))))
 }
 
 /// An open image.
@@ -124,38 +117,6 @@ impl Geometry {
 }
 
 impl Cloop {
-    /// Opens the image in `file`.
-    ///
-    /// # Errors
-    /// `Corrupt` naming what is wrong with the header or the offsets, `Io`.
-    pub async fn open(file: Edge) -> Result<Self, Error> {
-        let failed = |errno| Error::io("Could not read the header", errno);
-        let header = read_bytes(&file, HEADER.0, HEADER.1)
-            .await
-            .map_err(failed)?;
-        let header = header
-            .first_chunk()
-            .expect("as many bytes as were asked for");
-        let geometry = Geometry::parse(*header)?;
-        let end = OFFSETS + geometry.offsets() * OFFSET_BYTES;
-        if end > file.node().length() {
-            let message = format!("the offsets end at {end}, beyond the end of the file");
-            return Err(corrupt(message));
-        }
-        let mut image = Self {
-            offsets: Chunks::new((PAGE * OFFSET_BYTES) as usize),
-            blocks: Chunks::new(geometry.block_bytes as usize),
-            geometry,
-            file,
-        };
-        let largest = image
-            .check_offsets()
-            .await?
-            .max(u64::from(geometry.block_bytes));
-        image.blocks = Chunks::new(largest as usize);
-        Ok(image)
-    }
-
     /// Looks all offsets through; the longest compressed block.
     async fn check_offsets(&self) -> Result<u64, Error> {
         let (mut before, mut largest) = (None, 0);
@@ -222,6 +183,33 @@ impl Cloop {
 }
 
 impl ReadFormat for Cloop {
+    async fn open(file: Edge) -> Result<Self, Error> {
+        let failed = |errno| Error::io("Could not read the header", errno);
+        let header = read_bytes(&file, HEADER.0, HEADER.1)
+            .await
+            .map_err(failed)?;
+        let header = header
+            .first_chunk()
+            .expect("as many bytes as were asked for");
+        let geometry = Geometry::parse(*header)?;
+        let end = OFFSETS + geometry.offsets() * OFFSET_BYTES;
+        if end > file.node().length() {
+            let message = format!("the offsets end at {end}, beyond the end of the file");
+            return Err(corrupt(message));
+        }
+        let mut image = Self {
+            offsets: Chunks::new((PAGE * OFFSET_BYTES) as usize),
+            blocks: Chunks::new(geometry.block_bytes as usize),
+            geometry,
+            file,
+        };
+        let largest = image
+            .check_offsets()
+            .await?
+            .max(u64::from(geometry.block_bytes));
+        image.blocks = Chunks::new(largest as usize);
+        Ok(image)
+    }
     fn name(&self) -> &'static str {
         "cloop"
     }

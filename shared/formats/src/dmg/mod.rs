@@ -21,26 +21,19 @@ mod trailer;
 
 use crate::chunks::{Chunks, copy_part, decode};
 use block::format::{Extent, Lookup, Mapping};
-use block::open::{ChildRole, DriverEntry};
-use block::{
-    Buffer, ByteRange, Driver, Edge, Errno, Error, FormatNode, OpenRequest, ReadFormat, ReadOnly,
-};
+use block::open::DriverEntry;
+use block::read_only;
+use block::{Buffer, ByteRange, Edge, Errno, Error, ReadFormat};
 use executor::HeapBuffer;
 use table::{Chunk, Storage, Tables};
 use trailer::Trailer;
 
 /// The table line of `dmg`. Images are not recognised: what tells them stands at their end.
-pub const ENTRY: DriverEntry = DriverEntry::new("dmg", |request| Box::pin(open(request)));
+pub const ENTRY: DriverEntry =
+    DriverEntry::new("dmg", |request| Box::pin(read_only::open::<Dmg>(request)));
 
 /// Bytes of a sector.
 const SECTOR: u64 = 512;
-
-async fn open(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>, Error> {
-    request.only_reads()?;
-    let file = request.required_child("file", ChildRole::Image).await?;
-    let image = Dmg::open(file).await?;
-    Ok(Box::new(FormatNode::new(ReadOnly(image))))
-}
 
 /// An open image.
 pub struct Dmg {
@@ -53,24 +46,6 @@ pub struct Dmg {
 }
 
 impl Dmg {
-    /// Opens the image in `file`.
-    ///
-    /// # Errors
-    /// `Corrupt` naming what is wrong, `Unsupported` naming a compression, `Io`.
-    pub async fn open(file: Edge) -> Result<Self, Error> {
-        let trailer = Trailer::read(&file).await?;
-        let mut tables = Tables::default();
-        trailer.read_tables(&file, &mut tables).await?;
-        let chunks = tables.into_chunks();
-        let largest = chunks.iter().map(Chunk::memory).max().unwrap_or(0);
-        Ok(Self {
-            disk_bytes: trailer.disk_bytes,
-            decoded: Chunks::new(largest as usize),
-            chunks,
-            file,
-        })
-    }
-
     /// What is known of the start of `range`; `EIO` when no chunk is about it.
     fn extent(&self, range: ByteRange) -> Result<Extent, Errno> {
         let after = self
@@ -108,6 +83,19 @@ impl Dmg {
 }
 
 impl ReadFormat for Dmg {
+    async fn open(file: Edge) -> Result<Self, Error> {
+        let trailer = Trailer::read(&file).await?;
+        let mut tables = Tables::default();
+        trailer.read_tables(&file, &mut tables).await?;
+        let chunks = tables.into_chunks();
+        let largest = chunks.iter().map(Chunk::memory).max().unwrap_or(0);
+        Ok(Self {
+            disk_bytes: trailer.disk_bytes,
+            decoded: Chunks::new(largest as usize),
+            chunks,
+            file,
+        })
+    }
     fn name(&self) -> &'static str {
         "dmg"
     }
