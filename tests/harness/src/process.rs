@@ -244,6 +244,18 @@ impl Daemon {
         Ok(Duration::from_nanos(total))
     }
 
+    /// CPU time of the next `window`, after what is still ending has had `settling`.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn cpu_time_within(&self, settling: Duration, window: Duration) -> Result<Duration> {
+        // The claim is about time passing, so time has to pass.
+        std::thread::sleep(settling);
+        let before = self.cpu_time()?;
+        std::thread::sleep(window);
+        Ok(self.cpu_time()?.saturating_sub(before))
+    }
+
     /// Resident memory in KiB.
     ///
     /// # Errors
