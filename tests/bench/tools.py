@@ -10,7 +10,7 @@ the end; new files are deleted between the runs, outside of what is measured. Ca
 qcow2-raw, qcow2-qcow2 (convert), raw-compressed, compressed-raw, offload (convert -C), compare, compare-qcow2; CONTENT full (all
 data), zeroes (a third of all data is zero bytes that were written) or sparse (an eighth is data).
 """
-import argparse, json, os, pathlib, random, shutil, statistics, subprocess, sys, tempfile, time
+import argparse, json, os, pathlib, random, statistics, subprocess, sys, tempfile, time
 
 HERE = pathlib.Path(__file__).resolve().parent
 TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", HERE / "../../target")).resolve() / "release"
@@ -96,7 +96,6 @@ def measure(case, images, runs, pin):
     target = str(images.directory / "target") if makes else images.path("raw", content)
     if not makes and kind == "raw":
         target = str(images.directory / "copy.raw")
-        shutil.copyfile(source, target)
         subprocess.run([PEER, "convert", "-f", "raw", "-O", "raw", source, target], check=True)
     try:
         for turn in range(-1, runs):
@@ -143,6 +142,7 @@ def main():
     everything, failed = [], 0
     print("| case | on | bar | speed, ours : qemu-img, MiB/s | CPU, ours : qemu-img, ms | verdict |\n|---|---|---|---|---|---|")
     for place in options.directories.split(","):
+        kind = subprocess.run(["stat", "-f", "-c", "%T", place], capture_output=True, text=True).stdout.strip()
         with tempfile.TemporaryDirectory(prefix="outboard-bench.", dir=place) as directory:
             images = Images(directory, length)
             for case in cases:
@@ -153,7 +153,6 @@ def main():
                     failed += 1
                     continue
                 everything += [{"on": place, **row} for row in rows]
-                kind = subprocess.run(["stat", "-f", "-c", "%T", place], capture_output=True, text=True).stdout.strip()
                 print(line(kind.replace("ext2/ext3", "ext4"), case, rows, length), flush=True)
     if options.output:
         pathlib.Path(options.output).write_text("".join(json.dumps(row) + "\n" for row in everything))
