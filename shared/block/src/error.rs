@@ -68,6 +68,13 @@ impl Error {
             "This image format does not support checks",
         )
     }
+    /// The answer of a driver whose length stays as it is.
+    pub fn resize_unsupported() -> Self {
+        Self::new(
+            ErrorKind::Unsupported,
+            "Image format driver does not support resize",
+        )
+    }
     /// The answer of a driver that has no such operation.
     pub fn operation_unsupported() -> Self {
         Self {

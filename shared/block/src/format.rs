@@ -126,13 +126,17 @@ pub trait Format: Send + Sync + 'static {
     /// The child that metadata lives in.
     fn file(&self) -> &Edge;
     /// The child that `Mapping::Data` refers to (mostly [`Format::file`]).
-    fn data(&self) -> &Edge;
+    fn data(&self) -> &Edge {
+        self.file()
+    }
     /// Whether it shows a backing where it has nothing, if it is given one.
     fn takes_backing(&self) -> bool {
         false
     }
     /// The backing child.
-    fn backing(&self) -> Option<&Edge>;
+    fn backing(&self) -> Option<&Edge> {
+        None
+    }
     /// Maps the start of `range` from cached metadata; never blocks, never allocates.
     fn lookup(&self, range: ByteRange) -> Lookup;
     /// A number that is another one after every change that takes a `Data` extent of an earlier
@@ -156,11 +160,23 @@ pub trait Format: Send + Sync + 'static {
     /// Makes the start of `range` read as zeroes by metadata alone; resolves to the bytes done.
     /// `EOPNOTSUPP`: the caller writes zero bytes to its first [`MAX_ZERO_BYTES`] (partial clusters).
     async fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> Result<u64, Errno>;
-    /// Unmaps whole clusters in `range`, leaving partial ones alone.
-    async fn discard(&self, range: ByteRange) -> Result<(), Errno>;
-    /// Reads an [`Mapping::Encoded`] extent starting at `offset` into `buffer`.
-    async fn read_encoded(&self, offset: u64, descriptor: u64, buffer: Buffer)
-    -> Result<(), Errno>;
+    /// Unmaps whole clusters in `range`, leaving partial ones alone; all of them, unless the format
+    /// says otherwise.
+    async fn discard(&self, range: ByteRange) -> Result<(), Errno> {
+        let _ = range;
+        Ok(())
+    }
+    /// Reads an [`Mapping::Encoded`] extent starting at `offset` into `buffer`; formats that have none
+    /// are never asked.
+    async fn read_encoded(
+        &self,
+        offset: u64,
+        descriptor: u64,
+        buffer: Buffer,
+    ) -> Result<(), Errno> {
+        let _ = (offset, descriptor, buffer);
+        Err(Errno::EIO)
+    }
     /// Whether [`Format::encode`] works on this image.
     fn can_encode(&self) -> bool {
         false
@@ -194,7 +210,10 @@ pub trait Format: Send + Sync + 'static {
     /// Whether `flush` has metadata to write; when false, flushing the data child is enough.
     fn metadata_dirty(&self) -> bool;
     /// Changes the virtual size.
-    async fn resize(&self, resize: Resize) -> Result<(), crate::Error>;
+    async fn resize(&self, resize: Resize) -> Result<(), crate::Error> {
+        let _ = resize;
+        Err(crate::Error::resize_unsupported())
+    }
     /// See [`crate::Driver::refer_to_backing`].
     async fn refer_to_backing(&self, _to: BackingReference) -> Result<(), crate::Error> {
         Err(crate::Error::operation_unsupported())

@@ -199,8 +199,7 @@ impl Driver for Http {
         Box::pin(async move { Ok(extent) })
     }
     fn resize(&self, _resize: Resize) -> BoxFuture<'_, Result<()>> {
-        let message = "Image format driver does not support resize";
-        Box::pin(async move { Err(Error::new(ErrorKind::Unsupported, message)) })
+        Box::pin(async { Err(Error::resize_unsupported()) })
     }
     fn close(&self) -> BoxFuture<'_, std::result::Result<(), Errno>> {
         Box::pin(async {

@@ -20,7 +20,7 @@ use block::format::{Extent, Format, Lookup, Mapping, WritePlan};
 use block::measure::Measured;
 use block::open::{ChildRole, DriverEntry};
 use block::{
-    Buffer, ByteRange, Driver, Edge, Errno, Error, ErrorKind, FormatNode, Limits, OpenRequest,
+    ByteRange, Driver, Edge, Errno, Error, ErrorKind, FormatNode, Limits, OpenRequest,
     Preallocation, Resize, RootHandle, SectorCipher, ZeroFlags,
 };
 use serde_json::{Map, Value, json};
@@ -257,12 +257,6 @@ impl Format for Luks {
     fn file(&self) -> &Edge {
         &self.file
     }
-    fn data(&self) -> &Edge {
-        &self.file
-    }
-    fn backing(&self) -> Option<&Edge> {
-        None
-    }
     fn lookup(&self, range: ByteRange) -> Lookup {
         Lookup::Hit(self.extent(range))
     }
@@ -284,12 +278,6 @@ impl Format for Luks {
     async fn abort(&self, _plan: WritePlan<()>) {}
     async fn write_zeroes(&self, _range: ByteRange, _flags: ZeroFlags) -> Result<u64, Errno> {
         Err(Errno::EOPNOTSUPP)
-    }
-    async fn discard(&self, _range: ByteRange) -> Result<(), Errno> {
-        Ok(())
-    }
-    async fn read_encoded(&self, _: u64, _: u64, _: Buffer) -> Result<(), Errno> {
-        Err(Errno::EIO)
     }
     fn cipher(&self) -> Option<&dyn SectorCipher> {
         self.cipher
