@@ -3,6 +3,7 @@
 //! Each format is a module with one [`DriverEntry`]; [`DRIVERS`] is the table that the engine's
 //! catalogue takes; docs/adding-a-format.md shows how one comes about. Must not know: protocols, other formats, who reads and writes.
 
+mod blocks;
 pub mod bochs;
 mod bytes;
 mod chunks;

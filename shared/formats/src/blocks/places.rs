@@ -7,19 +7,32 @@
 //!
 //! A place that may hold something of old is told as such: it is zeroed around what is written there.
 
+use std::ops::Range;
+
 /// A place for a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
-    /// What the block map says.
+    /// Its number in the file.
     pub(super) index: u32,
     /// Nothing has ever been written there.
     pub(super) is_fresh: bool,
 }
 
+/// What is known of a file when it is opened.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Known {
+    /// Places between others that no block has are taken first; otherwise they are left alone.
+    pub(super) fills_gaps: bool,
+    /// The first place that may be taken when no gap is.
+    pub(super) first_free: u32,
+    /// The first place that was never written.
+    pub(super) fresh: u32,
+}
+
 /// The places of a file that are free.
 #[derive(Debug, Default)]
 pub(super) struct Places {
-    spare: Vec<u32>,
+    spare: Vec<Range<u32>>,
     /// Places that are one block's and no other's, by the block.
     kept: Vec<(u64, u32)>,
     next: u32,
@@ -27,22 +40,21 @@ pub(super) struct Places {
 }
 
 impl Places {
-    /// By what the map refers to, and how many blocks the file has room for.
-    pub(super) fn new(used: &mut [u32], in_file: u32) -> Self {
+    /// By the places that the map refers to.
+    pub(super) fn new(used: &mut [u32], known: Known) -> Self {
         used.sort_unstable();
-        let next = used.last().map_or(0, |last| last + 1);
+        let end = used.last().map_or(0, |last| last.saturating_add(1));
         // Maps that lead far beyond have no gaps worth filling.
-        let gaps = match next <= in_file {
-            true => (0..next)
-                .filter(|index| used.binary_search(index).is_err())
-                .collect(),
+        let gaps = match known.fills_gaps && end <= known.fresh {
+            true => gaps_between(used),
             false => Vec::new(),
         };
+        let next = end.max(known.first_free);
         Self {
             spare: gaps,
             kept: Vec::new(),
             next,
-            fresh: in_file.max(next),
+            fresh: known.fresh.max(next),
         }
     }
 
@@ -50,7 +62,7 @@ impl Places {
     pub(super) fn take(&mut self, block: u64, end: u32) -> Option<Place> {
         let kept = self.kept.iter().position(|(of, _)| *of == block);
         let kept = kept.map(|at| self.kept.swap_remove(at).1);
-        if let Some(index) = kept.or_else(|| self.spare.pop()) {
+        if let Some(index) = kept.or_else(|| self.take_spare()) {
             let is_fresh = false;
             return Some(Place { index, is_fresh });
         }
@@ -63,9 +75,17 @@ impl Places {
         Some(Place { index, is_fresh })
     }
 
+    fn take_spare(&mut self) -> Option<u32> {
+        let index = self.spare.last_mut()?.next_back()?;
+        if self.spare.last().is_some_and(Range::is_empty) {
+            self.spare.pop();
+        }
+        Some(index)
+    }
+
     /// Gives a place back.
     pub(super) fn give_back(&mut self, place: Place) {
-        self.spare.push(place.index);
+        self.spare.push(place.index..place.index + 1);
     }
 
     /// Keeps a place for the block that it was taken for.
@@ -79,15 +99,37 @@ impl Places {
     }
 }
 
+/// The runs of places that are not among those in use, which are sorted.
+fn gaps_between(used: &[u32]) -> Vec<Range<u32>> {
+    let mut from = 0;
+    let mut gaps = Vec::new();
+    for index in used {
+        if *index > from {
+            gaps.push(from..*index);
+        }
+        from = index.saturating_add(1);
+    }
+    gaps
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const KNOWN: Known = Known {
+        fills_gaps: true,
+        first_free: 0,
+        fresh: 5,
+    };
+
+    fn place(index: u32, is_fresh: bool) -> Place {
+        Place { index, is_fresh }
+    }
+
     #[test]
     fn gaps_are_filled_first_and_what_may_hold_something_is_told() {
-        let mut places = Places::new(&mut [3, 0, 1], 5);
+        let mut places = Places::new(&mut [3, 0, 1], KNOWN);
         let taken: Vec<_> = (0..4).map(|_| places.take(0, 100).unwrap()).collect();
-        let place = |index, is_fresh| Place { index, is_fresh };
         let expected = [
             place(2, false),
             place(4, false),
@@ -101,5 +143,28 @@ mod tests {
         places.keep_for(5, taken[0]);
         assert_eq!(places.take(4, 7), None);
         assert_eq!(places.take(5, 7), Some(taken[0]));
+    }
+
+    #[test]
+    fn gaps_that_may_hold_something_else_are_left_alone() {
+        let known = Known {
+            fills_gaps: false,
+            first_free: 4,
+            fresh: 5,
+        };
+        let mut places = Places::new(&mut [1, 1, 3], known);
+        let taken = [(); 2].map(|()| places.take(0, 100).unwrap());
+        assert_eq!(taken, [place(4, false), place(5, true)]);
+    }
+
+    #[test]
+    fn a_map_of_one_far_place_has_one_long_gap() {
+        let fresh = u32::MAX;
+        let mut places = Places::new(&mut [u32::MAX - 2], Known { fresh, ..KNOWN });
+        let taken = [(); 2].map(|()| places.take(0, u32::MAX).unwrap().index);
+        assert_eq!(taken, [u32::MAX - 3, u32::MAX - 4]);
+        let mut places = Places::new(&mut [u32::MAX - 2], KNOWN);
+        assert_eq!(places.take(0, u32::MAX), Some(place(u32::MAX - 1, true)));
+        assert_eq!(places.take(0, u32::MAX), None);
     }
 }
