@@ -17,6 +17,9 @@
 //! after the free and look at both parities, so whatever parity a request holds, it is waited
 //! for. `clock.rs` has the steps.
 //!
+//! A simulated process has a clock of its own: it has one thread, and what other threads of the host's
+//! process do, in other worlds or in none, neither holds its epochs nor changes the order of its events.
+//!
 //! Must not know: what is freed. Needs the `membarrier` system call to stay allowed in a sandbox;
 //! where it is missing each pin pays for a full fence instead.
 
@@ -40,64 +43,98 @@ use executor::sync::Notify;
 use std::cell::Cell;
 use std::marker::PhantomData;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// A point in time that [`passed`] can be asked about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Epoch(pub u64);
 
-static CLOCK: Clock = Clock {
-    epoch: AtomicU64::new(1),
-    waiting: AtomicUsize::new(0),
-};
+/// A process, as requests see it: the host's, or a simulated one.
+struct Process {
+    clock: Clock,
+    /// Counters of all threads that ever pinned and still live.
+    threads: Mutex<Vec<Arc<Pins>>>,
+    /// Requests ended that somebody waits for.
+    ended: Notify,
+}
 
-/// Counters of all threads that ever pinned and still live.
-static THREADS: Mutex<Vec<Arc<Pins>>> = Mutex::new(Vec::new());
+static HOST: LazyLock<Arc<Process>> = LazyLock::new(Process::new);
+
+thread_local! {
+    static IN_HOST: Registration = Registration::new(&HOST);
+    static IN_SIMULATION: Registration = Registration::new(&Process::new());
+}
+
+impl Process {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            clock: Clock {
+                epoch: AtomicU64::new(1),
+                waiting: AtomicUsize::new(0),
+            },
+            threads: Mutex::default(),
+            ended: Notify::new(),
+        })
+    }
+
+    /// The one that the current executor runs in.
+    fn current() -> Arc<Self> {
+        Registration::with_current(|registration| Arc::clone(&registration.process))
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Vec<Arc<Pins>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// See [`passed`].
+    fn passed(&self, epoch: Epoch) -> bool {
+        self.clock.is_past(epoch.0) || {
+            // The lock is held: nobody else moves the clock.
+            let threads = self.threads();
+            let pins = threads.iter().map(|pins| &**pins);
+            self.clock.advance(pins, epoch.0, barrier_everywhere)
+        }
+    }
+}
 
 /// The current epoch; a free that happened before this call belongs to it.
 pub fn current() -> Epoch {
-    Epoch(CLOCK.now())
+    Registration::with_current(|registration| Epoch(registration.process.clock.now()))
 }
 
 /// Whether every request that began up to and including `epoch` has ended. Tries to advance the
 /// epoch, so that asking again and again makes progress.
 pub fn passed(epoch: Epoch) -> bool {
-    CLOCK.is_past(epoch.0) || {
-        // The lock is held: nobody else moves the clock.
-        let threads = THREADS.lock().unwrap_or_else(PoisonError::into_inner);
-        let pins = threads.iter().map(|pins| &**pins);
-        CLOCK.advance(pins, epoch.0, barrier_everywhere)
-    }
+    Registration::with_current(|registration| registration.process.passed(epoch))
 }
 
 /// Waits until [`passed`].
 pub async fn wait(epoch: Epoch) {
-    let _waiting = Waiting::new();
+    let process = Process::current();
+    let _waiting = Waiting::new(&process);
     loop {
-        let ended = ENDED.notified();
-        if passed(epoch) {
+        let ended = process.ended.notified();
+        if process.passed(epoch) {
             return;
         }
         ended.await;
     }
 }
 
-static ENDED: LazyLock<Notify> = LazyLock::new(Notify::new);
+struct Waiting<'p>(&'p Process);
 
-struct Waiting;
-
-impl Waiting {
-    fn new() -> Self {
+impl<'p> Waiting<'p> {
+    fn new(process: &'p Process) -> Self {
         // Seen by every thread after the barrier that `passed` begins with; a request that ended
         // before is seen by the look at the counters that follows it.
-        CLOCK.wait();
-        Self
+        process.clock.wait();
+        Self(process)
     }
 }
 
-impl Drop for Waiting {
+impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        CLOCK.waited();
+        self.0.clock.waited();
     }
 }
 
@@ -123,6 +160,7 @@ impl Drop for Pin {
 #[derive(Clone)]
 pub(crate) struct ThreadEpoch {
     pins: Arc<Pins>,
+    process: Arc<Process>,
     fenced: bool,
     /// The counters are written by their own thread only.
     _not_send: PhantomData<*const ()>,
@@ -131,11 +169,9 @@ pub(crate) struct ThreadEpoch {
 impl ThreadEpoch {
     /// The current thread's counters.
     pub(crate) fn current() -> ThreadEpoch {
-        thread_local! {
-            static THREAD: Registration = Registration::new();
-        }
-        THREAD.with(|registration| ThreadEpoch {
+        Registration::with_current(|registration| ThreadEpoch {
             pins: Arc::clone(&registration.pins),
+            process: Arc::clone(&registration.process),
             fenced: !has_membarrier(),
             _not_send: PhantomData,
         })
@@ -152,7 +188,7 @@ impl ThreadEpoch {
     /// Pins; returns what [`ThreadEpoch::unpin`] needs.
     #[inline]
     pub(crate) fn enter(&self) -> usize {
-        self.pins.enter(&CLOCK, || self.barrier())
+        self.pins.enter(&self.process.clock, || self.barrier())
     }
 
     /// Orders a store to the counters before later loads.
@@ -169,28 +205,36 @@ impl ThreadEpoch {
 
     #[inline]
     pub(crate) fn unpin(&self, parity: usize) {
-        if self.pins.leave(parity, &CLOCK, || self.barrier()) {
-            ENDED.notify_all();
+        let process = &*self.process;
+        if self.pins.leave(parity, &process.clock, || self.barrier()) {
+            process.ended.notify_all();
         }
     }
 }
 
-/// Keeps a thread's counters in the list while the thread lives.
+/// Keeps a thread's counters in the list of its process while the thread lives.
 struct Registration {
+    process: Arc<Process>,
     pins: Arc<Pins>,
     _not_sync: PhantomData<Cell<()>>,
 }
 
 impl Registration {
-    fn new() -> Self {
+    fn new(process: &Arc<Process>) -> Self {
         let pins = Arc::new(Pins::default());
-        THREADS
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(Arc::clone(&pins));
+        process.threads().push(Arc::clone(&pins));
         Self {
+            process: Arc::clone(process),
             pins,
             _not_sync: PhantomData,
+        }
+    }
+
+    /// Calls `f` with this thread's, in the process that its executor runs in.
+    fn with_current<R>(f: impl FnOnce(&Self) -> R) -> R {
+        match executor::sim::is_current() {
+            true => IN_SIMULATION.with(f),
+            false => IN_HOST.with(f),
         }
     }
 }
@@ -199,11 +243,10 @@ impl Drop for Registration {
     fn drop(&mut self) {
         // Pins cannot leave the thread, so those still counted were leaked with their request and
         // hold nothing any more.
-        THREADS
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .retain(|pins| !Arc::ptr_eq(pins, &self.pins));
-        ENDED.notify_all();
+        let mut threads = self.process.threads();
+        threads.retain(|pins| !Arc::ptr_eq(pins, &self.pins));
+        drop(threads);
+        self.process.ended.notify_all();
     }
 }
 
@@ -230,11 +273,15 @@ fn barrier_everywhere() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use executor::Executor;
+    use executor::sim::{Config, World};
+    use std::rc::Rc;
+    use std::time::Duration;
 
     /// The clock is the process's: tests that move it take turns.
     static TURN: Mutex<()> = Mutex::new(());
 
-    fn turn() -> std::sync::MutexGuard<'static, ()> {
+    fn turn() -> MutexGuard<'static, ()> {
         TURN.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -277,6 +324,32 @@ mod tests {
             std::thread::yield_now();
         }
         drop(held);
+    }
+
+    #[test]
+    fn a_simulated_process_waits_for_its_own_requests_only() {
+        let _turn = turn();
+        let of_the_host = pin();
+        let freed_on_the_host = current();
+        let world = World::new(Config::default());
+        Executor::simulated(&world).block_on(async {
+            wait(current()).await;
+            let own = pin();
+            let freed = current();
+            assert!(!passes_now(freed));
+            let ended = Rc::new(Cell::new(false));
+            let ending = Rc::clone(&ended);
+            drop(executor::spawn(async move {
+                executor::time::sleep(Duration::from_millis(1)).await;
+                ending.set(true);
+                drop(own);
+            }));
+            wait(freed).await;
+            assert!(ended.get(), "a request of the world was under way");
+        });
+        assert!(!passes_now(freed_on_the_host));
+        drop(of_the_host);
+        wait_until_passed(freed_on_the_host);
     }
 
     #[test]

@@ -12,7 +12,7 @@
 //! and the work is done at once, to keep the order of events the seed's.
 
 use crate::remote::{Caller, answered};
-use crate::runtime::{Backend, with_current};
+use crate::sim;
 use crate::sync::short_lock;
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -56,9 +56,7 @@ where
     W: FnOnce() -> T + Send + 'static,
     T: Send + 'static,
 {
-    let simulated =
-        with_current(|inner| inner.is_some_and(|inner| matches!(inner.backend, Backend::Sim(_))));
-    if simulated {
+    if sim::is_current() {
         return work();
     }
     let (caller, answer) = Caller::new();
@@ -158,7 +156,7 @@ mod tests {
 
     #[test]
     fn a_simulated_world_has_no_other_threads() {
-        let executor = Executor::simulated(&World::new(crate::sim::Config::default()));
+        let executor = Executor::simulated(&World::new(sim::Config::default()));
         executor.block_on(async {
             let here = thread::current().id();
             assert_eq!(offload(|| thread::current().id()).await, here);

@@ -41,7 +41,8 @@ impl Pins {
     }
 }
 
-/// The epoch, and who waits for it to pass.
+/// The epoch, and who waits for it to pass. Every request reads it.
+#[repr(align(128))]
 pub(super) struct Clock {
     pub(super) epoch: AtomicU64,
     /// Who waits: then the last request of a parity to end on a thread says so.

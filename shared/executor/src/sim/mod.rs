@@ -26,6 +26,7 @@ mod log;
 mod tests;
 
 use crate::Errno;
+use crate::runtime::{Backend, Inner, with_current};
 use crate::sync::short_lock;
 use content::Content;
 pub(crate) use disk::{Disk, SimFile, Step};
@@ -35,6 +36,7 @@ use rand::rngs::SmallRng;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -47,6 +49,12 @@ pub struct Config {
     pub max_delay_us: u64,
     /// Give short transfers now and then (the file layer must continue them).
     pub short_transfers: bool,
+}
+
+/// Whether the current executor's world is a simulated one: then there are no other threads.
+pub fn is_current() -> bool {
+    let is_simulated = |inner: &Rc<Inner>| matches!(inner.backend, Backend::Sim(_));
+    with_current(|inner| inner.is_some_and(is_simulated))
 }
 
 impl Default for Config {
