@@ -27,14 +27,18 @@ impl Rig {
         self.directory.path().join(name).display().to_string()
     }
 
-    /// Makes an image and opens it as a node of its name, with its file inline.
-    async fn image(&self, name: &str) -> Value {
+    async fn make(&self, name: &str, version: &str) {
         let target = block::create::Target::Name(self.path(name));
-        let Value::Object(members) = json!({ "size": LENGTH }) else {
+        let Value::Object(members) = json!({ "size": LENGTH, "version": version }) else {
             unreachable!()
         };
         let made = self.engine.graph.create("qcow2", target, members).await;
         made.unwrap();
+    }
+
+    /// Makes an image and opens it as a node of its name, with its file inline.
+    async fn image(&self, name: &str) -> Value {
+        self.make(name, "v3").await;
         let options = json!({
             "driver": "qcow2", "node-name": name, "backing": null,
             "file": {"driver": "file", "filename": self.path(name)},
@@ -54,6 +58,13 @@ impl Rig {
     fn root(&self, name: &str) -> Root {
         let node = self.engine.graph.node(name).unwrap();
         Root::new("", &node, Permissions::READ_WRITE, Permissions::ALL).unwrap()
+    }
+
+    /// Where the bytes at `offset` of a node are in its file.
+    async fn place(&self, name: &str, offset: u64) -> Option<u64> {
+        let node = self.engine.graph.node(name).unwrap();
+        let status = node.block_status(ByteRange::new(offset, 4096)).await;
+        status.unwrap().status.offset
     }
 
     fn is_read_only(&self, name: &str) -> bool {
@@ -82,6 +93,47 @@ async fn read(handle: &RootHandle, offset: u64) -> u8 {
     let buffer = Buffer::zeroed(4096);
     handle.read(offset, buffer.clone()).await.unwrap();
     buffer.to_heap()[0]
+}
+
+#[test]
+fn discards_keep_or_free_clusters_as_the_node_is_told() {
+    const CLUSTER: u64 = 65536;
+    on_executor(async {
+        let rig = Rig::new();
+        let mut options = rig.image("q").await;
+        options["discard"] = json!("unmap");
+        let root = rig.root("q");
+        let handle = root.attach();
+        write(&handle, 0, 7).await;
+        let first = rig.place("q", 0).await.unwrap();
+        let mut keeping = options.clone();
+        keeping["discard-no-unref"] = json!(true);
+        let discard_and_write = async |options: Value, other: u64| {
+            rig.ok("blockdev-reopen", json!({ "options": [options] }))
+                .await;
+            handle.discard(ByteRange::new(0, CLUSTER)).await.unwrap();
+            for _ in 0..3 {
+                handle.flush().await.unwrap();
+            }
+            assert_eq!(read(&handle, 0).await, 0);
+            write(&handle, other * CLUSTER, 8).await;
+            rig.place("q", other * CLUSTER).await.unwrap()
+        };
+        assert_ne!(discard_and_write(keeping.clone(), 1).await, first);
+        write(&handle, 0, 9).await;
+        assert_eq!(rig.place("q", 0).await, Some(first));
+        assert_eq!(discard_and_write(options, 2).await, first);
+        rig.make("old", "v2").await;
+        keeping["node-name"] = json!("old");
+        keeping["file"]["filename"] = json!(rig.path("old"));
+        assert_eq!(
+            rig.refused("blockdev-add", keeping).await,
+            "discard-no-unref is only supported since qcow2 version 3"
+        );
+        drop(handle);
+        drop(root);
+        rig.engine.shut_down().await.unwrap();
+    });
 }
 
 #[test]

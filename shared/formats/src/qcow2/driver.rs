@@ -130,7 +130,9 @@ impl Format for Qcow2 {
     }
 
     fn metadata_dirty(&self) -> bool {
-        self.writable && self.is_metadata_dirty(Scope::Mapping)
+        // What waits to be given back does so in the course of flushes.
+        self.writable
+            && (self.is_metadata_dirty(Scope::Mapping) || !self.state().reclaimable.is_empty())
     }
 
     async fn resize(&self, resize: Resize) -> Result<(), Error> {

@@ -6,7 +6,7 @@ use super::encrypted::{PASSWORD, encryption};
 use super::rig::{Disk, Setup};
 use super::snapshots;
 use super::workload::{Check, History, Workload};
-use crate::qcow2::CreateOptions;
+use crate::qcow2::{CreateOptions, DiscardPolicy};
 use block::RedoLog;
 use executor::spawn;
 use rand::SeedableRng;
@@ -34,6 +34,8 @@ pub(super) struct Case {
     pub(super) bitmaps: usize,
     /// Refcounts stay in memory until the image is closed.
     pub(super) lazy_refcounts: bool,
+    /// Discards leave clusters where they are.
+    pub(super) keeps_clusters: bool,
 }
 
 /// What the image's L2 entries are like.
@@ -85,6 +87,7 @@ pub(super) const ROOMY: Case = Case {
     snapshots: 0,
     bitmaps: 0,
     lazy_refcounts: false,
+    keeps_clusters: false,
 };
 
 /// Subclusters of a sector each.
@@ -139,6 +142,22 @@ pub(super) const BRIEF_LUKS: Case = Case {
     ..BRIEF_AES
 };
 
+/// Discarded clusters stay where they are, with and without snapshots that share them.
+pub(super) const KEPT: Case = Case {
+    keeps_clusters: true,
+    ..ROOMY
+};
+
+pub(super) const BRIEF_KEPT: Case = Case {
+    keeps_clusters: true,
+    ..BRIEF_SNAPSHOTS
+};
+
+pub(super) const KEPT_SUBCLUSTERS: Case = Case {
+    keeps_clusters: true,
+    ..SUBCLUSTER_SNAPSHOTS
+};
+
 /// Caches that hold a fraction of the tables, a refcount table that must grow, a log that fills.
 pub(super) const TIGHT: Case = Case {
     size: 4 << 20,
@@ -156,6 +175,7 @@ pub(super) const TIGHT: Case = Case {
     snapshots: 0,
     bitmaps: 0,
     lazy_refcounts: false,
+    keeps_clusters: false,
 };
 
 /// Snapshots come and go meanwhile.
@@ -273,6 +293,10 @@ impl Case {
             cache: self.cache,
             data_file: matches!(self.layout, Layout::DataFile { .. }).then(|| DATA.into()),
             lazy_refcounts: self.lazy_refcounts,
+            discards: DiscardPolicy {
+                keeps_clusters: self.keeps_clusters,
+                ..DiscardPolicy::default()
+            },
             password: matches!(self.layout, Layout::Encrypted(_)).then_some(PASSWORD),
             ..Setup::default()
         }

@@ -226,7 +226,22 @@ impl<'b> Checker<'b> {
         self.u32(56)
     }
 
-    fn refcount(&self, cluster: u64) -> u64 {
+    /// The first word of the L2 entry of the guest's bytes at `offset`, and the second where there is one; 0 without a table.
+    pub(super) fn entry(&self, offset: u64) -> (u64, u64) {
+        let entries = self.cluster_size / self.entry_size;
+        let cluster = offset / self.cluster_size;
+        match self.u64(self.l1().0 + cluster / entries * 8) & OFFSET {
+            0 => (0, 0),
+            l2 => {
+                let at = l2 + cluster % entries * self.entry_size;
+                let has_second = self.entry_size == 16;
+                (self.u64(at), if has_second { self.u64(at + 8) } else { 0 })
+            }
+        }
+    }
+
+    /// The refcount of a host cluster.
+    pub(super) fn refcount(&self, cluster: u64) -> u64 {
         let per_block = (self.cluster_size * 8) >> self.refcount_order;
         let table_entries = u64::from(self.u32(56)) * self.cluster_size / 8;
         let index = cluster / per_block;

@@ -5,9 +5,9 @@
 
 use super::bitmaps::{self, State};
 use super::cases::{
-    AES, BITMAPS, BRIEF, BRIEF_AES, BRIEF_LAZY, BRIEF_LUKS, BRIEF_SNAPSHOTS, Case, DATA, DATA_FILE,
-    LAZY, LAZY_BITMAPS, LUKS, Layout, RAW_DATA_FILE, ROOMY, SNAPSHOTS, SUBCLUSTER_SNAPSHOTS,
-    SUBCLUSTERS, TIGHT, TIGHT_LAZY, TIGHT_SNAPSHOTS,
+    AES, BITMAPS, BRIEF, BRIEF_AES, BRIEF_KEPT, BRIEF_LAZY, BRIEF_LUKS, BRIEF_SNAPSHOTS, Case,
+    DATA, DATA_FILE, KEPT, KEPT_SUBCLUSTERS, LAZY, LAZY_BITMAPS, LUKS, Layout, RAW_DATA_FILE,
+    ROOMY, SNAPSHOTS, SUBCLUSTER_SNAPSHOTS, SUBCLUSTERS, TIGHT, TIGHT_LAZY, TIGHT_SNAPSHOTS,
 };
 use super::checker::Checker;
 use super::checks::{check_bytes, repaired_bytes};
@@ -201,6 +201,9 @@ fn a_clean_run_leaves_no_leak_and_the_right_content() {
         (&LAZY, 90..94),
         (&TIGHT_LAZY, 94..95),
         (&LAZY_BITMAPS, 95..98),
+        (&KEPT, 100..108),
+        (&BRIEF_KEPT, 108..112),
+        (&KEPT_SUBCLUSTERS, 112..116),
     ];
     for (case, usual) in cases {
         let mut longest_table = 0;
@@ -273,6 +276,17 @@ fn subclusters_and_data_files_survive_a_power_cut() {
             let density = if is_soak() { (1, SUBSETS) } else { (5, 20) };
             cut_power_everywhere(case, seed, density);
         }
+    }
+}
+
+#[test]
+fn kept_clusters_survive_a_power_cut_at_every_moment() {
+    for seed in seeds(100..101) {
+        println!("seed {seed}");
+        cut_power_everywhere(&BRIEF_KEPT, seed, (1, SUBSETS));
+        let density = if is_soak() { (1, SUBSETS) } else { (8, 10) };
+        cut_power_everywhere(&KEPT, seed, density);
+        cut_power_everywhere(&KEPT_SUBCLUSTERS, seed, density);
     }
 }
 
@@ -366,6 +380,8 @@ fn a_failing_disk_never_succeeds_silently() {
         (&BRIEF_LAZY, 60),
         (&LAZY_BITMAPS, 24),
         (&TIGHT_LAZY, 2),
+        (&BRIEF_KEPT, 60),
+        (&KEPT_SUBCLUSTERS, 8),
     ];
     for (case, points) in cases {
         for seed in seeds(7..8) {
@@ -434,6 +450,8 @@ fn completed_writes_survive_a_kill_at_every_moment() {
         (&LAZY_BITMAPS, 19..20, 24),
         (&LAZY, 20..21, 16),
         (&TIGHT_LAZY, 21..22, 3),
+        (&BRIEF_KEPT, 23..24, 80),
+        (&KEPT_SUBCLUSTERS, 24..25, 12),
     ];
     for (case, usual, points) in cases {
         for seed in seeds(usual) {

@@ -9,6 +9,7 @@ mod checker;
 mod checks;
 mod compressed;
 mod crash;
+mod discards;
 mod encrypted;
 mod hostile;
 mod machine_state;

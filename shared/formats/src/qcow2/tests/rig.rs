@@ -18,7 +18,8 @@ use block::{
 use executor::file::Fallocate;
 use executor::{File, OpenOptions as FileOptions};
 use serde_json::{Map, Value};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -28,8 +29,31 @@ use zeroize::Zeroizing;
 thread_local! {
     /// Operations that this thread's leaves may still start before they stop answering.
     static BUDGET: Cell<u64> = const { Cell::new(u64::MAX) };
+    /// Holes that this thread's leaves were asked for since somebody looked.
+    static HOLES: RefCell<Vec<Hole>> = const { RefCell::new(Vec::new()) };
     /// Wakes who waits for the death.
     static MAIN: Cell<Option<std::task::Waker>> = const { Cell::new(None) };
+}
+
+/// A range of a file whose storage is given up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Hole {
+    pub(super) path: PathBuf,
+    pub(super) range: Range<u64>,
+}
+
+/// The holes that this thread's leaves were asked for since the last call, in ascending order; neighbours as one.
+pub(super) fn take_holes() -> Vec<Hole> {
+    let mut holes = HOLES.take();
+    holes.sort_by_key(|hole| (hole.path.clone(), hole.range.start));
+    holes.dedup_by(|next, hole| {
+        let goes_on = next.path == hole.path && next.range.start <= hole.range.end;
+        if goes_on {
+            hole.range.end = hole.range.end.max(next.range.end);
+        }
+        goes_on
+    });
+    holes
 }
 
 /// From the `operations`-th file operation on, none is started nor answered: the process is dead.
@@ -62,11 +86,22 @@ fn die() {
 
 /// A file as a leaf.
 struct Leaf {
+    path: PathBuf,
     file: File,
     length: AtomicU64,
 }
 
 impl Leaf {
+    fn punch(&self, range: ByteRange) -> IoFuture<'_> {
+        let ByteRange { offset, length } = range;
+        let hole = Hole {
+            path: self.path.clone(),
+            range: offset..offset + length,
+        };
+        HOLES.with_borrow_mut(|holes| holes.push(hole));
+        self.op(|| self.file.fallocate(Fallocate::PunchHole, offset, length))
+    }
+
     fn op<'a>(&self, start: impl FnOnce() -> executor::FileOp) -> IoFuture<'a> {
         match BUDGET.get() {
             0 => {
@@ -112,7 +147,10 @@ impl Driver for Leaf {
         self.length.fetch_max(end, Ordering::Relaxed);
         self.op(|| self.file.write_at(buffer, offset))
     }
-    fn write_zeroes(&self, range: ByteRange, _flags: ZeroFlags) -> IoFuture<'_> {
+    fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> IoFuture<'_> {
+        if flags.may_unmap && range.offset + range.length <= self.length() {
+            return self.punch(range);
+        }
         self.write(
             range.offset,
             Buffer::zeroed(range.length as usize),
@@ -120,8 +158,7 @@ impl Driver for Leaf {
         )
     }
     fn discard(&self, range: ByteRange) -> IoFuture<'_> {
-        let (offset, length) = (range.offset, range.length);
-        self.op(|| self.file.fallocate(Fallocate::PunchHole, offset, length))
+        self.punch(range)
     }
     fn flush(&self) -> IoFuture<'_> {
         self.op(|| self.file.sync_data())
@@ -175,7 +212,8 @@ pub(crate) fn leaf(path: &Path) -> Arc<Node> {
         discard: Discard::Unmap,
         ..NodeOptions::default()
     };
-    Node::new(options, Box::new(Leaf { file, length }))
+    let path = path.to_owned();
+    Node::new(options, Box::new(Leaf { path, file, length }))
 }
 
 pub(crate) fn edge(child: &Arc<Node>, name: &'static str, role: ChildRole) -> Edge {
