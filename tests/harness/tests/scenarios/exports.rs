@@ -3,13 +3,16 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, ensure};
+use harness::driver::features::bits;
 use harness::driver::{
-    Endpoint, FrontEnd, Operation, Options, Queue, Request, STATUS_OK, SectorRange,
+    Endpoint, FrontEnd, Operation, Options, Queue, Request, STATUS_IOERR, STATUS_OK,
+    STATUS_UNSUPPORTED, SectorRange,
 };
 use harness::load::{self, Plan, Stop};
+use harness::peer;
 use harness::process::Program;
 use harness::qmp_client::QmpClient;
-use harness::rig::{Disk, Format, Rig};
+use harness::rig::{Access, Disk, Format, Rig};
 use serde_json::{Value, json};
 
 /// Runs `change` while every queue is loaded and verified.
@@ -175,4 +178,94 @@ fn exports_of_one_node_see_each_others_writes() -> Result<()> {
     ensure!(seen == data, "the second export shows something else");
     drop(reader);
     rig.finish(front_end, queues)
+}
+
+const SECURE_ERASE: Operation = Operation::Unknown(14);
+
+/// Everything that would change a disk, of the disk's first sectors.
+fn changes(range: SectorRange) -> [(Request, Vec<u8>); 5] {
+    let zeroes = [Operation::WriteZeroes, Operation::WriteZeroesUnmap];
+    let [keeping, unmapping] = zeroes.map(|kind| (Request::clear(kind, range), Vec::new()));
+    let erase = Request::clear(SECURE_ERASE, SectorRange::new(0, 0));
+    [
+        (
+            Request::contiguous(Operation::Write, range),
+            vec![0xee; range.bytes()],
+        ),
+        (Request::clear(Operation::Discard, range), Vec::new()),
+        keeping,
+        unmapping,
+        (erase, Vec::new()),
+    ]
+}
+
+#[test]
+fn exports_of_a_read_only_node_work_side_by_side_and_refuse_every_change() -> Result<()> {
+    let disk = Disk {
+        access: Access::ReadOnly,
+        ..Disk::new(Program::OutboardBlkd, Format::Qcow2).queues(1, 2)
+    };
+    let range = SectorRange::new(0, 64);
+    let write = format!("write -P 0x5a 0 {}", range.bytes());
+    let rig = Rig::start_prepared(disk, |paths| {
+        peer::io("qcow2", &paths.image, &[&write]).map(drop)
+    })?;
+    let image = std::fs::read(&rig.paths.image)?;
+    let mut monitor = rig.monitor()?;
+    let mut disks = vec![rig.connect(Options::default())?];
+    for name in ["x", "y", "z"] {
+        let path = rig.paths.socket.with_file_name(format!("{name}.sock"));
+        let export = json!({
+            "type": "vhost-user-blk", "id": name, "node-name": "n", "iothread": "io1",
+            "addr": {"type": "unix", "path": path},
+        });
+        let mut writable = export.clone();
+        writable["writable"] = json!(true);
+        let refused = monitor.execute("block-export-add", writable);
+        ensure!(refused.is_err(), "a writable export of a read-only node");
+        monitor.execute("block-export-add", export)?;
+        disks.push(FrontEnd::connect(
+            Endpoint::Connect(path),
+            Options::default(),
+        )?);
+    }
+    let serve = |(front_end, queues): &mut (FrontEnd, Vec<Queue>)| -> Result<()> {
+        let offered = front_end.offered();
+        let changing = bits::DISCARD | bits::WRITE_ZEROES | 1 << 16;
+        ensure!(offered & bits::RO != 0 && offered & changing == 0);
+        for round in 0..100 {
+            let read = Request::contiguous(Operation::Read, range);
+            let seen = queues[0].run(read, &[])?.ok()?;
+            ensure!(seen.iter().all(|byte| *byte == 0x5a), "round {round}");
+            for (request, data) in changes(range) {
+                let operation = request.operation;
+                let status = queues[0].run(request, &data)?.status;
+                let refused = [STATUS_IOERR, STATUS_UNSUPPORTED].contains(&status);
+                ensure!(refused, "{operation:?} ended with status {status}");
+            }
+            ensure!(queues[0].run(Request::flush(), &[])?.status == STATUS_OK);
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let serving: Vec<_> = disks
+            .iter_mut()
+            .map(|disk| scope.spawn(move || serve(disk)))
+            .collect();
+        serving
+            .into_iter()
+            .try_for_each(|thread| thread.join().expect("a disk's thread does not panic"))
+    })?;
+    // One that goes leaves the others.
+    drop(disks.pop());
+    remove(&mut monitor, "z")?;
+    disks.iter_mut().try_for_each(serve)?;
+    drop(disks);
+    let mut rig = rig;
+    ensure!(rig.daemon.stop()?.success());
+    ensure!(
+        std::fs::read(&rig.paths.image)? == image,
+        "the file changed"
+    );
+    Ok(())
 }

@@ -77,6 +77,31 @@ fn secure_erase_overwrites_and_flushes_when_it_is_offered() {
     fixture.stop();
 }
 
+#[test]
+fn secure_erase_is_refused_and_touches_nothing_unless_asked_for() {
+    const OFFER: u64 = 1 << 16;
+    for writable in [true, false] {
+        let mut fixture = Fixture::new(|options| options.writable = writable);
+        assert_eq!(fixture.disk.features() & OFFER, 0);
+        let config = fixture.disk.config();
+        assert!(config.len() <= 60, "fields of what is not offered");
+        // A guest that takes what was not offered has no more of it.
+        fixture.disk.set_features(fixture.disk.features() | OFFER);
+        let before = fixture.ram.bytes.lock().unwrap().clone();
+        for ranges in [&[(2, 1, 0)][..], &[(2, 1, 0), (4, 2, 0)], &[(2047, 2, 0)]] {
+            assert_eq!(fixture.ranges(SECURE_ERASE, ranges), (UNSUPP, 1));
+        }
+        assert!(*fixture.ram.bytes.lock().unwrap() == before);
+        assert!(fixture.ram.discards.lock().unwrap().is_empty());
+        assert_eq!(fixture.flushes(), 0);
+        fixture.stop();
+    }
+    let mut options = VhostUserBlkOptions::new("disk", Address::Connect("none".into()));
+    options.secure_erase = true;
+    let error = options.check().unwrap_err().to_string();
+    assert!(error.contains("writable"), "{error}");
+}
+
 /// Another thread with an executor, until it is stopped.
 struct Elsewhere {
     handle: Handle,
