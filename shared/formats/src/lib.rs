@@ -15,6 +15,7 @@ pub mod raw;
 #[cfg(test)]
 mod samples_on_disk;
 pub mod vdi;
+pub mod vhdx;
 
 use block::DriverEntry;
 
@@ -27,4 +28,5 @@ pub static DRIVERS: &[DriverEntry] = &[
     qcow2::ENTRY,
     raw::ENTRY,
     vdi::ENTRY,
+    vhdx::ENTRY,
 ];
