@@ -136,6 +136,7 @@ impl Daemon for Blkd {
         };
         Reach {
             file_dirs,
+            read_dirs: self.engine.directories(),
             sockets: self.engine.socket_paths(),
             tcp_peers,
             syscalls,

@@ -10,6 +10,7 @@ use crate::redo_log::ImageIdentity;
 use crate::snapshot::Snapshots;
 use executor::{Buffer, Errno, File, FileOp};
 use std::future::Future;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -261,6 +262,10 @@ pub trait Driver: Send + Sync {
     fn driver_name(&self) -> &'static str;
     /// TCP ports that it connects to when it has to connect again: a sandbox leaves the way there open.
     fn tcp_peers(&self) -> Vec<u16> {
+        Vec::new()
+    }
+    /// Directories in which it opens files as it needs them: a sandbox leaves them readable.
+    fn directories(&self) -> Vec<PathBuf> {
         Vec::new()
     }
     /// Current length in bytes.

@@ -130,6 +130,16 @@ impl Engine {
         self.quit.wait().await;
     }
 
+    /// Directories in which nodes open files as they need them.
+    pub fn directories(&self) -> Vec<PathBuf> {
+        let nodes = self.graph.nodes();
+        let directories = nodes.iter().flat_map(|node| node.driver().directories());
+        let mut directories: Vec<PathBuf> = directories.collect();
+        directories.sort_unstable();
+        directories.dedup();
+        directories
+    }
+
     /// TCP ports that nodes connect to when they have to connect again.
     pub fn tcp_peers(&self) -> Vec<u16> {
         let nodes = self.graph.nodes();

@@ -8,6 +8,7 @@ pub mod http;
 pub mod nbd;
 pub mod null;
 mod per_thread;
+pub mod vvfat;
 
 use block::DriverEntry;
 
@@ -21,4 +22,5 @@ pub static DRIVERS: &[DriverEntry] = &[
     nbd::ENTRY,
     null::ENTRY,
     null::AIO_ENTRY,
+    vvfat::ENTRY,
 ];

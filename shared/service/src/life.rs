@@ -59,6 +59,8 @@ pub struct Program<K: 'static> {
 pub struct Reach {
     /// Directories whose files may be opened, created and removed.
     pub file_dirs: Vec<PathBuf>,
+    /// Directories whose files may be opened for reading.
+    pub read_dirs: Vec<PathBuf>,
     /// Sockets; in the directories of these, sockets may be made and removed.
     pub sockets: Vec<PathBuf>,
     /// TCP ports of peers that it connects to.
@@ -336,6 +338,7 @@ impl<D: Daemon> Life<D> {
     fn policy(&self) -> sandbox::Policy {
         let Reach {
             file_dirs,
+            read_dirs,
             sockets,
             tcp_peers,
             syscalls,
@@ -354,6 +357,7 @@ impl<D: Daemon> Life<D> {
         socket_dirs.dedup();
         sandbox::Policy {
             file_dirs,
+            read_dirs,
             socket_dirs,
             tcp_peers,
             syscalls,

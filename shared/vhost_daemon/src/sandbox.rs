@@ -54,6 +54,8 @@ pub enum Mode {
 pub struct Policy {
     /// Directories whose files may be opened, created and removed.
     pub file_dirs: Vec<PathBuf>,
+    /// Directories whose files may be opened for reading.
+    pub read_dirs: Vec<PathBuf>,
     /// Directories in which sockets may be made, and sockets and plain files removed.
     pub socket_dirs: Vec<PathBuf>,
     /// TCP ports of peers that may be connected to, at whatever address.
@@ -193,7 +195,9 @@ fn ruleset(policy: &Policy) -> Result<RulesetCreated, Error> {
         .create()?;
     let files = policy.file_dirs.iter().map(|path| (path, files));
     let sockets = policy.socket_dirs.iter().map(|path| (path, sockets));
-    for (path, access) in files.chain(sockets) {
+    let reading = AccessFs::ReadFile | AccessFs::ReadDir;
+    let reading = policy.read_dirs.iter().map(|path| (path, reading));
+    for (path, access) in files.chain(reading).chain(sockets) {
         let directory = PathFd::new(path).map_err(|source| Error::Directory {
             path: path.clone(),
             source: Box::new(source),

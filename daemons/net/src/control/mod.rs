@@ -204,6 +204,7 @@ impl Daemon for Netd {
         file_dirs.push(self.state_dir.clone());
         Reach {
             file_dirs,
+            read_dirs: Vec::new(),
             sockets: sockets.chain(peers).chain(endpoints).collect(),
             tcp_peers: netdevs
                 .iter()

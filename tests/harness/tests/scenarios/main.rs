@@ -9,6 +9,7 @@ mod clear;
 mod corrupt;
 mod device;
 mod exports;
+mod fat;
 mod guests;
 mod hostile;
 mod in_memory;
