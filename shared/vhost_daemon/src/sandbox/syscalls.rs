@@ -30,6 +30,7 @@ const PLAIN: &[libc::c_long] = &[
     libc::SYS_ftruncate,
     libc::SYS_fallocate,
     libc::SYS_newfstatat,
+    libc::SYS_fstat,
     libc::SYS_fstatfs,
     libc::SYS_statx,
     libc::SYS_fcntl,
@@ -37,6 +38,7 @@ const PLAIN: &[libc::c_long] = &[
     // Paths, as far as Landlock lets them through.
     libc::SYS_openat,
     libc::SYS_openat2,
+    libc::SYS_getdents64,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_unlink,
     #[cfg(not(target_arch = "x86_64"))]
@@ -66,6 +68,9 @@ const PLAIN: &[libc::c_long] = &[
     libc::SYS_membarrier,
     libc::SYS_set_robust_list,
     libc::SYS_rseq,
+    // A new thread asks who it is, and for its attributes.
+    libc::SYS_gettid,
+    libc::SYS_sched_getaffinity,
     libc::SYS_sigaltstack,
     libc::SYS_rt_sigaction,
     libc::SYS_rt_sigprocmask,
