@@ -17,7 +17,7 @@ use super::Qcow2;
 use super::State;
 use super::cache::Pinned;
 use super::tables::{
-    COMPRESSED, COPIED, Geometry, GuestCluster, HostOffset, L2Entry, L2Kind, ZERO,
+    COMPRESSED, COPIED, Geometry, GuestCluster, HostOffset, L2Entry, L2Kind, OFFSET_MASK, ZERO,
 };
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicU64, fence};
@@ -28,6 +28,24 @@ pub(super) struct EntryWords {
     pub(super) descriptor: L2Entry,
     /// Only of an extended entry, otherwise 0.
     pub(super) bitmap: u64,
+}
+
+impl EntryWords {
+    /// The offset of the host cluster, when it lies across two.
+    pub(super) const fn unaligned_host(&self, geometry: &Geometry) -> Option<u64> {
+        let host = self.descriptor.0 & OFFSET_MASK;
+        if self.descriptor.0 & COMPRESSED != 0 || geometry.is_aligned(host) {
+            return None;
+        }
+        Some(host)
+    }
+}
+
+/// What an entry is looked at for; messages differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum EntryUse {
+    Read,
+    Change,
 }
 
 /// What an entry says.
@@ -268,7 +286,7 @@ impl Qcow2 {
     ) -> Result<Cluster, executor::Errno> {
         match Cluster::decode(words, cluster, &self.geometry) {
             Some(decoded) => Ok(decoded),
-            None => Err(self.invalid_entry(cluster, words).await),
+            None => Err(self.invalid_entry(cluster, words, EntryUse::Change).await),
         }
     }
 }

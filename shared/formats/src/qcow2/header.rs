@@ -393,7 +393,7 @@ impl Header {
         let table = |what: &str, offset: HostOffset, bytes: u64| {
             let end = offset.0.checked_add(bytes);
             if offset.0 & (cluster_size - 1) != 0 || end.is_none_or(|end| end > MAX_HOST_OFFSET) {
-                return Err(invalid(format!("Invalid {what} offset {:#x}", offset.0)));
+                return Err(invalid(format!("{what} offset invalid")));
             }
             Ok(())
         };
@@ -401,7 +401,7 @@ impl Header {
         if l1_bytes > MAX_L1_BYTES {
             return Err(invalid("Active L1 table too large"));
         }
-        table("L1 table", self.l1_offset, l1_bytes)?;
+        table("Active L1 table", self.l1_offset, l1_bytes)?;
         if geometry.l1_entries_for(self.size) > i32::MAX as u64 {
             return Err(invalid("Image is too big"));
         }
@@ -416,14 +416,14 @@ impl Header {
             return Err(invalid("Image does not contain a reference count table"));
         }
         table(
-            "reference count table",
+            "Reference count table",
             self.refcount_table_offset,
             refcount_table_bytes,
         )?;
         if self.snapshots > MAX_SNAPSHOTS {
             return Err(invalid("Snapshot table too large"));
         }
-        table("snapshot table", self.snapshots_offset, 0)
+        table("Snapshot table", self.snapshots_offset, 0)
     }
 
     /// The geometry, with whole tables as slices.

@@ -5,8 +5,8 @@
 
 use super::Qcow2;
 use super::cache::{Pinned, ReadClaim, View};
-use super::cluster::{Cluster, EntryWords, SubclusterKind, Subclusters};
-use super::tables::{GuestCluster, HostOffset, L2Entry, L2Kind, OFFSET_MASK};
+use super::cluster::{Cluster, EntryUse, EntryWords, SubclusterKind, Subclusters};
+use super::tables::{GuestCluster, HostOffset, L2Entry, L2Kind, OFFSET_MASK, ZERO};
 use block::{ByteRange, Event, Extent, Lookup, Mapping};
 use executor::{Buffer, Errno};
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
@@ -103,7 +103,7 @@ impl Qcow2 {
         };
         match extent {
             Some(extent) => Ok(extent),
-            None => Err(self.invalid_entry(cluster, words).await),
+            None => Err(self.invalid_entry(cluster, words, EntryUse::Read).await),
         }
     }
 
@@ -132,15 +132,38 @@ impl Qcow2 {
         Ok(Some(HostOffset(offset)))
     }
 
-    pub(super) async fn invalid_entry(&self, cluster: GuestCluster, words: EntryWords) -> Errno {
+    /// Marks the image as corrupt: the specification does not allow the entry of `cluster`.
+    pub(super) async fn invalid_entry(
+        &self,
+        cluster: GuestCluster,
+        words: EntryWords,
+        usage: EntryUse,
+    ) -> Errno {
         let geometry = &self.geometry;
         let table = self.l1.entry(geometry.l1_index(cluster)) & OFFSET_MASK;
         let index = cluster.0 & ((1 << geometry.l2_bits()) - 1);
-        let found = format!(
-            "Invalid cluster entry found (L2 offset: {}, L2 index: {})",
+        let position = format!(
+            "(L2 offset: {}, L2 index: {})",
             hexadecimal(table),
             hexadecimal(index)
         );
+        let unaligned = words.unaligned_host(geometry).map(hexadecimal);
+        let guest = hexadecimal(geometry.guest_offset(cluster));
+        // Scripts read these lines of QEMU's, its doubled space too.
+        let found = match (usage, unaligned) {
+            (EntryUse::Read, Some(host)) => {
+                format!("Cluster allocation offset {host} unaligned {position}")
+            }
+            (EntryUse::Read, None) => format!("Invalid cluster entry found  {position}"),
+            (EntryUse::Change, Some(host)) => {
+                let kind = match words.descriptor.0 & ZERO {
+                    0 => "Data",
+                    _ => "Preallocated zero",
+                };
+                format!("{kind} cluster offset {host} unaligned (guest offset: {guest})")
+            }
+            (EntryUse::Change, None) => format!("Invalid cluster entry found {position}"),
+        };
         // The entry itself is for who looks into the image.
         let (entry, subclusters) = (words.descriptor.0, words.bitmap);
         tracing::debug!(
