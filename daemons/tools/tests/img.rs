@@ -585,6 +585,33 @@ fn conversions_give_what_qemu_img_gives() {
 }
 
 #[test]
+fn a_data_file_is_looked_for_from_the_working_directory() {
+    let pair = Pair::new();
+    for directory in pair.directories() {
+        std::fs::create_dir(directory.join("images")).expect("a new directory");
+    }
+    pair.both("create -q -f qcow2 -o data_file=d.data images/i.qcow2 1M");
+    let [_, own] = pair.directories();
+    let map = |options: &str| {
+        let line = format!("map --output=json {options} images/i.qcow2");
+        run(&own, PROGRAMS[1], &words(&line))
+    };
+    let refused = map("");
+    let reason = "elsewhere than beside the image it needs an allowed directory";
+    assert!(refused.2.contains(reason), "{refused:?}");
+    assert_eq!(map("--allow-dir .").0, Some(0));
+    std::fs::rename(own.join("d.data"), own.join("images/d.data")).expect("moved");
+    assert_eq!(map("").0, Some(0), "it is beside the image");
+    for directory in pair.directories() {
+        for name in ["d.data", "images/d.data"] {
+            let _ = std::fs::remove_file(directory.join(name));
+        }
+    }
+    let missing = pair.both("map --output=json images/i.qcow2");
+    assert!(missing.2.contains("Could not open 'd.data'"), "{missing:?}");
+}
+
+#[test]
 fn encrypted_images_are_made_and_measured_like_those_of_qemu_img() {
     if !has_qemu() {
         return;

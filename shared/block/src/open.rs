@@ -457,11 +457,10 @@ impl OpenRequest<'_> {
     }
 
     /// Opens the file that an image names for its data, under the policy for backing files, and for
-    /// writing when this node writes.
+    /// writing when this node writes. Users of tools name it as it lies from the working directory.
     pub async fn data_file_named(&mut self, image_file: &Edge, name: &str) -> Result<Edge> {
-        let context = |error: Error| error.context("Could not open data file");
-        let child = self.open_data_file(image_file, name).await;
-        self.attach(&child.map_err(context)?, "data-file", ChildRole::Data)
+        let child = self.open_data_file(image_file, name).await?;
+        self.attach(&child, "data-file", ChildRole::Data)
     }
 
     async fn open_data_file(&self, image_file: &Edge, name: &str) -> Result<Arc<Node>> {
@@ -471,7 +470,11 @@ impl OpenRequest<'_> {
         };
         let image = image_file.node();
         let directory = image.base_directory()?;
-        let found = names::resolve(&directory, (name, access), &self.graph.policy())?;
+        let resolve = match self.graph.probes() {
+            true => names::resolve_from_here,
+            false => names::resolve,
+        };
+        let found = resolve(&directory, (name, access), &self.graph.policy())?;
         let mut place = self.below("data-file")?;
         place.chain.extend(files_of(image));
         place.enter(found.id, name)?;

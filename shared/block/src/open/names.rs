@@ -102,6 +102,37 @@ pub(crate) fn resolve(
     ))
 }
 
+/// As [`resolve`], for whoever gives names as they look from the working directory: where such a
+/// file is missing, or not allowed, the one beside the image is taken.
+pub(crate) fn resolve_from_here(
+    directory: &str,
+    (name, access): (&str, Access),
+    policy: &NamePolicy,
+) -> Result<Found> {
+    check_form(name)?;
+    let here = Path::new("");
+    for allowed in &policy.allowed_dirs {
+        let Some(inner) = beneath(allowed, here, name) else {
+            continue;
+        };
+        match open_beneath(allowed, &inner, access) {
+            Err(Errno::EXDEV | Errno::ENOENT) => {}
+            result => return finish(result, Path::new(name), name),
+        }
+    }
+    match resolve(directory, (name, access), policy) {
+        Err(error) if error.errno == Some(Errno::ENOENT) => {
+            // Whether it is there is for the user to know, not for the image.
+            if Path::new(name).exists() {
+                let reason = "elsewhere than beside the image it needs an allowed directory";
+                return Err(forbidden(name, reason));
+            }
+            finish(Err(Errno::ENOENT), Path::new(name), name)
+        }
+        found => found,
+    }
+}
+
 fn check_form(name: &str) -> Result<()> {
     if name.is_empty() || name.len() > MAX_NAME || name.contains('\0') {
         return Err(forbidden(name, "it is not a file name"));
