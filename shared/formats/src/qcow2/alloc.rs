@@ -7,13 +7,14 @@
 //!
 //! Clusters below `append` are looked through once, a slice of refcounts per allocation, so that
 //! holes are found without ever stalling a request; when the slice has none, the allocation takes
-//! the clusters at `append`, which keeps sequential writes sequential. Freed clusters move `scan`
-//! back.
+//! the clusters at `append`, which keeps sequential writes sequential. Holes shorter than what is
+//! asked for are passed by: a write stays in one piece. Freed clusters move `scan` back.
 //!
 //! Looking and taking is synchronous under the state lock; what it lacks (a refcount slice that is
 //! not cached, a refcount block that does not exist) is named by [`Need`] and made by the async
 //! caller, who holds `structure`. A new refcount block lies in the range that it covers and counts
-//! itself; it is on disk before the refcount table entry that refers to it.
+//! itself, behind the clusters that it is made for; it is on disk before the refcount table entry
+//! that refers to it. Runs that are longer than such a range: `cover.rs`.
 
 use super::cache::Pinned;
 use super::lazy::Scope;
@@ -152,8 +153,8 @@ pub(super) struct Contiguous<'q> {
 pub(super) enum Need {
     /// This slice of refcounts in the cache.
     Slice(u64),
-    /// A refcount block for the range around this free cluster.
-    Block(HostCluster),
+    /// A refcount block for the range around these free clusters, which may end beyond it.
+    Block(ClusterRun),
     /// Nothing helps.
     Fail(Errno),
     /// The image is found corrupt.
@@ -210,7 +211,7 @@ impl Qcow2 {
                 pins.keep(slice);
                 Ok(())
             }
-            Need::Block(cluster) => self.create_refcount_block(structure, cluster).await,
+            Need::Block(run) => self.create_refcount_block(structure, run).await,
             Need::Fail(errno) => Err(errno),
             Need::Corrupt(found) => Err(self.corruption_found(found).await),
         }
@@ -293,7 +294,10 @@ impl Qcow2 {
             let cluster = HostCluster(from);
             let table_index = self.geometry.refcount_table_index(cluster);
             if state.refcount_table.block(table_index) == 0 {
-                return Err(Need::Block(cluster));
+                return Err(Need::Block(ClusterRun {
+                    first: cluster,
+                    count: want,
+                }));
             }
             let slice = self.cached_refcounts(cluster)?;
             let end = self.geometry.refcount_slice_end(cluster);
@@ -308,7 +312,7 @@ impl Qcow2 {
         ))
     }
 
-    /// The first run of up to `want` free clusters in `range`, which `slice` covers.
+    /// The first run of `want` free clusters in `range`, which `slice` covers, or fewer at its end, where more may follow.
     fn free_run(
         &self,
         slice: &Pinned<'_>,
@@ -320,15 +324,18 @@ impl Qcow2 {
             let position = self.geometry.refcount_position(HostCluster(*cluster));
             refcount::get(slice, order, position) == 0
         };
-        let first = range.clone().find(is_free)?;
-        let count = (first..range.end)
-            .take(want as usize)
-            .take_while(is_free)
-            .count();
-        Some(ClusterRun {
-            first: HostCluster(first),
-            count: count as u64,
-        })
+        let mut from = range.start;
+        loop {
+            let first = (from..range.end).find(is_free)?;
+            let most = range.end.min(first.saturating_add(want));
+            let end = (first..most).find(|cluster| !is_free(cluster));
+            let Some(end) = end else {
+                let first = HostCluster(first);
+                let count = most - first.0;
+                return Some(ClusterRun { first, count });
+            };
+            from = end;
+        }
     }
 
     fn cached_refcounts(&self, cluster: HostCluster) -> Result<Pinned<'_>, Need> {
@@ -372,22 +379,30 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Adds a refcount block at `cluster`, for the range around it.
-    async fn create_refcount_block(
+    /// Adds a refcount block for the range around the start of `wanted`: behind it, or there when it ends
+    /// beyond the range.
+    pub(super) async fn create_refcount_block(
         &self,
         structure: &Structure<'_>,
-        cluster: HostCluster,
+        wanted: ClusterRun,
     ) -> Result<(), Errno> {
-        let table_index = self.geometry.refcount_table_index(cluster);
+        let table_index = self.geometry.refcount_table_index(wanted.first);
         if table_index >= self.state().refcount_table.entries.len() as u64 {
-            return self.grow_refcount_table(structure, cluster).await;
+            return self.grow_refcount_table(structure, wanted.first, 0).await;
         }
+        let range_end = (table_index + 1) << self.geometry.refcount_block_bits();
+        let behind = wanted.first.0.saturating_add(wanted.count);
+        let cluster = match behind < range_end {
+            true => HostCluster(behind),
+            false => wanted.first,
+        };
         let run = ClusterRun {
             first: cluster,
             count: 1,
         };
         self.check_free_of_metadata(run, Use::RefcountBlock).await?;
         self.event(Event::RefblockAlloc).await;
+        let started = Started(self, run);
         let offset = self.geometry.host_offset(cluster);
         let mut block = vec![0; self.geometry.cluster_size() as usize];
         let in_block = cluster.0 & ((1 << self.geometry.refcount_block_bits()) - 1);
@@ -403,12 +418,13 @@ impl Qcow2 {
             if self.log_and(&[record], |state| {
                 state.refcount_table.set(table_index, offset.0);
                 state.metadata.add_refcount_block(cluster);
-                state.allocator.append = state.allocator.append.max(cluster.0 + 1);
             }) {
                 break;
             }
             self.flush_scope(Scope::Mapping).await?;
         }
+        // Its refcount keeps allocations off it, and those in front of it hold zeroes.
+        std::mem::forget(started);
         self.host_end
             .fetch_max(offset.0 + self.geometry.cluster_size(), AcqRel);
         Ok(())
@@ -440,15 +456,17 @@ impl Qcow2 {
     }
 
     /// Moves the refcount table to a larger place at `first`, beyond all that it covers now,
-    /// together with the refcount blocks for that place. Durable when it resolves.
-    async fn grow_refcount_table(
+    /// together with the refcount blocks for that place. It has entries for `followed_by` clusters
+    /// behind that. Durable when it resolves.
+    pub(super) async fn grow_refcount_table(
         &self,
         _structure: &Structure<'_>,
         first: HostCluster,
+        followed_by: u64,
     ) -> Result<(), Errno> {
         self.event(Event::ReftableGrow).await;
         let geometry = &self.geometry;
-        let plan = TablePlan::new(first, geometry).ok_or(Errno::EFBIG)?;
+        let plan = TablePlan::new((first, followed_by), geometry).ok_or(Errno::EFBIG)?;
         let everything = ClusterRun {
             first,
             count: plan.blocks + plan.table_clusters,
@@ -523,6 +541,16 @@ impl Qcow2 {
     }
 }
 
+/// Clusters that are written to before anything counts them. Dropped, nobody takes them for zeroes.
+struct Started<'q>(&'q Qcow2, ClusterRun);
+
+impl Drop for Started<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        state.allocator.append = state.allocator.append.max(self.1.end());
+    }
+}
+
 /// How large a grown refcount table and its own refcount blocks are, in clusters.
 struct TablePlan {
     blocks: u64,
@@ -531,7 +559,7 @@ struct TablePlan {
 
 impl TablePlan {
     /// `None` when the specification's cap is reached.
-    fn new(first: HostCluster, geometry: &super::Geometry) -> Option<Self> {
+    fn new((first, followed_by): (HostCluster, u64), geometry: &super::Geometry) -> Option<Self> {
         let cluster_size = geometry.cluster_size();
         let first_index = geometry.refcount_table_index(first);
         let (mut blocks, mut table_clusters) = (1, 1);
@@ -539,8 +567,10 @@ impl TablePlan {
             let last = HostCluster(first.0 + blocks + table_clusters - 1);
             let last_index = geometry.refcount_table_index(last);
             let most = MAX_REFCOUNT_TABLE_BYTES / cluster_size;
-            let least = ((last_index + 1) * 8).div_ceil(cluster_size);
-            let roomy = ((last_index + 1) * 12).div_ceil(cluster_size).min(most);
+            let followed = HostCluster(last.0.checked_add(followed_by)?);
+            let covered = geometry.refcount_table_index(followed) + 1;
+            let least = (covered * 8).div_ceil(cluster_size);
+            let roomy = (covered * 12).div_ceil(cluster_size).min(most);
             if least > most {
                 return None;
             }

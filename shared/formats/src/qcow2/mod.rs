@@ -34,6 +34,7 @@ mod cache;
 mod check;
 mod cluster;
 mod compressed;
+mod cover;
 mod create;
 mod create_entry;
 mod crypto;

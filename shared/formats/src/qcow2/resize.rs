@@ -358,8 +358,12 @@ impl Qcow2 {
         held: &mut Vec<Reserved<'q>>,
     ) -> Result<ClusterRun, Errno> {
         let most = MAX_HOST_OFFSET >> self.geometry.cluster_bits;
+        let is_long = self.needs_cover(count);
         let mut whole: Option<ClusterRun> = None;
         loop {
+            if is_long && whole.is_none() {
+                self.cover(structure, count).await?;
+            }
             let want = count - whole.map_or(0, |run| run.count);
             let (run, _) = self.allocate_in(structure, want).await?;
             held.push(Reserved::new(self, run));
@@ -376,7 +380,9 @@ impl Qcow2 {
             if longer.count == count {
                 return Ok(longer);
             }
-            whole = Some(longer);
+            let first = longer.first;
+            let goes_on = !is_long || self.is_covered(ClusterRun { first, count });
+            whole = goes_on.then_some(longer);
         }
     }
 

@@ -12,6 +12,7 @@ mod crash;
 mod discards;
 mod encrypted;
 mod hostile;
+mod long_runs;
 mod machine_state;
 mod pace;
 pub(crate) mod peers;

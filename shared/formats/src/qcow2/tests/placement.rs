@@ -12,11 +12,15 @@ const CLUSTER: u64 = 4096;
 
 /// Runs `work` on a new image of 64 clusters.
 fn on_new_image(work: impl AsyncFnOnce(&Disk, &World)) {
+    on_image_of(CreateOptions::new(64 * CLUSTER), work);
+}
+
+fn on_image_of(options: CreateOptions, work: impl AsyncFnOnce(&Disk, &World)) {
     let world = World::new(Config::default());
     Executor::simulated(&world).block_on(async {
         let options = CreateOptions {
             cluster_size: CLUSTER,
-            ..CreateOptions::new(64 * CLUSTER)
+            ..options
         };
         rig::make(Path::new(PATH), &options).await;
         let disk = Disk::open(Path::new(PATH), Setup::default()).await.unwrap();
@@ -73,5 +77,57 @@ fn zeroes_whose_storage_is_elsewhere_are_a_write_of_their_own() {
         disk.write(0, &bytes).await.unwrap();
         assert_eq!(world.op_count() - before, 3);
         assert_eq!(disk.read(0, bytes.len()).await.unwrap(), bytes);
+    });
+}
+
+#[test]
+fn a_write_passes_holes_by_that_are_too_short_for_it() {
+    on_new_image(async |disk, _| {
+        disk.write(0, &[1; 8 * CLUSTER as usize]).await.unwrap();
+        let first = place(disk, 0).await.unwrap();
+        let drop = async |number: u64| {
+            let range = ByteRange::new(number * CLUSTER, CLUSTER);
+            disk.root.discard(range).await.unwrap();
+            // A flush is a request itself: the one after it finds everything older ended.
+            disk.root.flush().await.unwrap();
+            disk.root.flush().await.unwrap();
+        };
+        drop(2).await;
+        disk.write(20 * CLUSTER, &[2; 2 * CLUSTER as usize])
+            .await
+            .unwrap();
+        assert_eq!(place(disk, 20).await, Some(first + 8 * CLUSTER));
+        // What is freed has the search begin before it.
+        drop(1).await;
+        disk.write(30 * CLUSTER, &[3; 2 * CLUSTER as usize])
+            .await
+            .unwrap();
+        assert_eq!(place(disk, 30).await, Some(first + CLUSTER));
+        assert_eq!(place(disk, 31).await, Some(first + 2 * CLUSTER));
+    });
+}
+
+#[test]
+fn a_write_stays_in_one_piece_where_a_refcount_block_is_made() {
+    let options = CreateOptions {
+        refcount_bits: 64,
+        ..CreateOptions::new(1024 * CLUSTER)
+    };
+    on_image_of(options, async |disk, _| {
+        let covered = CLUSTER / 8 * CLUSTER;
+        let written = 16 * CLUSTER;
+        let mut crossed = 0;
+        for offset in (0..800 * CLUSTER).step_by(written as usize) {
+            disk.write(offset, &vec![1; written as usize])
+                .await
+                .unwrap();
+            let first = place(disk, offset / CLUSTER).await.unwrap();
+            for number in 0..written / CLUSTER {
+                let found = place(disk, offset / CLUSTER + number).await;
+                assert_eq!(found, Some(first + number * CLUSTER));
+            }
+            crossed += u64::from(first / covered != (first + written - 1) / covered);
+        }
+        assert_eq!(crossed, 1, "the test must have a write over the edge");
     });
 }
