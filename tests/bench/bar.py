@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """The project's bar, measured: runs every case and prints one table with bar, measured and verdict.
 
-usage: bar.py [-r RUNS] [-s SECONDS] [-k CASE,...] [--keep DIR]
+usage: bar.py [-r RUNS] [-s SECONDS] [-k CASE,...] [--formats] [--keep DIR]
 
 Each line names the bench-blk.sh run behind it. "raw against qcow2" and "two queues" compare outboard
 with itself; the others compare with qemu-storage-daemon, and on raw files with fio, in the same turns.
+With --formats the cases are the image formats other than qcow2, fully allocated, against their own data read as
+a raw image and against qemu-storage-daemon; `-k` chooses formats.
 Two idle CPUs are needed. Takes about ten minutes with 3 runs of a second.
 """
 import argparse, json, os, pathlib, statistics, subprocess, sys, tempfile
@@ -165,6 +167,20 @@ CASES = [
 ]
 
 
+FORMAT_RUNS = {"randread:4k:32:1": "4 KiB random reads, depth 32", "randwrite:4k:32:1": "4 KiB random writes, depth 32",
+               "read:1M:8:1": "1 MiB reads, depth 8", "write:1M:8:1": "1 MiB writes, depth 8"}
+
+
+def format_cases():
+    for name in ("luks", "parallels", "qcow", "qed", "vdi", "vhdx", "vmdk", "vpc"):
+        image, pair = f"shm-{name}", f"shm-{name}-asraw+shm-{name}"
+        lines = [(f"{name}, {text}", times_peer(image, run, 1.5)) for run, text in FORMAT_RUNS.items()]
+        # Encryption costs what it costs: raw is no measure of it.
+        if name != "luks":
+            lines += [(f"{name} against raw, {text}", within(pair, run, 5)) for run, text in FORMAT_RUNS.items()]
+        yield name, image if name == "luks" else f"{image},{pair}", ",".join(FORMAT_RUNS), [], {}, lines
+
+
 def bench(directory, key, images, cases, options, environment, arguments):
     out = directory / f"{key}.jsonl"
     command = [HERE / "bench-blk.sh", "-i", images, "-c", cases, "-r", str(arguments.r), "-s", str(arguments.s), "-o", out, *options]
@@ -184,7 +200,7 @@ def startup(directory, arguments):
 
 def lines(directory, arguments):
     wanted = arguments.k.split(",") if arguments.k else None
-    for key, images, cases, options, environment, bars in CASES:
+    for key, images, cases, options, environment, bars in format_cases() if arguments.formats else CASES:
         if wanted and key not in wanted:
             continue
         runs, status = bench(directory, key, images, cases, options, environment, arguments)
@@ -194,7 +210,7 @@ def lines(directory, arguments):
             except ValueError as error:
                 measured, met = f"{error} (bench-blk.sh exit {status})", False
             yield name, bar, measured, met
-    if not wanted or "startup" in wanted:
+    if not arguments.formats and (not wanted or "startup" in wanted):
         yield from startup(directory, arguments)
 
 
@@ -203,6 +219,7 @@ def main():
     parser.add_argument("-r", type=int, default=5)
     parser.add_argument("-s", type=float, default=1)
     parser.add_argument("-k", default="")
+    parser.add_argument("--formats", action="store_true")
     parser.add_argument("--keep")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as temporary:

@@ -6,7 +6,7 @@
 #
 #   -a/-b  shell command that serves a vhost-user-blk socket until killed. These are set for it:
 #            $SOCK     socket path to serve          $IMG   image file ("" for null)
-#            $FMT      null|raw|qcow2                $DIRECT  on|off  (O_DIRECT wanted)
+#            $FMT      null or the image's format    $DIRECT  on|off  (O_DIRECT wanted)
 #            $AIO      io_uring|native|threads       $NQ    number of virtqueues
 #            $SIZE     virtual size in bytes
 #          Default: -a outboard-blkd ($BLKD), -b qemu-storage-daemon ($QSD), same command line.
@@ -17,7 +17,9 @@
 #            ext4-qcow2-empty (empty = recreated before every run: cold allocation, at most EMPTY_OPS=8192 requests)
 #            shm-qcow2-1t (1 TiB sparse, 16384 populated spots: L2 working set of 128 MiB)
 #            shm-qcow2-luks (encrypted, LUKS with AES-256-XTS, fully allocated)
-#            shm-qcow2-asraw (the file of shm-qcow2, its data read as a raw image: against shm-qcow2 the same pages of memory)
+#            shm-FORMAT, ext4-FORMAT (parallels, qcow, qed, vdi, vhdx, vmdk, vpc, luks: fully allocated, made by QEMU's tools)
+#            shm-qcow2-asraw (the file of shm-qcow2, its data read as a raw image: against shm-qcow2 the same pages of memory;
+#            so for the other formats)
 #            shm-* lies on tmpfs, ext4-* in WORKDIR, opened with O_DIRECT
 #   -d     where images on disk go (default: a new directory in $TMPDIR or /tmp)
 #   -w     how the front-end waits for completions (poll = busy poll, block = eventfd)
@@ -89,12 +91,15 @@ image() {
   case $n in
     null) FMT=null; return;;
     *-raw) IMG=$base/raw; [ -e "$IMG" ] || { $QIMG create -q -f raw "$IMG" $SIZE; fillraw "$IMG"; };;
-    *-qcow2-asraw) image "${n%-asraw}"; FMT=raw FMT_OPTS=offset=$(first_data "$IMG"),size=$SIZE;;
+    *-asraw) image "${n%-asraw}"; FMT=raw FMT_OPTS=offset=$(first_data "$IMG"),size=$SIZE;;
     *-qcow2) FMT=qcow2 FMT_OPTS=${QCOW2_OPTS:-}; IMG=$base/full.qcow2; [ -e "$IMG" ] || { $QIMG create -q -f qcow2 -o preallocation=metadata "$IMG" $SIZE; fillq "$IMG"; };;
     *-qcow2-luks) FMT=qcow2 SECRET=benchmark FMT_OPTS=encrypt.format=luks,encrypt.key-secret=key; IMG=$base/luks.qcow2; [ -e "$IMG" ] || mkluks "$IMG";;
     *-qcow2-chain) FMT=qcow2 FMT_OPTS=${QCOW2_OPTS:-}; IMG=$base/c3.qcow2; [ -e "$IMG" ] || mkchain "$base";;
     *-qcow2-empty) FMT=qcow2 FMT_OPTS=${QCOW2_OPTS:-}; IMG=$base/empty.qcow2; rm -f "$IMG"; $QIMG create -q -f qcow2 "$IMG" $SIZE;;
     *-qcow2-1t) FMT=qcow2 FMT_OPTS=${QCOW2_OPTS:-}; IMG=$base/1t.qcow2; SIZE=$((1 << 40)); [ -e "$IMG" ] || mk1t "$IMG";;
+    *-luks) FMT=luks SECRET=benchmark FMT_OPTS=key-secret=key; IMG=$base/full.luks; [ -e "$IMG" ] || mkluks "$IMG";;
+    *-parallels | *-qcow | *-qed | *-vdi | *-vhdx | *-vmdk | *-vpc)
+      FMT=${n#*-}; IMG=$base/full.$FMT; [ -e "$IMG" ] || mkfull "$IMG";;
     *) echo "unknown image $n" >&2; exit 2;;
   esac
   [ -n "${AIO_OVERRIDE:-}" ] && AIO=$AIO_OVERRIDE
@@ -102,12 +107,19 @@ image() {
 fillraw() { dd if=/dev/zero bs=1M count=$SIZE_MB status=none | tr '\0' '\125' | dd of="$1" bs=1M conv=notrunc,fsync iflag=fullblock status=none; }
 fillq() { for o in $(seq 0 64 $((SIZE_MB - 64))); do echo "write -P 0x55 ${o}M 64M"; done | $QIO -f qcow2 "$1" >/dev/null; }
 first_data() { $QIMG map --output=json "$1" | python3 -c 'import json, sys; print(next(e["offset"] for e in json.load(sys.stdin) if "offset" in e))'; }
-mkluks() { local secret=secret,id=key,data=$SECRET
+mkfull() { local options=()
+  # Of a VHD's length only what its geometry can express, unless told otherwise.
+  [ "$FMT" = vpc ] && options=(-o force_size=on)
+  $QIMG create -q -f "$FMT" "${options[@]}" "$1" $SIZE
+  for o in $(seq 0 64 $((SIZE_MB - 64))); do echo "write -P 0x55 ${o}M 64M"; done | $QIO -f "$FMT" "$1" >/dev/null; }
+mkluks() { local secret=secret,id=key,data=$SECRET encrypt=
+  local options=preallocation=off
+  [ "$FMT" = qcow2 ] && encrypt=encrypt. options=preallocation=metadata,encrypt.format=luks
   # On a busy machine qemu-img sometimes cannot tell how many rounds take that long.
   for _ in 1 2 3 4 5; do
-    $QIMG create -q --object $secret -f qcow2 -o preallocation=metadata,encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=100 "$1" $SIZE && break
+    $QIMG create -q --object $secret -f "$FMT" -o $options,${encrypt}key-secret=key,${encrypt}iter-time=100 "$1" $SIZE && break
   done
-  for o in $(seq 0 64 $((SIZE_MB - 64))); do echo "write -P 0x55 ${o}M 64M"; done | $QIO --object $secret --image-opts driver=qcow2,file.filename="$1",$FMT_OPTS >/dev/null; }
+  for o in $(seq 0 64 $((SIZE_MB - 64))); do echo "write -P 0x55 ${o}M 64M"; done | $QIO --object $secret --image-opts driver=$FMT,file.filename="$1",$FMT_OPTS >/dev/null; }
 mkchain() { local i b=$1
   $QIMG create -q -f qcow2 "$b/c0.qcow2" $SIZE; fillq "$b/c0.qcow2"
   for i in 1 2 3; do

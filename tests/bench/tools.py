@@ -7,7 +7,8 @@ The contestants of a case take turns on the same images: A B A B. A ratio above 
 of the ratios of all rounds. Time decides about the bar; CPU time (user and system, of the process and its threads) is told beside it,
 as is all that holds on a machine that does something else, too. Images of MIB bytes are made by qemu-img in each DIR and deleted at
 the end; new files are deleted between the runs, outside of what is measured. Cases are NAME-CONTENT: NAME one of raw-raw, raw-qcow2,
-qcow2-raw, qcow2-qcow2 (convert), raw-compressed, compressed-raw, offload (convert -C), compare, compare-qcow2; CONTENT full (all
+qcow2-raw, qcow2-qcow2 (convert), raw-FORMAT and FORMAT-raw for luks, parallels, qcow, qed, vdi, vhdx, vmdk and vpc (`-k formats` is
+all of these with full), raw-compressed, compressed-raw, offload (convert -C), compare, compare-qcow2; CONTENT full (all
 data), zeroes (a third of all data is zero bytes that were written) or sparse (an eighth is data).
 """
 import argparse, json, os, pathlib, random, statistics, subprocess, sys, tempfile, time
@@ -30,6 +31,14 @@ NAMES = {
     "compare": ("raw", ["compare", "-f", "raw", "-F", "raw"], False, 1.5),
     "compare-qcow2": ("qcow2", ["compare", "-f", "qcow2", "-F", "raw"], False, 1.5),
 }
+FORMATS = ("luks", "parallels", "qcow", "qed", "vdi", "vhdx", "vmdk", "vpc")
+SECRET = ["--object", "secret,id=key,data=benchmark"]
+# What making an image takes beside its format.
+MAKING = {"luks": [*SECRET, "-o", "key-secret=key,iter-time=10"], "vpc": ["-o", "force_size=on"], "compressed": ["-c"]}
+for name in FORMATS:
+    NAMES[f"raw-{name}"] = ("raw", ["convert", *MAKING.get(name, []), "-f", "raw", "-O", name], True, 1.2)
+    reading = [*SECRET, "--image-opts"] if name == "luks" else ["-f", name]
+    NAMES[f"{name}-raw"] = (name, ["convert", *reading, "-O", "raw"], True, 1.2)
 CONTENTS = ("full", "zeroes", "sparse")
 DEFAULT = [f"{name}-{content}" for name in ("raw-raw", "raw-qcow2", "qcow2-raw", "qcow2-qcow2", "compare", "compare-qcow2")
            for content in ("full", "sparse")] + ["raw-raw-zeroes", "raw-qcow2-zeroes", "raw-compressed-full", "compressed-raw-full",
@@ -81,8 +90,8 @@ class Images:
         if kind == "raw":
             make(path, content, self.length)
         else:
-            more = ["-c"] if kind == "compressed" else []
-            command = [PEER, "convert", *more, "-f", "raw", "-O", "qcow2", self.path("raw", content), str(path)]
+            name = "qcow2" if kind == "compressed" else kind
+            command = [PEER, "convert", *MAKING.get(kind, []), "-f", "raw", "-O", name, self.path("raw", content), str(path)]
             subprocess.run(command, check=True)
         # What is still to be written would be charged to whoever comes next.
         subprocess.run(["sync", str(path)], check=True)
@@ -93,6 +102,8 @@ def measure(case, images, runs, pin):
     name, content = case.rsplit("-", 1)
     kind, arguments, makes, _ = NAMES[name]
     source = images.path(kind, content)
+    if kind == "luks":
+        source = f"driver=luks,key-secret=key,file.filename={source}"
     target = str(images.directory / "target") if makes else images.path("raw", content)
     if not makes and kind == "raw":
         target = str(images.directory / "copy.raw")
@@ -134,6 +145,8 @@ def main():
     parser.add_argument("-o", "--output", help="every single result, one JSON object per line")
     options = parser.parse_args()
     cases, length = options.cases.split(","), options.mib << 20
+    if options.cases == "formats":
+        cases = [f"{case}-full" for name in FORMATS for case in (f"raw-{name}", f"{name}-raw")]
     for case in cases:
         name, _, content = case.rpartition("-")
         if name not in NAMES or content not in CONTENTS:
