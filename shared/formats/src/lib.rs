@@ -11,9 +11,11 @@ pub mod cloop;
 pub mod dmg;
 pub mod luks;
 pub mod qcow2;
+pub mod qed;
 pub mod raw;
 #[cfg(test)]
 mod samples_on_disk;
+mod two_level;
 pub mod vdi;
 pub mod vhdx;
 
@@ -26,6 +28,7 @@ pub static DRIVERS: &[DriverEntry] = &[
     dmg::ENTRY,
     luks::ENTRY,
     qcow2::ENTRY,
+    qed::ENTRY,
     raw::ENTRY,
     vdi::ENTRY,
     vhdx::ENTRY,

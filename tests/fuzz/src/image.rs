@@ -35,7 +35,7 @@ const KINDS: &[Kind] = &[
 ];
 
 /// The formats with a target, which is called as they are.
-pub const FORMATS: &[&str] = &["bochs", "cloop", "dmg", "vdi"];
+pub const FORMATS: &[&str] = &["bochs", "cloop", "dmg", "qed", "vdi"];
 
 /// The name of the driver of the file in memory.
 const MEMORY: &str = "memory";
@@ -161,6 +161,7 @@ pub fn seeds(format: &str) -> Vec<Seed> {
             .map(|bytes| (format!("{bytes}"), samples::cloop::image(bytes, &disk)))
             .to_vec(),
         "dmg" => dmg(&disk),
+        "qed" => qed(&disk),
         "vdi" => {
             // The second block is not in the file.
             let disk = [&disk[..4096], &vec![0; (2 << 20) - 2048]].concat();
@@ -192,6 +193,14 @@ fn bochs(disk: &[u8]) -> Vec<(String, Vec<u8>)> {
         (format!("v{version}-{extent_bytes}"), image)
     };
     shapes.map(image).to_vec()
+}
+
+fn qed(disk: &[u8]) -> Vec<(String, Vec<u8>)> {
+    let disk = &disk[..32 << 10];
+    let features = [("clean", 0), ("dirty", samples::qed::NEED_CHECK)];
+    let image =
+        |(name, features): (&str, u64)| (name.to_owned(), samples::qed::image(disk, features));
+    features.map(image).to_vec()
 }
 
 fn dmg(disk: &[u8]) -> Vec<(String, Vec<u8>)> {

@@ -11,7 +11,6 @@ use super::cluster::PairSequence;
 use super::compressed::{Inflated, Packing};
 use super::crypto::Crypto;
 use super::header::{CryptMethod, Header, KNOWN_AUTOCLEAR, field, incompatible};
-use super::l1::L1Table;
 use super::lazy::LazyRefcounts;
 use super::overlap::{Fixed, MetadataMap, OverlapChecks, Structure};
 use super::overlay::Overlay;
@@ -21,6 +20,7 @@ use super::tables::{
     Geometry, HostCluster, HostOffset, MAX_HOST_OFFSET, OFFSET_MASK, REFCOUNT_BLOCK_MASK,
 };
 use super::{Qcow2, RefcountTable, State, read_bytes};
+use crate::two_level::L1Table;
 use block::events::Reporter;
 use block::redo_log::{Record, RedoLog};
 use block::{CheckOptions, Edge, Error, ErrorKind, Repair};

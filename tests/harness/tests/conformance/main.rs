@@ -95,6 +95,33 @@ fn qcow2(name: &'static str, options: &str, backed: bool) -> Subject {
     }
 }
 
+/// A qed image made by qemu-img, over a backing file that ends before it if `backed`.
+fn qed(name: &'static str, options: &str, backed: bool) -> Subject {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image");
+    let created = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qed", "-o", options])
+        .arg(&path)
+        .arg((LENGTH + 1536).to_string())
+        .status()
+        .expect("scripts/setup installs QEMU's tools");
+    assert!(created.success(), "{name}: qemu-img: {created:?}");
+    let mut definition = json!({"driver": "qed", "node-name": "subject", "discard": "unmap",
+        "file": {"driver": "file", "filename": IMAGE}});
+    let image = (PathBuf::from(IMAGE), std::fs::read(&path).unwrap());
+    let mut files = Image::from([image]);
+    if backed {
+        let base = "/simulated/base";
+        files.insert(PathBuf::from(base), noise(LENGTH / 4 * 3 + 512));
+        definition["backing"] = json!({"driver": "raw",
+            "file": {"driver": "file", "filename": base}});
+    }
+    Subject {
+        check: |files| peer_check("qed", files),
+        ..subject(name, files, definition)
+    }
+}
+
 /// A vdi image made by qemu-img, of some blocks.
 fn vdi(options: &str) -> Subject {
     let directory = tempfile::tempdir().unwrap();
@@ -359,12 +386,16 @@ fn luks(options: &str) -> Subject {
     }
 }
 
-/// Leaked clusters are no error.
 fn qemu_img_check(files: &Image) -> Result<(), String> {
+    peer_check("qcow2", files)
+}
+
+/// Leaked clusters are no error.
+fn peer_check(format: &str, files: &Image) -> Result<(), String> {
     let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     file.write_all(&files[Path::new(IMAGE)]).unwrap();
     let output = Command::new("qemu-img")
-        .args(["check", "-f", "qcow2"])
+        .args(["check", "-f", format])
         .arg(file.path())
         .output()
         .unwrap();
@@ -417,6 +448,9 @@ conformance! {
     logging_writes: logged();
     preallocating: preallocated();
     copying_on_read: copy_on_read();
+    qed_default: qed("qed", "cluster_size=64k", false);
+    qed_overlay: qed("qed overlay", "cluster_size=16k", true);
+    qed_small_clusters: qed("qed, 4 KiB clusters", "cluster_size=4k,table_size=2", false);
     vdi_dynamic: vdi("static=off");
     vhdx_dynamic: vhdx("subformat=dynamic");
     qcow2_version_2_overlay: qcow2("qcow2 v2 overlay", "compat=0.10,cluster_size=4k", true);
@@ -447,6 +481,9 @@ reading! {
     qcow2_reading: converted("qcow2", &[]);
     qcow2_compressed_reading: converted("qcow2", &["-c", "-o", "cluster_size=4k"]);
     qcow2_subclusters_reading: converted("qcow2", &["-o", "cluster_size=16k,extended_l2=on"]);
+    qed_reading: converted("qed", &[]);
+    qed_sample_reading: only_read("qed", samples::qed::image(&content(), 0));
+    qed_small_clusters_reading: converted("qed", &["-o", "cluster_size=4k,table_size=2"]);
     vdi_reading: converted("vdi", &[]);
     vdi_sample_reading: only_read("vdi", samples::vdi::image(&content()));
     vhdx_reading: converted("vhdx", &["-o", "block_size=1M"]);
@@ -474,6 +511,7 @@ fn qemu_img_reads_the_samples_as_they_were_meant() {
         dmg(Codec::Zlib, Table::Xml),
         dmg(Codec::Zlib, Table::Fork),
         dmg(Codec::Raw, Table::Xml),
+        only_read("qed", samples::qed::image(&content(), 0)),
         only_read("vdi", samples::vdi::image(&content())),
     ];
     for subject in subjects {

@@ -1,22 +1,22 @@
-//! The active L1 table in memory: read without locks on every request, grown without moving.
+//! An L1 table in memory: read without locks on every request, grown without moving.
 
-use super::tables::MAX_L1_BYTES;
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Release};
 
 const CHUNK: usize = 4096;
-const MAX_ENTRIES: usize = (MAX_L1_BYTES / 8) as usize;
+/// Most entries of a table: 32 MiB of memory.
+pub(crate) const MAX_ENTRIES: usize = 4 << 20;
 
 /// The L1 table, in host byte order.
-pub(super) struct L1Table {
+pub(crate) struct L1Table {
     chunks: Box<[OnceLock<Box<[AtomicU64]>>]>,
     len: AtomicU64,
 }
 
 impl L1Table {
-    /// A table of `len` empty entries, at most what the specification allows.
-    pub(super) fn new(len: u64) -> Self {
+    /// A table of `len` empty entries, at most [`MAX_ENTRIES`].
+    pub(crate) fn new(len: u64) -> Self {
         Self {
             chunks: (0..MAX_ENTRIES / CHUNK).map(|_| OnceLock::new()).collect(),
             len: AtomicU64::new(len.min(MAX_ENTRIES as u64)),
@@ -24,13 +24,13 @@ impl L1Table {
     }
 
     /// Number of entries.
-    pub(super) fn len(&self) -> u64 {
+    pub(crate) fn len(&self) -> u64 {
         self.len.load(Acquire)
     }
 
     /// The entry; empty beyond the end.
     #[inline]
-    pub(super) fn entry(&self, index: u64) -> u64 {
+    pub(crate) fn entry(&self, index: u64) -> u64 {
         let chunk = self.chunks.get(index as usize / CHUNK);
         chunk
             .and_then(OnceLock::get)
@@ -38,19 +38,19 @@ impl L1Table {
     }
 
     /// Changes an entry below the end.
-    pub(super) fn set(&self, index: u64, value: u64) {
+    pub(crate) fn set(&self, index: u64, value: u64) {
         let chunk = &self.chunks[index as usize / CHUNK];
         let chunk = chunk.get_or_init(|| (0..CHUNK).map(|_| AtomicU64::new(0)).collect());
         chunk[index as usize % CHUNK].store(value, Release);
     }
 
     /// Appends empty entries.
-    pub(super) fn grow(&self, len: u64) {
+    pub(crate) fn grow(&self, len: u64) {
         self.len.fetch_max(len.min(MAX_ENTRIES as u64), Release);
     }
 
     /// Every entry in order.
-    pub(super) fn iter(&self) -> impl Iterator<Item = u64> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = u64> {
         (0..self.len()).map(|index| self.entry(index))
     }
 }
