@@ -10,6 +10,7 @@ mod chunks;
 pub mod cloop;
 pub mod dmg;
 pub mod luks;
+pub mod parallels;
 pub mod qcow2;
 pub mod qed;
 pub mod raw;
@@ -27,6 +28,7 @@ pub static DRIVERS: &[DriverEntry] = &[
     cloop::ENTRY,
     dmg::ENTRY,
     luks::ENTRY,
+    parallels::ENTRY,
     qcow2::ENTRY,
     qed::ENTRY,
     raw::ENTRY,

@@ -43,6 +43,8 @@ pub struct Subject {
     pub files: Image,
     /// Opens the image, with `node-name` "subject".
     pub definition: Map<String, Value>,
+    /// An image that was not closed can only be read, until it is repaired.
+    pub marks_use: bool,
     /// Makes the objects that the definition refers to.
     pub prepare: fn(&Graph),
     /// Looks at the files after a close, a power cut or a failure: leaks are fine, corruption is

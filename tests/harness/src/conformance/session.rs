@@ -36,13 +36,23 @@ pub(super) fn with_subject<T>(
     world: &World,
     work: impl AsyncFnOnce(&Graph, Root) -> T,
 ) -> Result<T, String> {
+    with_subject_as((subject, false), world, work)
+}
+
+/// The same, opened for reading only if so asked.
+pub(super) fn with_subject_as<T>(
+    (subject, read_only): (&Subject, bool),
+    world: &World,
+    work: impl AsyncFnOnce(&Graph, Root) -> T,
+) -> Result<T, String> {
+    let mut definition = subject.definition.clone();
+    if read_only {
+        definition.insert("read-only".to_owned(), true.into());
+    }
     Executor::simulated(world).block_on(async {
         let graph = Graph::new(&subject.tables, NamePolicy::default());
         (subject.prepare)(&graph);
-        let node = graph
-            .add(subject.definition.clone())
-            .await
-            .map_err(|error| error.message)?;
+        let node = graph.add(definition).await.map_err(|error| error.message)?;
         let permissions = match node.options().read_only {
             true => Permissions::READ,
             false => Permissions::READ_WRITE,

@@ -2,7 +2,7 @@
 
 use super::Subject;
 use super::history::{History, Moment};
-use super::session::{Work, read_all, run_writers, with_subject};
+use super::session::{Work, read_all, run_writers, with_subject, with_subject_as};
 use executor::Errno;
 use executor::sim::{Config, Fault, PowerCut, Subset, World};
 use rand::rngs::SmallRng;
@@ -53,7 +53,8 @@ fn initial(subject: &Subject) -> Vec<u8> {
 /// Looks at everything after a run: the subject opens, holds what it may, and its file is sound.
 fn look(subject: &Subject, world: &World, history: &History, moment: Moment) -> Result<(), String> {
     (subject.check)(&world.files()).map_err(|reason| format!("{moment:?}: before: {reason}"))?;
-    let bytes = with_subject(subject, world, async |graph, root| {
+    let read_only = subject.marks_use && !matches!(moment, Moment::Now);
+    let bytes = with_subject_as((subject, read_only), world, async |graph, root| {
         let bytes = read_all(&root.attach()).await;
         drop(root);
         let closed = graph.close_all().await;
