@@ -14,6 +14,7 @@
 
 mod amend;
 mod cipher;
+mod derive;
 mod driver;
 mod hash;
 mod header;

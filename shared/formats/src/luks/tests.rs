@@ -480,6 +480,27 @@ fn headers_that_lie_are_refused() {
 }
 
 #[test]
+fn more_rounds_than_a_header_may_say_are_refused_before_anything_is_written() {
+    let files = Files::new();
+    let path = files.path("luks");
+    on_host(async {
+        let file = edge(&path);
+        let location = Location {
+            file: &file,
+            offset: 0,
+        };
+        let options = CreateOptions {
+            iter_time: Duration::from_secs(10_000_000),
+            ..CreateOptions::default()
+        };
+        let refused = Volume::create(location, &options, &password("geheim")).await;
+        let message = refused.map(drop).unwrap_err().message;
+        assert!(message.ends_with(" larger than 1073741824"), "{message}");
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
+    });
+}
+
+#[test]
 fn random_headers_neither_panic_nor_pass_the_caps() {
     use rand::{Rng, SeedableRng};
     let mut header = Header::new(CreateOptions::default().cipher, Hash::Sha1, String::new());

@@ -1,8 +1,9 @@
 //! Volumes: made, opened with a password, given and deprived of key slots.
 
 use super::cipher::{Algorithm, IvKind, Mode, Sectors, Spec};
+use super::derive::Recipe;
 use super::hash::Hash;
-use super::header::{DIGEST, Header, LENGTH, SALT, SLOTS, STRIPES, Slot};
+use super::header::{DIGEST, Header, LENGTH, MAX_ITERATIONS, SALT, SLOTS, STRIPES, Slot};
 use super::split;
 use block::cipher::Tweak;
 use block::{Buffer, Edge, Error, ErrorKind, SectorCipher, WriteFlags};
@@ -63,9 +64,9 @@ pub struct Volume {
 }
 
 /// Rounds that a derivation never goes below.
-const MIN_ITERATIONS: u64 = 1000;
+const MIN_ITERATIONS: u32 = 1000;
 /// The digest of the key takes this fraction of a slot's rounds.
-const DIGEST_FRACTION: u64 = 8;
+const DIGEST_FRACTION: u32 = 8;
 /// CPU time that a measurement takes at least.
 const MEASURED: Duration = Duration::from_millis(60);
 
@@ -142,8 +143,8 @@ impl Volume {
         let key = Zeroizing::new(random_bytes(options.cipher.key_bytes())?);
         header.digest_salt = random_array()?;
         let per_second = measure(&header).await;
-        let rounds = rounds_for(per_second, options.iter_time) / DIGEST_FRACTION;
-        header.digest_iterations = rounds.max(MIN_ITERATIONS) as u32;
+        let rounds = rounds_for(per_second, options.iter_time)? / DIGEST_FRACTION;
+        header.digest_iterations = rounds.max(MIN_ITERATIONS);
         header.digest = digest(&header, &key).await;
         let mut volume = Self { header, key };
         volume
@@ -167,20 +168,20 @@ impl Volume {
         (password, iter_time): (&Password, Duration),
     ) -> Result<(), Error> {
         let per_second = measure(&self.header).await;
-        let rounds = rounds_for(per_second, iter_time).max(MIN_ITERATIONS);
+        let rounds = rounds_for(per_second, iter_time)?;
         let mut slot = Slot {
             active: true,
-            iterations: rounds.min(u64::from(super::header::MAX_ITERATIONS)) as u32,
+            iterations: rounds.max(MIN_ITERATIONS),
             salt: random_array()?,
             ..self.header.slots[number]
         };
         slot.stripes = STRIPES;
         let (header, key) = (self.header.clone(), self.key.clone());
-        let password = Arc::clone(password);
+        let derived = derived_key(&header, &slot, password).await;
         let material = offload(move || {
             let mut material = split::split(header.hash, &key, STRIPES as usize).ok()?;
             material.resize(header.material_bytes(), 0);
-            material_cipher(&header, &slot, &password).encrypt(0, &mut material);
+            material_cipher(&header, &derived).encrypt(0, &mut material);
             Some(material)
         })
         .await;
@@ -225,39 +226,45 @@ pub(super) async fn try_slot(
     let mut material = location
         .read(slot.offset(), header.material_bytes())
         .await?;
-    let (header, password) = (header.clone(), Arc::clone(password));
+    let derived = derived_key(header, &slot, password).await;
+    let described = header.clone();
     let key = offload(move || {
-        material_cipher(&header, &slot, &password).decrypt(0, &mut material);
-        let length = header.cipher.key_bytes();
+        material_cipher(&described, &derived).decrypt(0, &mut material);
+        let length = described.cipher.key_bytes();
         let stripes = &material[..length * STRIPES as usize];
-        let key = split::merge(header.hash, stripes, length);
-        (digest_now(&header, &key) == header.digest).then_some(key)
+        split::merge(described.hash, stripes, length)
     })
     .await;
-    Ok(key)
+    let is_right = digest(header, &key).await == header.digest;
+    Ok(is_right.then_some(key))
+}
+
+/// The key of a slot's key material.
+async fn derived_key(header: &Header, slot: &Slot, password: &[u8]) -> Zeroizing<Vec<u8>> {
+    let recipe = Recipe {
+        hash: header.hash,
+        salt: slot.salt,
+        iterations: slot.iterations,
+        length: header.cipher.key_bytes(),
+    };
+    recipe.derive(password).await
 }
 
 /// The cipher of a slot's key material.
-fn material_cipher(header: &Header, slot: &Slot, password: &[u8]) -> Sectors {
-    let mut key = Zeroizing::new(vec![0; header.cipher.key_bytes()]);
-    let hash = header.hash;
-    hash.derive(password, &slot.salt, slot.iterations, &mut key);
-    let keyed = header.cipher.keyed(&key, Tweak::HostOffset);
+fn material_cipher(header: &Header, derived: &[u8]) -> Sectors {
+    let keyed = header.cipher.keyed(derived, Tweak::HostOffset);
     keyed.expect("the key was made for this cipher")
 }
 
-fn digest_now(header: &Header, key: &[u8]) -> [u8; DIGEST] {
-    let mut digest = [0; DIGEST];
-    let rounds = header.digest_iterations;
-    header
-        .hash
-        .derive(key, &header.digest_salt, rounds, &mut digest);
-    digest
-}
-
-async fn digest(header: &Header, key: &Zeroizing<Vec<u8>>) -> [u8; DIGEST] {
-    let (header, key) = (header.clone(), key.clone());
-    offload(move || digest_now(&header, &key)).await
+async fn digest(header: &Header, key: &[u8]) -> [u8; DIGEST] {
+    let recipe = Recipe {
+        hash: header.hash,
+        salt: header.digest_salt,
+        iterations: header.digest_iterations,
+        length: DIGEST,
+    };
+    let digest = recipe.derive(key).await;
+    digest[..].try_into().expect("as long as was asked for")
 }
 
 /// Rounds of the header's key derivation that one thread does in a second.
@@ -287,8 +294,19 @@ fn cpu_time() -> Duration {
         .unwrap_or_default()
 }
 
-fn rounds_for(per_second: u64, time: Duration) -> u64 {
-    per_second.saturating_mul(time.as_millis() as u64) / 1000
+/// Rounds that take so long.
+///
+/// # Errors
+/// `Invalid` when no header may say so many.
+fn rounds_for(per_second: u64, time: Duration) -> Result<u32, Error> {
+    let milliseconds = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    let rounds = per_second.saturating_mul(milliseconds) / 1000;
+    let allowed = u32::try_from(rounds).ok();
+    let allowed = allowed.filter(|rounds| *rounds <= MAX_ITERATIONS);
+    allowed.ok_or_else(|| {
+        let message = format!("PBKDF iterations {rounds} larger than {MAX_ITERATIONS}");
+        Error::new(ErrorKind::Invalid, message)
+    })
 }
 
 fn no_random() -> Error {
