@@ -12,15 +12,18 @@
 //! A host cluster is given up when none of its subclusters holds data any more. In an external data
 //! file there is nothing to give up: its storage is discarded while the guest clusters are locked,
 //! since the guest's next write goes to the same place. A raw one has to read as zeroes by itself.
+//! Of encrypted images storage that stays mapped is discarded after a flush: until the new mapping is
+//! durable, a power cut may bring the old one back, and through the cipher holes do not read as zeroes.
 
 use super::cluster::{Cluster, EntryWords, Subclusters};
+use super::lazy::Scope;
 use super::reclaim::DiscardKind;
 use super::redo::{L2Run, RedoRecord};
 use super::tables::{ClusterRun, GuestCluster, HostOffset, OFFSET_MASK};
 use super::{Qcow2, cache::Pinned};
 use block::copy::status;
 use block::format::MAX_ZERO_BYTES;
-use block::{ByteRange, Mapping, Node, ZeroFlags};
+use block::{ByteRange, Format, Mapping, Node, ZeroFlags};
 use executor::Errno;
 use smallvec::SmallVec;
 use std::ops::Range;
@@ -233,7 +236,8 @@ impl Qcow2 {
         self.ensure_l2_table(l1_index).await?;
         let slice = self.load_l2(first).await?.ok_or(Errno::EIO)?;
         let changes = self.changes(&slice, &range, erase).await?;
-        if !self.erase_data(&changes.range, erase).await? {
+        let is_encrypted = self.cipher().is_some();
+        if !is_encrypted && !self.erase_data(&changes.range, erase).await? {
             return Ok(changes.range.end);
         }
         let pass = erase.discard_kind();
@@ -248,9 +252,19 @@ impl Qcow2 {
                 }
             });
             changed.await?;
+            let has_storage = self.data_file.is_some() || !changes.kept.is_empty();
+            if is_encrypted && has_storage && self.gives_storage_up(erase) {
+                self.flush_scope(Scope::Mapping).await?;
+                self.erase_data(&changes.range, erase).await?;
+            }
         }
         self.discard_kept(&changes.kept).await;
         Ok(changes.range.end)
+    }
+
+    /// Whether the storage of what stays mapped is given up.
+    fn gives_storage_up(&self, erase: Erase) -> bool {
+        !erase.keeps_storage() && !erase.unmaps_all() && self.discards.request
     }
 
     /// What erasing the start of `range` changes in the slice that maps it.
@@ -336,17 +350,19 @@ impl Qcow2 {
         Ok(new.encode(&self.geometry))
     }
 
-    /// Does to an external data file what its content needs, before the mapping changes. False when
-    /// the mapping must stay.
+    /// Does to an external data file what its content needs. False when the mapping must stay.
+    ///
+    /// Before the mapping changes, for a power cut may bring the old mapping back: then zeroes are read, too. Not
+    /// so through a cipher, so an encrypted file's storage goes once the new mapping is durable.
     async fn erase_data(&self, range: &Range<u64>, erase: Erase) -> Result<bool, Errno> {
         let Some(data) = &self.data_file else {
             return Ok(true);
         };
         let end = range.end.min(self.disk_size());
         let bytes = ByteRange::new(range.start, end.saturating_sub(range.start));
-        let is_raw = self.is_raw_data_file();
+        let is_raw = self.is_raw_data_file() && self.cipher().is_none();
         let unmaps = !erase.keeps_storage();
-        let is_wanted = is_raw || (unmaps && self.discards.request);
+        let is_wanted = is_raw || self.gives_storage_up(erase);
         if bytes.length == 0 || erase.unmaps_all() || !is_wanted {
             return Ok(true);
         }
@@ -363,7 +379,7 @@ impl Qcow2 {
         }
     }
 
-    /// Gives up the storage of host clusters that stay mapped. They are locked, so nobody writes to
+    /// Gives up the storage of host clusters that stay mapped; in encrypted images that is durable. They are locked, so nobody writes to
     /// them; their subclusters read as zeroes already.
     async fn discard_kept(&self, kept: &[(ClusterRun, u32)]) {
         if !self.discards.request {

@@ -50,6 +50,8 @@ pub(super) enum Layout {
     },
     /// Encrypted, by the older method or by LUKS.
     Encrypted(Method),
+    /// Encrypted in an external data file, with the key material in the image.
+    EncryptedDataFile(Method),
 }
 
 /// How an image is encrypted.
@@ -66,6 +68,17 @@ impl Layout {
             Self::Standard | Self::Encrypted(_) => (0, 0),
             Self::Subclusters => (16, 0),
             Self::DataFile { raw } => (4, u64::from(raw) * 2),
+            Self::EncryptedDataFile(_) => (4, 0),
+        }
+    }
+    pub(super) fn has_data_file(self) -> bool {
+        matches!(self, Self::DataFile { .. } | Self::EncryptedDataFile(_))
+    }
+    /// How it is encrypted.
+    pub(super) fn method(self) -> Option<Method> {
+        match self {
+            Self::Encrypted(method) | Self::EncryptedDataFile(method) => Some(method),
+            _ => None,
         }
     }
 }
@@ -128,6 +141,28 @@ pub(super) const LUKS: Case = Case {
     layout: Layout::Encrypted(Method::Luks),
     cluster_size: 8192,
     ..AES
+};
+
+pub(super) const AES_DATA_FILE: Case = Case {
+    layout: Layout::EncryptedDataFile(Method::Aes),
+    ..ROOMY
+};
+
+pub(super) const BRIEF_AES_DATA_FILE: Case = Case {
+    layout: Layout::EncryptedDataFile(Method::Aes),
+    ..BRIEF
+};
+
+pub(super) const BRIEF_LUKS_DATA_FILE: Case = Case {
+    layout: Layout::EncryptedDataFile(Method::Luks),
+    cluster_size: 8192,
+    ..BRIEF
+};
+
+/// Discarded clusters of an encrypted image stay where they are.
+pub(super) const BRIEF_AES_KEPT: Case = Case {
+    keeps_clusters: true,
+    ..BRIEF_AES
 };
 
 pub(super) const BRIEF_AES: Case = Case {
@@ -251,10 +286,7 @@ impl Case {
         CreateOptions {
             cluster_size: self.cluster_size,
             refcount_bits: self.refcount_bits,
-            encryption: match self.layout {
-                Layout::Encrypted(method) => Some(encryption(method)),
-                _ => None,
-            },
+            encryption: self.layout.method().map(encryption),
             // Extended entries map half as much with the same L1 table.
             ..CreateOptions::new(self.size * 2)
         }
@@ -291,13 +323,13 @@ impl Case {
         Setup {
             log,
             cache: self.cache,
-            data_file: matches!(self.layout, Layout::DataFile { .. }).then(|| DATA.into()),
+            data_file: self.layout.has_data_file().then(|| DATA.into()),
             lazy_refcounts: self.lazy_refcounts,
             discards: DiscardPolicy {
                 keeps_clusters: self.keeps_clusters,
                 ..DiscardPolicy::default()
             },
-            password: matches!(self.layout, Layout::Encrypted(_)).then_some(PASSWORD),
+            password: self.layout.method().map(|_| PASSWORD),
             ..Setup::default()
         }
     }

@@ -5,9 +5,10 @@
 
 use super::bitmaps::{self, State};
 use super::cases::{
-    AES, BITMAPS, BRIEF, BRIEF_AES, BRIEF_KEPT, BRIEF_LAZY, BRIEF_LUKS, BRIEF_SNAPSHOTS, Case,
-    DATA, DATA_FILE, KEPT, KEPT_SUBCLUSTERS, LAZY, LAZY_BITMAPS, LUKS, Layout, RAW_DATA_FILE,
-    ROOMY, SNAPSHOTS, SUBCLUSTER_SNAPSHOTS, SUBCLUSTERS, TIGHT, TIGHT_LAZY, TIGHT_SNAPSHOTS,
+    AES, AES_DATA_FILE, BITMAPS, BRIEF, BRIEF_AES, BRIEF_AES_DATA_FILE, BRIEF_AES_KEPT, BRIEF_KEPT,
+    BRIEF_LAZY, BRIEF_LUKS, BRIEF_LUKS_DATA_FILE, BRIEF_SNAPSHOTS, Case, DATA, DATA_FILE, KEPT,
+    KEPT_SUBCLUSTERS, LAZY, LAZY_BITMAPS, LUKS, Layout, RAW_DATA_FILE, ROOMY, SNAPSHOTS,
+    SUBCLUSTER_SNAPSHOTS, SUBCLUSTERS, TIGHT, TIGHT_LAZY, TIGHT_SNAPSHOTS,
 };
 use super::checker::Checker;
 use super::checks::{check_bytes, repaired_bytes};
@@ -84,9 +85,9 @@ fn world(seed: u64, case: &Case) -> World {
         short_transfers: true,
         ..Config::default()
     };
-    match case.layout {
-        Layout::Encrypted(_) => World::with_files(config, encrypted(case).files.clone()),
-        _ => new_world(config, case),
+    match case.layout.method() {
+        Some(_) => World::with_files(config, encrypted(case).files.clone()),
+        None => new_world(config, case),
     }
 }
 
@@ -140,19 +141,20 @@ impl Files {
             assert!(case.lazy_refcounts, "marked as dirty");
             image = repaired_bytes(&image);
         }
-        let is_encrypted = matches!(case.layout, Layout::Encrypted(_));
         Self {
             image,
             data,
-            encrypted: is_encrypted.then(|| encrypted(case)),
+            encrypted: case.layout.method().map(|_| encrypted(case)),
         }
     }
     fn checker(&self) -> Checker<'_> {
-        let checker = Checker::new(&self.image);
-        match (&self.data, &self.encrypted) {
-            (Some(data), _) => checker.with_data(data),
-            (None, Some(encrypted)) => checker.with_cipher(&*encrypted.cipher),
-            (None, None) => checker,
+        let mut checker = Checker::new(&self.image);
+        if let Some(data) = &self.data {
+            checker = checker.with_data(data);
+        }
+        match &self.encrypted {
+            Some(encrypted) => checker.with_cipher(&*encrypted.cipher),
+            None => checker,
         }
     }
     /// Asserts that the image is sound, and that the driver's own check agrees; answers with the
@@ -201,6 +203,8 @@ fn a_clean_run_leaves_no_leak_and_the_right_content() {
         (&LAZY, 90..94),
         (&TIGHT_LAZY, 94..95),
         (&LAZY_BITMAPS, 95..98),
+        (&AES_DATA_FILE, 96..100),
+        (&BRIEF_LUKS_DATA_FILE, 96..100),
         (&KEPT, 100..108),
         (&BRIEF_KEPT, 108..112),
         (&KEPT_SUBCLUSTERS, 112..116),
@@ -301,6 +305,17 @@ fn encrypted_data_survives_a_power_cut_at_every_moment() {
 }
 
 #[test]
+fn encrypted_data_whose_place_stays_survives_a_power_cut_at_every_moment() {
+    for seed in seeds(82..83) {
+        println!("seed {seed}");
+        cut_power_everywhere(&BRIEF_AES_DATA_FILE, seed, (1, SUBSETS));
+        cut_power_everywhere(&BRIEF_AES_KEPT, seed, (1, SUBSETS));
+        let density = if is_soak() { (1, SUBSETS) } else { (2, 10) };
+        cut_power_everywhere(&BRIEF_LUKS_DATA_FILE, seed, density);
+    }
+}
+
+#[test]
 fn lazy_refcounts_survive_a_power_cut_at_every_moment() {
     for seed in seeds(90..91) {
         println!("seed {seed}");
@@ -380,7 +395,10 @@ fn a_failing_disk_never_succeeds_silently() {
         (&BRIEF_LAZY, 60),
         (&LAZY_BITMAPS, 24),
         (&TIGHT_LAZY, 2),
-        (&BRIEF_KEPT, 60),
+        (&BRIEF_AES_DATA_FILE, 16),
+        (&BRIEF_AES_KEPT, 12),
+        (&BRIEF_LUKS_DATA_FILE, 4),
+        (&BRIEF_KEPT, 24),
         (&KEPT_SUBCLUSTERS, 8),
     ];
     for (case, points) in cases {
@@ -450,7 +468,9 @@ fn completed_writes_survive_a_kill_at_every_moment() {
         (&LAZY_BITMAPS, 19..20, 24),
         (&LAZY, 20..21, 16),
         (&TIGHT_LAZY, 21..22, 3),
-        (&BRIEF_KEPT, 23..24, 80),
+        (&BRIEF_AES_DATA_FILE, 25..26, 20),
+        (&BRIEF_LUKS_DATA_FILE, 26..27, 6),
+        (&BRIEF_KEPT, 23..24, 30),
         (&KEPT_SUBCLUSTERS, 24..25, 12),
     ];
     for (case, usual, points) in cases {

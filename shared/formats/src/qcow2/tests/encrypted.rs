@@ -5,6 +5,7 @@ use super::change;
 use super::peers::{Files, has_qemu, on_host, qemu, work, work_here};
 use super::rig::{self, Disk, Setup, password};
 use crate::luks;
+use crate::qcow2::crypto::{Crypto, amend_keys};
 use crate::qcow2::header::CryptMethod;
 use crate::qcow2::open::read_header;
 use crate::qcow2::{CreateOptions, Encryption};
@@ -236,6 +237,97 @@ fn version_2_shows_the_zeroes_of_version_3_through_the_cipher() {
         right[64 << 10..96 << 10].fill(0);
         assert!(snapshot == right);
     }
+}
+
+/// QEMU's tool changes the key slots of an image, which `geheim` opens.
+fn amend_by_qemu(files: &Files, changes: &str) {
+    let image = options_of(files, "a.qcow2");
+    let other = "secret,id=other,data=anders";
+    let amend = [
+        "amend",
+        "--object",
+        SECRET,
+        "--object",
+        other,
+        "--image-opts",
+    ];
+    qemu("qemu-img", &[&amend[..], &["-o", changes, &image]].concat());
+}
+
+#[test]
+fn luks_images_with_small_clusters_are_amended() {
+    if !has_qemu() {
+        return;
+    }
+    for cluster_size in [512, 1024, 2048] {
+        println!("{cluster_size}");
+        let files = Files::new();
+        let path = files.path("a.qcow2");
+        let options = CreateOptions {
+            cluster_size,
+            ..CreateOptions::new(SIZE)
+        };
+        let options = CreateOptions {
+            encryption: Some(encryption(Method::Luks)),
+            ..options
+        };
+        let mut content = on_host(async {
+            rig::make(&path, &options).await;
+            work_here(&path, setup(), cluster_size).await
+        });
+        for members in [
+            serde_json::json!({"refcount-bits": 64}),
+            serde_json::json!({"lazy-refcounts": true, "size": SIZE + 4096}),
+            serde_json::json!({"refcount-bits": 16, "size": SIZE / 2, "lazy-refcounts": false}),
+            serde_json::json!({"version": "v2"}),
+            serde_json::json!({"version": "v3", "refcount-bits": 8}),
+        ] {
+            println!("{members}");
+            let size = members["size"].as_u64().map(|size| size as usize);
+            on_host(change::amend(&path, Some(PASSWORD), members)).unwrap();
+            content.resize(size.unwrap_or(content.len()), 0);
+            check(&files, "a.qcow2");
+            assert!(content == content_by_qemu(&files, "a.qcow2"));
+        }
+        // A key that is added here opens the image there, and the other way round.
+        on_host(amend_keys_here(
+            &path,
+            luks::Amend::Add {
+                password: password("anders"),
+                slot: Some(7),
+                iter_time: Some(Duration::from_millis(5)),
+                force: false,
+            },
+        ));
+        amend_by_qemu(&files, "encrypt.state=inactive,encrypt.old-secret=s");
+        let with_other = |text| Setup {
+            password: Some(text),
+            ..Setup::default()
+        };
+        let at = &path;
+        let opens = |text| {
+            on_host(async move {
+                let disk = Disk::open(at, with_other(text)).await;
+                let Ok(disk) = disk else { return None };
+                let content = disk.read_all().await.unwrap();
+                disk.close().await.unwrap();
+                Some(content)
+            })
+        };
+        assert!(opens(PASSWORD).is_none());
+        assert!(opens("anders") == Some(content));
+    }
+}
+
+/// Changes the key slots of a closed image.
+async fn amend_keys_here(path: &Path, amend: luks::Amend) {
+    let file = rig::image_edge(path);
+    let header = read_header(&file).await.unwrap();
+    let crypto = Crypto::open(&file, &header, &password(PASSWORD)).await;
+    let crypto = crypto.unwrap();
+    amend_keys((&file, &header), crypto.as_ref(), amend)
+        .await
+        .unwrap();
 }
 
 #[test]
