@@ -12,10 +12,18 @@
 //! exception are ranges: see [`RangeLock`].
 
 mod latch;
+#[cfg(all(test, loom))]
+mod models;
 mod mutex;
 mod notify;
 mod range;
 mod semaphore;
+
+/// The lock within a lock; models have loom's.
+mod locks {
+    pub(super) use super::short_lock as locked;
+    pub(super) use std::sync::Mutex;
+}
 
 pub use latch::Latch;
 pub use mutex::{Mutex, MutexGuard};

@@ -15,7 +15,7 @@
 //! Nobody waits for a later one that does not hold its range, so whoever takes several ranges in
 //! ascending order cannot be part of a circle.
 
-use super::short_lock;
+use super::locks::{Mutex, locked};
 use std::future::Future;
 use std::ops::Range;
 use std::pin::Pin;
@@ -31,7 +31,7 @@ pub(super) const PATIENCE: u32 = 16;
 /// requests in flight.
 #[derive(Default)]
 pub struct RangeLock {
-    state: std::sync::Mutex<State>,
+    state: Mutex<State>,
 }
 
 #[derive(Default)]
@@ -168,7 +168,7 @@ impl RangeLock {
     }
 
     fn try_take(&self, range: &Range<u64>, access: Access) -> Option<RangeGuard<'_>> {
-        let mut state = short_lock(&self.state);
+        let mut state = locked(&self.state);
         let entry = state.new_entry(range, access);
         if !state.is_free(&entry) {
             return None;
@@ -188,7 +188,7 @@ impl RangeLock {
     }
 
     fn remove(&self, ticket: u64) {
-        let granted = short_lock(&self.state).remove(ticket);
+        let granted = locked(&self.state).remove(ticket);
         for waker in granted {
             waker.wake();
         }
@@ -208,7 +208,7 @@ impl<'a> Future for Wait<'a> {
     type Output = RangeGuard<'a>;
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<RangeGuard<'a>> {
         let lock = self.lock;
-        let mut state = short_lock(&lock.state);
+        let mut state = locked(&lock.state);
         let Some(ticket) = self.ticket else {
             let mut entry = state.new_entry(&self.range, self.access);
             let ticket = entry.ticket;
