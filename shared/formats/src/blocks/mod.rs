@@ -268,7 +268,7 @@ impl<L: Layout> Blocks<L> {
     async fn map_block(&self, block: u64, place: Place) -> Result<(), Errno> {
         if !place.is_fresh || self.shows_backing(block) {
             // What was there before must not show after a power cut, nor zeroes that never were.
-            self.layout.file().node().flush().await?;
+            self.layout.flush().await?;
         }
         let entry = self.layout.map_block(self.new_block(block, place)).await?;
         self.map.set(block, entry);

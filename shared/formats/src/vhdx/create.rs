@@ -47,7 +47,7 @@ const fn size(name: &'static str, member: &'static str, help: &'static str) -> O
 
 /// What the table of blocks says at first.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     NotPresent,
     Zero,
     Fixed,
@@ -116,8 +116,8 @@ async fn create(request: &mut CreateRequest<'_>) -> Result<(), Error> {
     plan.write(&file).await.map_err(failed)
 }
 
-/// Where things go.
-struct Plan {
+/// Where things go in a new image.
+pub(super) struct Plan {
     shape: Shape,
     kind: Kind,
     log: FileRegion,
@@ -125,11 +125,11 @@ struct Plan {
     /// Where blocks begin.
     data: u64,
     /// Bytes of the file.
-    end: u64,
+    pub(super) end: u64,
 }
 
 impl Plan {
-    fn new(shape: Shape, log: u64, kind: Kind) -> Self {
+    pub(super) fn new(shape: Shape, log: u64, kind: Kind) -> Self {
         let behind = |offset: u64, length: u64| FileRegion { offset, length };
         let log = behind(FIRST_REGION, log);
         let bat_bytes = (shape.entries() * ENTRY_BYTES).max(1);
@@ -168,7 +168,7 @@ impl Plan {
             .collect()
     }
 
-    async fn write(&self, file: &Edge) -> Result<(), Errno> {
+    pub(super) async fn write(&self, file: &Edge) -> Result<(), Errno> {
         let Regions { bat, metadata } = self.regions;
         if self.kind != Kind::NotPresent {
             let per_piece = MIB / ENTRY_BYTES;

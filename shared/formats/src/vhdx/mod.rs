@@ -7,7 +7,7 @@
 //! Order of a write that allocates a block, all before it completes:
 //!
 //! 1. before the first change of all, the header gets new GUIDs, durably (`header.rs`)
-//! 2. the file is made longer by a block (`places.rs`), and the data is written
+//! 2. the file is made longer by a block, and the data is written
 //! 3. an entry of the log with the changed page of the table of blocks is written, and only then others see the block (`log`)
 //!
 //! The next flush makes data and entry durable together: whatever part of an unflushed allocation a power cut leaves, the
@@ -17,31 +17,30 @@
 //! opened for writing; to be read, it has to be replayed first, as by QEMU. A flush that fails may
 //! have lost entries of the log: none succeeds after it until the image is opened again.
 //!
-//! Owns: the table of blocks (in memory, at most 64 MiB). Blocks are never unmapped: discards change nothing, zeroes
-//! change what is mapped only.
+//! Owns: headers, log and tables; the map takes at most 64 MiB of memory. New blocks go behind all that is in the file.
 
 mod bat;
 mod create;
 mod header;
 mod log;
 mod metadata;
-mod places;
 mod regions;
 #[cfg(test)]
 mod tests;
 mod writer;
 
-use bat::{Bat, Layout, State};
-use block::format::{Extent, Fill, Format, Lookup, Mapping, WritePlan};
+use crate::blocks::{self, BlockMap, Blocks, NewBlock};
+use bat::{Entry, Layout};
+use block::format::Mapping;
 use block::open::{ChildRole, DriverEntry};
 use block::{
-    ByteRange, CheckOptions, CheckResult, CheckSink, Driver, Edge, Errno, Error, ErrorKind,
-    FormatNode, Limits, OpenRequest, Purpose, ZeroFlags,
+    CheckOptions, CheckResult, CheckSink, Driver, Edge, Errno, Error, ErrorKind, FormatNode,
+    OpenRequest, Purpose,
 };
-use executor::sync::{Mutex as AsyncMutex, RangeGuard, RangeLock};
+use executor::sync::Mutex as AsyncMutex;
 use header::{Current, NO_GUID};
 use log::Replay;
-use places::{Place, Places};
+use metadata::Shape;
 use regions::{MAX_FILE, Regions};
 use serde_json::{Map, Value, json};
 use writer::Writer;
@@ -64,23 +63,14 @@ struct FileRegion {
     length: u64,
 }
 
-/// An open image.
-pub struct Vhdx {
+/// An open image but for its map.
+struct Vhdx {
     file: Edge,
     layout: Layout,
-    bat: Bat,
-    /// Blocks of the disk that are being allocated.
-    blocks: RangeLock,
-    places: AsyncMutex<Places>,
+    /// Held while the file is made longer.
+    longer: AsyncMutex<()>,
     writer: Writer,
     was_replayed: bool,
-}
-
-/// A write that was prepared.
-pub struct Token<'a> {
-    _block: RangeGuard<'a>,
-    /// Where the block goes, unless it has a place.
-    place: Option<Place>,
 }
 
 fn corrupt(what: String) -> Error {
@@ -104,7 +94,7 @@ async fn open(request: &mut OpenRequest<'_>) -> Result<Box<dyn Driver>, Error> {
 
 /// Whether an image may be changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
+enum Access {
     /// It must not.
     Read,
     /// It may.
@@ -141,7 +131,7 @@ impl Vhdx {
     /// # Errors
     /// `Corrupt`, `Unsupported` naming what it is, `Invalid` for a log that cannot be replayed because the image is
     /// only read, `Io`.
-    pub async fn open(file: Edge, (purpose, access): (Purpose, Access)) -> Result<Self, Error> {
+    async fn open(file: Edge, (purpose, access): (Purpose, Access)) -> Result<Blocks<Self>, Error> {
         let mut current = Current::read(&file).await?;
         let was_replayed = replay(&file, &mut current, access).await?;
         let log = current.header.log;
@@ -153,157 +143,87 @@ impl Vhdx {
             file: file.node().length(),
         };
         layout.check()?;
-        let shape = &layout.shape;
-        let bat = match purpose {
-            Purpose::Describe => Bat::empty(),
-            _ if shape.entries() > MAX_MAPPED => return Err(too_large(shape)),
-            _ => Bat::read(&file, regions.bat, shape).await?,
+        let map = match purpose {
+            Purpose::Describe => std::iter::empty().collect(),
+            _ if layout.shape.entries() > MAX_MAPPED => return Err(too_large(&layout.shape)),
+            _ => bat::read(&file, regions.bat, &layout.shape).await?,
         };
         if purpose != Purpose::Check {
             let mut first = None;
-            bat.check(&layout, &mut |text| {
+            bat::check(&map, &layout, &mut |text| {
                 first.get_or_insert(text);
             });
             if let Some(text) = first {
                 return Err(Error::new(ErrorKind::Corrupt, text));
             }
         }
-        let ends = layout.used().map(|region| region.end());
-        let end = ends.into_iter().fold(bat.end(shape), u64::max);
-        Ok(Self {
-            places: AsyncMutex::new(Places::new(shape.block_bytes, end, MAX_FILE)),
+        let shape = blocks_behind(&layout);
+        let image = Self {
             writer: Writer::new(current, file.node().length()),
-            blocks: RangeLock::new(),
+            longer: AsyncMutex::new(()),
             was_replayed,
             layout,
-            bat,
             file,
-        })
-    }
-
-    fn block_bytes(&self) -> u64 {
-        self.layout.shape.block_bytes
-    }
-
-    fn state(&self, block: u64) -> State {
-        self.bat.get(self.layout.shape.entry_of(block)).state()
-    }
-
-    fn extent(&self, range: ByteRange) -> Option<Extent> {
-        let bytes = self.block_bytes();
-        let (first, within) = (range.offset / bytes, range.offset % bytes);
-        let state = self.state(first);
-        let continues = |blocks: u64| match (state, self.state(first + blocks)) {
-            (State::Present(at), State::Present(other)) => other == at + blocks * bytes,
-            (one, other) => one == other,
         };
-        let mut blocks = 1;
-        while blocks * bytes - within < range.length && continues(blocks) {
-            blocks += 1;
-        }
-        let (mapping, in_place) = match state {
-            State::Invalid => return None,
-            State::Zeroes => (Mapping::Zero(None), false),
-            // The first change of all has to pass by the header.
-            State::Present(at) => (Mapping::Data(at + within), self.writer.has_begun()),
-        };
-        Some(Extent {
-            length: (blocks * bytes - within).min(range.length),
-            mapping,
-            in_place,
-        })
+        Ok(Blocks::new(image, shape, map))
+    }
+}
+
+/// New blocks go behind all that is in the file, where nothing was ever written.
+fn blocks_behind(layout: &Layout) -> blocks::Shape {
+    let Shape {
+        disk_bytes,
+        block_bytes,
+        ..
+    } = layout.shape;
+    let end = layout.file.next_multiple_of(MIB);
+    let most = MAX_FILE.saturating_sub(end) / block_bytes;
+    blocks::Shape {
+        disk_bytes,
+        block_bytes,
+        lead_bytes: 0,
+        first_place: end,
+        max_places: u32::try_from(most).unwrap_or(u32::MAX),
+        first_free: end,
+        written: end,
+        fills_gaps: false,
     }
 }
 
 /// Of a disk whose map would take too much memory.
-fn too_large(shape: &metadata::Shape) -> Error {
+fn too_large(shape: &Shape) -> Error {
     unsupported(format!(
         "{} entries of the block allocation table, max is {MAX_MAPPED}: larger blocks need fewer",
         shape.entries()
     ))
 }
 
-impl Format for Vhdx {
-    type Token<'a> = Token<'a>;
+impl blocks::Layout for Vhdx {
+    type Entry = Entry;
 
     fn name(&self) -> &'static str {
         "vhdx"
     }
-    fn virtual_size(&self) -> u64 {
-        self.layout.shape.disk_bytes
-    }
-    fn limits(&self) -> Limits {
-        Limits {
-            optimal_transfer: self.block_bytes() as u32,
-            zero_alignment: self.block_bytes() as u32,
-            ..Limits::default()
-        }
-    }
     fn file(&self) -> &Edge {
         &self.file
     }
-    fn lookup(&self, range: ByteRange) -> Lookup {
-        self.extent(range).map_or(Lookup::Miss, Lookup::Hit)
+    fn mapping(&self, entry: Entry) -> Mapping {
+        bat::mapping(entry)
     }
-    fn changes(&self) -> Option<u64> {
-        // No mapping is ever taken back.
-        Some(0)
+    fn is_ready(&self, _block: u64) -> bool {
+        self.writer.has_begun()
     }
-    async fn resolve(&self, range: ByteRange) -> Result<Extent, Errno> {
-        self.extent(range).ok_or(Errno::EIO)
+    async fn make_ready(&self, _block: u64, _entry: Entry) -> Result<(), Errno> {
+        self.writer.begin(&self.file).await
     }
-    async fn prepare_write(&self, range: ByteRange) -> Result<WritePlan<Token<'_>>, Errno> {
-        let bytes = self.block_bytes();
-        let (block, within) = (range.offset / bytes, range.offset % bytes);
-        let range = ByteRange::new(range.offset, range.length.min(bytes - within));
-        let guard = self.blocks.lock(block..block + 1).await;
+    async fn reserve(&self, new: NewBlock) -> Result<(), Errno> {
         self.writer.begin(&self.file).await?;
-        let (at, place) = match self.state(block) {
-            State::Invalid => return Err(Errno::EIO),
-            State::Present(at) => (at, None),
-            State::Zeroes => {
-                let place = self.places.lock().await.take(block, &self.file).await?;
-                (place.offset, Some(place))
-            }
-        };
-        let fill = |length| match place {
-            Some(place) if !place.is_fresh && length > 0 => Fill::Zeroes(length),
-            _ => Fill::Nothing,
-        };
-        Ok(WritePlan {
-            range,
-            host_offset: at + within,
-            head: fill(within),
-            tail: fill(bytes - within - range.length),
-            token: Token {
-                _block: guard,
-                place,
-            },
-        })
+        self.lengthen(new.offset + self.layout.shape.block_bytes)
+            .await
     }
-    async fn commit<'a>(&'a self, plan: WritePlan<Token<'a>>) -> Result<(), Errno> {
-        let Some(place) = plan.token.place else {
-            return Ok(());
-        };
-        let block = plan.range.offset / self.block_bytes();
-        let mapped = self.map_block(block, place).await;
-        if mapped.is_err() {
-            // The log in the file may map it all the same: no other block may have it.
-            self.places.lock().await.keep_for(block, place);
-        }
-        mapped
-    }
-    async fn abort<'a>(&'a self, plan: WritePlan<Token<'a>>) {
-        if let Some(place) = plan.token.place {
-            self.places.lock().await.give_back(place);
-        }
-    }
-    async fn write_zeroes(&self, range: ByteRange, _flags: ZeroFlags) -> Result<u64, Errno> {
-        let extent = self.extent(range).ok_or(Errno::EIO)?;
-        match extent.mapping {
-            Mapping::Zero(_) => Ok(extent.length),
-            _ => Err(Errno::EOPNOTSUPP),
-        }
+    async fn map_block(&self, new: NewBlock) -> Result<Entry, Errno> {
+        self.log_block(new.block, new.offset).await?;
+        Ok(bat::present(new.offset))
     }
     async fn flush(&self) -> Result<(), Errno> {
         self.writer.flush(&self.file).await
@@ -311,12 +231,13 @@ impl Format for Vhdx {
     fn metadata_dirty(&self) -> bool {
         self.writer.is_dirty()
     }
-    async fn close(&self) -> Result<(), Errno> {
-        self.flush().await?;
+    async fn close(&self, _end: u64) -> Result<(), Errno> {
+        self.writer.flush(&self.file).await?;
         self.end_log().await
     }
     async fn check(
         &self,
+        map: &BlockMap<Entry>,
         _options: CheckOptions,
         sink: &mut dyn CheckSink,
     ) -> Result<CheckResult, Error> {
@@ -332,13 +253,13 @@ impl Format for Vhdx {
             file: self.file.node().length(),
             ..self.layout
         };
-        self.bat.check(&layout, &mut wrong);
-        self.bat.check_shared(&layout.shape, &mut wrong);
+        bat::check(map, &layout, &mut wrong);
+        bat::check_shared(map, &layout.shape, &mut wrong);
         Ok(found)
     }
     fn describe(&self) -> Map<String, Value> {
         let mut members = Map::new();
-        members.insert("cluster-size".into(), json!(self.block_bytes()));
+        members.insert("cluster-size".into(), json!(self.layout.shape.block_bytes));
         members.insert("dirty-flag".into(), json!(false));
         members
     }

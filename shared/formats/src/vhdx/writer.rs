@@ -2,20 +2,19 @@
 //!
 //! ```text
 //!   begin: header with new GUIDs, flush ─► in-place writes are let through
-//!   allocations ─► pending ─► one of those that wait writes an entry of the log for all ─► the table in memory
+//!   allocations ─► pending ─► one of those that wait writes an entry of the log for all
 //!                                       │ the first of all: flush, entry, flush, header with the log's GUID, flush
 //!                                       └ no room: flush, pages in their places, flush, the other half
 //!   end: flush, pages in their places, flush, header without the log's GUID, flush
 //! ```
 
-use super::bat::{Bat, Entry};
+use super::bat::{ENTRY_BYTES, raw_present};
 use super::header::{Current, NO_GUID, random_guid};
-use super::log::{Lengths, Log, MAX_PAGES, PAGE};
-use super::places::Place;
+use super::log::{Lengths, Log, MAX_PAGES, PAGE, Pages};
 use super::{MIB, Vhdx};
-use crate::bytes::write_bytes;
-use block::{Edge, Errno};
-use executor::sync::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard};
+use crate::bytes::{read_bytes, write_bytes};
+use block::{Edge, Errno, Preallocation, Resize};
+use executor::sync::Mutex as AsyncMutex;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -29,8 +28,8 @@ pub(super) struct Writer {
     durable: AtomicU64,
     /// A flush failed: what was written before is lost or not.
     failed: AtomicBool,
-    /// Entries of the table that are to be logged.
-    pending: Mutex<Vec<(u64, Entry)>>,
+    /// Changes of the table that are to be logged.
+    pending: Mutex<Vec<Change>>,
     inner: AsyncMutex<Inner>,
 }
 
@@ -46,17 +45,35 @@ struct Inner {
     flushed_length: u64,
 }
 
+/// A change of the table of blocks: an entry, by its offset in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Change {
+    at: u64,
+    raw: u64,
+}
+
+/// Where the page begins that has the byte at `offset`.
+fn page_of(offset: u64) -> u64 {
+    offset / PAGE as u64 * PAGE as u64
+}
+
 /// Takes a change out of those that are pending, however its request ends.
 struct Pending<'a> {
     writer: &'a Writer,
-    index: u64,
+    change: Change,
+}
+
+impl Pending<'_> {
+    fn is_there(&self) -> bool {
+        self.writer.pending().contains(&self.change)
+    }
 }
 
 impl Drop for Pending<'_> {
     fn drop(&mut self) {
         self.writer
             .pending()
-            .retain(|(index, _)| *index != self.index);
+            .retain(|change| *change != self.change);
     }
 }
 
@@ -80,7 +97,7 @@ impl Writer {
         }
     }
 
-    fn pending(&self) -> MutexGuard<'_, Vec<(u64, Entry)>> {
+    fn pending(&self) -> MutexGuard<'_, Vec<Change>> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -131,68 +148,77 @@ impl Writer {
         self.durable.fetch_max(written, Ordering::AcqRel);
         Ok(())
     }
+
+    /// The pending changes of as many pages as one entry may have, and where these begin.
+    fn next_changes(&self) -> (Vec<Change>, BTreeSet<u64>) {
+        let mut offsets = BTreeSet::new();
+        let mut changes = self.pending().clone();
+        changes.retain(|change| {
+            let offset = page_of(change.at);
+            let fits = offsets.len() < MAX_PAGES || offsets.contains(&offset);
+            if fits {
+                offsets.insert(offset);
+            }
+            fits
+        });
+        (changes, offsets)
+    }
 }
 
 impl Vhdx {
-    /// Maps a block to a place that its data was written to.
-    pub(super) async fn map_block(&self, block: u64, place: Place) -> Result<(), Errno> {
-        if !place.is_fresh {
-            // What was there before must not show after a power cut.
-            self.writer.flush(&self.file).await?;
-        }
-        let index = self.layout.shape.entry_of(block);
-        let entry = Entry::present(place.offset);
-        self.writer.pending().push((index, entry));
-        let _pending = Pending {
+    /// Makes the file's table of blocks refer to a place that a block was written to.
+    pub(super) async fn log_block(&self, block: u64, offset: u64) -> Result<(), Errno> {
+        let change = Change {
+            at: self.layout.regions.bat.offset + self.layout.shape.entry_of(block) * ENTRY_BYTES,
+            raw: raw_present(offset),
+        };
+        self.writer.pending().push(change);
+        let pending = Pending {
             writer: &self.writer,
-            index,
+            change,
         };
         let mut inner = self.writer.inner.lock().await;
         // Somebody else may have logged it meanwhile.
-        while self.bat.get(index) != entry {
+        while pending.is_there() {
             self.log_pending(&mut inner).await?;
         }
         Ok(())
     }
 
-    /// Writes an entry of the log with what is pending, as much of it as fits, and makes it the table's.
-    async fn log_pending(&self, inner: &mut AsyncMutexGuard<'_, Inner>) -> Result<(), Errno> {
+    /// Writes an entry of the log with what is pending, as much of it as fits.
+    async fn log_pending(&self, inner: &mut Inner) -> Result<(), Errno> {
         if self.writer.failed.load(Ordering::Acquire) {
             return Err(Errno::EIO);
         }
-        let changes = self.next_changes();
-        let pages = changes
-            .iter()
-            .map(|(index, _)| Bat::page_of(*index))
-            .collect();
-        if inner.log.is_none() {
-            inner.log = Some(Log::new(self.layout.log, random_guid()?));
+        let (changes, offsets) = self.writer.next_changes();
+        let log = match inner.log.take() {
+            Some(log) => log,
+            None => Log::new(self.layout.log, random_guid()?),
+        };
+        if !inner.log.insert(log).has_room_for(&offsets) {
+            self.put_in_place(inner).await?;
         }
-        let pages = self.make_room(inner, &pages).await?;
         let Inner {
             current,
             log: Some(log),
             may_be_named,
             is_named,
             flushed_length,
-        } = &mut **inner
+        } = inner
         else {
             return Err(Errno::EIO);
         };
+        let pages = self.changed_pages(log, (&changes, &offsets)).await?;
         let length = self.file.node().length();
         if !*is_named {
             self.writer.flush(&self.file).await?;
             *flushed_length = length;
         }
-        let contents = pages.iter().map(|page| {
-            let offset = self.page_offset(*page);
-            (offset, self.bat.page(*page, &changes))
-        });
         let lengths = Lengths {
             flushed: *flushed_length / MIB * MIB,
             last: length.next_multiple_of(MIB),
         };
-        let entry = log.entry(&contents.collect::<Vec<_>>(), lengths);
+        let entry = log.entry(&pages, lengths);
         let at = self.layout.log.offset + entry.at;
         write_bytes(&self.file, at, &entry.bytes).await?;
         self.writer.written.fetch_add(1, Ordering::AcqRel);
@@ -206,46 +232,30 @@ impl Vhdx {
             *is_named = true;
         }
         log.written(pages);
-        let pending = self.writer.pending();
-        let is_pending = |change: &&(u64, Entry)| pending.contains(change);
-        for (index, entry) in changes.iter().filter(is_pending) {
-            self.bat.set(*index, *entry);
-        }
+        let mut pending = self.writer.pending();
+        pending.retain(|change| !changes.contains(change));
         Ok(())
     }
 
-    /// The pending changes of as many pages as one entry may have.
-    fn next_changes(&self) -> Vec<(u64, Entry)> {
-        let mut pages = BTreeSet::new();
-        let mut changes = self.writer.pending().clone();
-        changes.retain(|(index, entry)| {
-            let page = Bat::page_of(*index);
-            let fits = pages.len() < MAX_PAGES || pages.contains(&page);
-            let is_news = self.bat.get(*index) != *entry;
-            if fits && is_news {
-                pages.insert(page);
-            }
-            fits && is_news
-        });
-        changes
-    }
-
-    /// The pages of an entry that changes `pages`, for which there is room in the log.
-    async fn make_room(
+    /// The pages that are waiting, and those at `offsets`, with `changes` in them.
+    async fn changed_pages(
         &self,
-        inner: &mut Inner,
-        pages: &BTreeSet<u64>,
-    ) -> Result<BTreeSet<u64>, Errno> {
-        let with = |inner: &Inner| inner.log.as_ref().and_then(|log| log.pages_with(pages));
-        if let Some(pages) = with(inner) {
-            return Ok(pages);
+        log: &Log,
+        (changes, offsets): (&[Change], &BTreeSet<u64>),
+    ) -> Result<Pages, Errno> {
+        let mut pages = log.waiting().clone();
+        for offset in offsets {
+            if !pages.contains_key(offset) {
+                pages.insert(*offset, read_bytes(&self.file, *offset, PAGE).await?);
+            }
         }
-        self.put_in_place(inner).await?;
-        with(inner).ok_or(Errno::EIO)
-    }
-
-    fn page_offset(&self, page: u64) -> u64 {
-        self.layout.regions.bat.offset + page * PAGE as u64
+        for Change { at, raw } in changes {
+            if let Some(page) = pages.get_mut(&page_of(*at)) {
+                let within = (at % PAGE as u64) as usize;
+                page[within..within + size_of::<u64>()].copy_from_slice(&raw.to_le_bytes());
+            }
+        }
+        Ok(pages)
     }
 
     /// Writes the pages in the log to their places in the table.
@@ -254,15 +264,30 @@ impl Vhdx {
             return Ok(());
         };
         self.writer.flush(&self.file).await?;
-        for page in log.waiting() {
-            let bytes = self.bat.page(*page, &[]);
-            write_bytes(&self.file, self.page_offset(*page), &bytes).await?;
+        for (offset, page) in log.waiting() {
+            write_bytes(&self.file, *offset, page).await?;
         }
         let length = self.file.node().length();
         self.writer.flush(&self.file).await?;
         inner.flushed_length = length;
         log.emptied();
         Ok(())
+    }
+
+    /// Makes the file as long as `end`, if it is shorter.
+    pub(super) async fn lengthen(&self, end: u64) -> Result<(), Errno> {
+        let _longer = self.longer.lock().await;
+        let node = self.file.node();
+        if end <= node.length() {
+            return Ok(());
+        }
+        let preallocation = Preallocation::Off;
+        let resize = Resize {
+            length: end,
+            preallocation,
+        };
+        let resized = node.resize(resize).await;
+        resized.map_err(|error| error.errno.unwrap_or(Errno::ENOSPC))
     }
 
     /// Empties the log, and takes it out of the header.

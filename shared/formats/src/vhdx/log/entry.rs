@@ -23,6 +23,7 @@
 //! in place of the last four.
 
 use super::super::header::{Guid, checksum, field, seal};
+use super::Pages;
 
 /// Bytes of a sector of the log, and of what a data descriptor is about.
 pub(in super::super) const PAGE: usize = 4096;
@@ -35,7 +36,7 @@ pub(super) const DESCRIPTOR_BYTES: usize = 32;
 
 /// The header of an entry. Its checksum is yet to be compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct EntryHeader {
+pub(in super::super) struct EntryHeader {
     pub(super) length: u64,
     pub(super) tail: u64,
     pub(super) sequence: u64,
@@ -57,7 +58,7 @@ pub(super) fn entry_bytes(pages: usize) -> u64 {
 
 impl EntryHeader {
     /// The header of an entry of the log `guid` of `log` bytes, when the sector begins with one.
-    pub(super) fn parse(sector: &[u8], guid: &Guid, log: u64) -> Option<Self> {
+    pub(in super::super) fn parse(sector: &[u8], guid: &Guid, log: u64) -> Option<Self> {
         let header = Self {
             length: u32::from_le_bytes(field(sector, 8)).into(),
             tail: u32::from_le_bytes(field(sector, 12)).into(),
@@ -128,18 +129,18 @@ pub(super) fn restore(
 }
 
 /// An entry that is to be written.
-pub(super) struct NewEntry {
-    pub(super) guid: Guid,
-    pub(super) sequence: u64,
+pub(in super::super) struct NewEntry {
+    pub(in super::super) guid: Guid,
+    pub(in super::super) sequence: u64,
     /// Where in the log it goes: nothing before it has to be replayed.
-    pub(super) at: u64,
-    pub(super) flushed: u64,
-    pub(super) last: u64,
+    pub(in super::super) at: u64,
+    pub(in super::super) flushed: u64,
+    pub(in super::super) last: u64,
 }
 
 impl NewEntry {
-    /// The entry's bytes, for 4 KiB at each of the file's offsets.
-    pub(super) fn encode(&self, pages: &[(u64, Vec<u8>)]) -> Vec<u8> {
+    /// The entry's bytes.
+    pub(in super::super) fn encode(&self, pages: &Pages) -> Vec<u8> {
         let area = descriptor_area(pages.len() as u32) as usize;
         let mut bytes = vec![0; area];
         bytes.reserve_exact(pages.len() * PAGE);
@@ -163,7 +164,7 @@ impl NewEntry {
             put(at + 24, &self.sequence.to_le_bytes());
         }
         let high = (self.sequence >> 32) as u32;
-        for (_, page) in pages {
+        for page in pages.values() {
             bytes.extend(DATA_SECTOR);
             bytes.extend(high.to_le_bytes());
             bytes.extend(&page[8..PAGE - 4]);
@@ -200,7 +201,7 @@ impl RunningSum {
 mod tests {
     use super::*;
 
-    fn entry() -> (NewEntry, Vec<(u64, Vec<u8>)>) {
+    fn entry() -> (NewEntry, Pages) {
         let entry = NewEntry {
             guid: [7; 16],
             sequence: 0x1_0000_0002,
@@ -210,7 +211,7 @@ mod tests {
         };
         let pages = [2_u64 << 20, (2 << 20) + 4096];
         let page = |offset: u64| (offset, (0..PAGE).map(|byte| (byte * 7) as u8).collect());
-        (entry, pages.map(page).to_vec())
+        (entry, pages.map(page).into())
     }
 
     #[test]

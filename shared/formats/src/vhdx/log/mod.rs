@@ -18,7 +18,7 @@
 //!
 //! Owns: places and numbers of entries, the pages that are not in their places. Must not know: what pages mean.
 
-mod entry;
+pub(super) mod entry;
 mod replay;
 
 use super::header::Guid;
@@ -26,13 +26,16 @@ use super::{FileRegion, MIB};
 pub(super) use entry::PAGE;
 use entry::{NewEntry, entry_bytes};
 pub(super) use replay::Replay;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Longest half, in bytes: a replay takes no longer than that, however long the log.
 const MAX_HALF: u64 = 2 * MIB;
 
 /// Most pages of one entry, and so at a time in the log alone: half the smallest log has room for it.
 pub(super) const MAX_PAGES: usize = 64;
+
+/// Pages by their offset in the file.
+pub(super) type Pages = BTreeMap<u64, Vec<u8>>;
 
 /// The log of an image that is written.
 pub(super) struct Log {
@@ -43,7 +46,7 @@ pub(super) struct Log {
     next: u64,
     sequence: u64,
     /// Pages of the table that are in the log and not in their places.
-    waiting: BTreeSet<u64>,
+    waiting: Pages,
 }
 
 /// What entries say of the file's length: known to be durable, and as it is now.
@@ -68,7 +71,7 @@ impl Log {
             is_second: false,
             next: 0,
             sequence: 1,
-            waiting: BTreeSet::new(),
+            waiting: Pages::new(),
         }
     }
 
@@ -77,19 +80,22 @@ impl Log {
     }
 
     /// Pages that are not in their places.
-    pub(super) fn waiting(&self) -> &BTreeSet<u64> {
+    pub(super) fn waiting(&self) -> &Pages {
         &self.waiting
     }
 
-    /// The pages of an entry that changes `pages`; `None` when there is no room for it in this half.
-    pub(super) fn pages_with(&self, pages: &BTreeSet<u64>) -> Option<BTreeSet<u64>> {
-        let all: BTreeSet<u64> = self.waiting.union(pages).copied().collect();
-        let fits = all.len() <= MAX_PAGES && self.next + entry_bytes(all.len()) <= self.half;
-        fits.then_some(all)
+    /// Whether there is room in this half for an entry that changes the pages at `offsets`.
+    pub(super) fn has_room_for(&self, offsets: &BTreeSet<u64>) -> bool {
+        let others = self
+            .waiting
+            .keys()
+            .filter(|offset| !offsets.contains(offset));
+        let pages = offsets.len() + others.count();
+        pages <= MAX_PAGES && self.next + entry_bytes(pages) <= self.half
     }
 
-    /// An entry with `pages`: offsets in the file, and the bytes there.
-    pub(super) fn entry(&self, pages: &[(u64, Vec<u8>)], lengths: Lengths) -> Placed {
+    /// An entry with `pages`.
+    pub(super) fn entry(&self, pages: &Pages, lengths: Lengths) -> Placed {
         let half = if self.is_second { self.half } else { 0 };
         let at = half + self.next;
         let entry = NewEntry {
@@ -103,8 +109,8 @@ impl Log {
         Placed { at, bytes }
     }
 
-    /// An entry with all of `pages` was written.
-    pub(super) fn written(&mut self, pages: BTreeSet<u64>) {
+    /// An entry with `pages`, all that are waiting among them, was written.
+    pub(super) fn written(&mut self, pages: Pages) {
         self.next += entry_bytes(pages.len());
         self.sequence += 1;
         self.waiting = pages;
