@@ -60,8 +60,8 @@ impl Places {
 
     /// Takes a place below `end` for a block; `None` when there is none.
     pub(super) fn take(&mut self, block: u64, end: u32) -> Option<Place> {
-        let kept = self.kept.iter().position(|(of, _)| *of == block);
-        let kept = kept.map(|at| self.kept.swap_remove(at).1);
+        let kept = self.kept.iter().find(|(of, _)| *of == block);
+        let kept = kept.map(|(_, index)| *index);
         if let Some(index) = kept.or_else(|| self.take_spare()) {
             let is_fresh = false;
             return Some(Place { index, is_fresh });
@@ -83,14 +83,19 @@ impl Places {
         Some(index)
     }
 
-    /// Gives a place back.
+    /// Gives a place back. One that is kept for its block stays so: the file's map may refer to it.
     pub(super) fn give_back(&mut self, place: Place) {
-        self.spare.push(place.index..place.index + 1);
+        if self.kept.iter().all(|(_, index)| *index != place.index) {
+            self.spare.push(place.index..place.index + 1);
+        }
     }
 
-    /// Keeps a place for the block that it was taken for.
+    /// Keeps a place for the block that it was taken for, from now on.
     pub(super) fn keep_for(&mut self, block: u64, place: Place) {
-        self.kept.push((block, place.index));
+        let kept = (block, place.index);
+        if !self.kept.contains(&kept) {
+            self.kept.push(kept);
+        }
     }
 
     /// One past the last place that was ever taken.
@@ -141,6 +146,10 @@ mod tests {
         assert_eq!(places.take(0, 100), Some(place(6, false)));
         assert_eq!((places.take(0, 7), places.end()), (None, 7));
         places.keep_for(5, taken[0]);
+        assert_eq!(places.take(4, 7), None);
+        assert_eq!(places.take(5, 7), Some(taken[0]));
+        // Whatever becomes of the next attempt.
+        places.give_back(taken[0]);
         assert_eq!(places.take(4, 7), None);
         assert_eq!(places.take(5, 7), Some(taken[0]));
     }
