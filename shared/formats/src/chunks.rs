@@ -1,11 +1,11 @@
-//! Parts of a read-only image that are kept in memory: tables, and chunks that were decompressed.
+//! Parts of an image that never change and are kept in memory: tables, and chunks that were decompressed.
 //!
 //! ```text
 //!   get(key) ── kept? ──yes──► chunk
 //!     └─no─► nobody else makes it? ─► read, decode (on a worker when it takes long) ─► kept
 //! ```
 //!
-//! The image does not change, so neither does a chunk. Each key has one place, which others share:
+//! What a key stands for does not change, or all are forgotten. Each key has one place, which others share:
 //! a chunk stays until one of those is made. Promises: whoever looks waits for no I/O and no
 //! computing; about [`KEPT_BYTES`] of chunks, or one, are kept, and as many bytes as
 //! [`MAKING_BYTES`], or one chunk, are being made at a time, whatever an image says.
@@ -68,6 +68,14 @@ impl Chunks {
         match &*place.unwrap_or_else(PoisonError::into_inner) {
             Some((kept, chunk)) if *kept == key => Some(Arc::clone(chunk)),
             _ => None,
+        }
+    }
+
+    /// Forgets every chunk; none is being made.
+    pub(crate) fn forget_all(&self) {
+        for place in &self.places {
+            let place = place.write();
+            *place.unwrap_or_else(PoisonError::into_inner) = None;
         }
     }
 

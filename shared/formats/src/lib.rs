@@ -8,9 +8,11 @@ pub mod bochs;
 mod bytes;
 mod chunks;
 pub mod cloop;
+mod codec;
 pub mod dmg;
 pub mod luks;
 pub mod parallels;
+pub mod qcow;
 pub mod qcow2;
 pub mod qed;
 pub mod raw;
@@ -29,6 +31,7 @@ pub static DRIVERS: &[DriverEntry] = &[
     dmg::ENTRY,
     luks::ENTRY,
     parallels::ENTRY,
+    qcow::ENTRY,
     qcow2::ENTRY,
     qed::ENTRY,
     raw::ENTRY,

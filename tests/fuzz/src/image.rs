@@ -35,7 +35,7 @@ const KINDS: &[Kind] = &[
 ];
 
 /// The formats with a target, which is called as they are.
-pub const FORMATS: &[&str] = &["bochs", "cloop", "dmg", "qed", "vdi"];
+pub const FORMATS: &[&str] = &["bochs", "cloop", "dmg", "qcow", "qed", "vdi"];
 
 /// The name of the driver of the file in memory.
 const MEMORY: &str = "memory";
@@ -161,6 +161,7 @@ pub fn seeds(format: &str) -> Vec<Seed> {
             .map(|bytes| (format!("{bytes}"), samples::cloop::image(bytes, &disk)))
             .to_vec(),
         "dmg" => dmg(&disk),
+        "qcow" => vec![("packed".to_owned(), samples::qcow::image(&disk))],
         "qed" => qed(&disk),
         "vdi" => {
             // The second block is not in the file.

@@ -8,6 +8,7 @@
 pub mod bochs;
 pub mod cloop;
 pub mod dmg;
+pub mod qcow;
 pub mod qed;
 pub mod vdi;
 

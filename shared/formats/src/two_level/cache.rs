@@ -102,6 +102,14 @@ impl SliceCache {
         }
     }
 
+    /// Forgets every slice.
+    pub(super) fn forget_all(&self) {
+        let _hands = self.hands();
+        for slot in self.slots.iter().filter_map(OnceLock::get) {
+            slot.change(|| slot.slice.store(u64::MAX, Relaxed));
+        }
+    }
+
     /// The slot of a slice. Under the lock.
     fn find(&self, slice: u64) -> Option<&Slot> {
         let slots = self.slots_of(slice).iter().filter_map(OnceLock::get);
@@ -172,6 +180,9 @@ mod tests {
         let seen: Vec<u64> = (1..5).map(|index| view.word(index)).collect();
         assert_eq!(seen, [last << 8 | 1, 70, 71, last << 8 | 4]);
         assert!(view.is_valid());
+        cache.forget_all();
+        assert!(!view.is_valid());
+        assert!(cache.view(last).is_none());
     }
 
     #[test]

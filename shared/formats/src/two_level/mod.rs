@@ -1,4 +1,4 @@
-//! Images with two levels of tables: the parts that qed and others share.
+//! Images with two levels of tables: the parts that qcow and qed share.
 //!
 //! ```text
 //!   offset ─► L1 (in memory) ─► L2 table (in the file, slices of it cached) ─► cluster
@@ -17,7 +17,10 @@
 //! - Data is in the file before its L2 entry is. Where the disk would show something else than zeroes if
 //!   the data were lost and the entry not (there is a backing file, a place was used before), the
 //!   data is durable first. Writes that wait for that share a flush.
-//! - Data never loses its place while the image is in use, so look-ups stay true.
+//! - Data keeps its place, unless it is stored anew in an encoded form or all content is dropped. No
+//!   place is used again while the image is open, so requests under way do no harm.
+//! - Encoded clusters whose loss would show nothing but zeroes are not waited for: after a power cut,
+//!   those that were never flushed may be unreadable.
 //!
 //! Memory: 32 MiB for the L1 table and 8 MiB for slices, at most.
 
@@ -32,12 +35,13 @@ pub(crate) use write::Token;
 
 use crate::bytes::{read_bytes, write_bytes};
 use block::format::{Extent, Lookup, Mapping};
-use block::{ByteRange, Edge, Errno, Error, Event};
+use block::{ByteRange, Edge, Errno, Error, Event, ZeroFlags};
 use cache::{SLICE_BITS, SliceCache};
 use executor::sync::{Mutex as AsyncMutex, RangeLock};
 use space::Space;
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{AcqRel, Acquire};
 
 /// How much of an L1 table is read at once, in bytes.
 const READ_STEP: u64 = 1 << 20;
@@ -53,6 +57,8 @@ pub(crate) enum Entry {
     Zero,
     /// Plain, at this offset of the file.
     Data(u64),
+    /// Something that only the format can decode, by its own descriptor.
+    Encoded(u64),
     /// Nothing that the format knows.
     Bad(Errno),
 }
@@ -72,6 +78,10 @@ pub(crate) trait Entries: Send + Sync + 'static {
     fn table(&self, entry: u64, end: u64) -> Result<Option<u64>, Errno>;
     /// What an L2 entry says, in a file of `end` bytes.
     fn decode(&self, entry: u64, end: u64) -> Entry;
+    /// Whether zero bytes of the file read as zeroes.
+    fn zeroes_are_plain(&self) -> bool {
+        true
+    }
     /// The L2 entry of a cluster of zeroes, if there is such a thing.
     fn zero(&self) -> Option<u64>;
     /// Called before space is taken that the file did not have; a flush follows.
@@ -119,6 +129,8 @@ pub(crate) struct Tables<E> {
     settling: AtomicU64,
     /// How many of these a flush has been for.
     settled: AsyncMutex<u64>,
+    /// How often data lost its place; see [`block::Format::changes`].
+    changes: AtomicU64,
 }
 
 impl<E: Entries> Tables<E> {
@@ -141,6 +153,7 @@ impl<E: Entries> Tables<E> {
             adding: AsyncMutex::new(()),
             settling: AtomicU64::new(0),
             settled: AsyncMutex::new(0),
+            changes: AtomicU64::new(0),
             shape,
             file,
             backing,
@@ -178,6 +191,11 @@ impl<E: Entries> Tables<E> {
 
     pub(crate) fn backing(&self) -> Option<&Edge> {
         self.backing.as_ref()
+    }
+
+    /// See [`block::Format::changes`].
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes.load(Acquire)
     }
 
     pub(crate) fn shape(&self) -> &Shape {
@@ -266,6 +284,7 @@ impl<E: Entries> Tables<E> {
             Entry::Unallocated => Mapping::Unallocated,
             Entry::Zero => Mapping::Zero(None),
             Entry::Data(offset) => Mapping::Data(offset + within),
+            Entry::Encoded(descriptor) => Mapping::Encoded(descriptor),
             Entry::Bad(errno) => return Err(errno),
         };
         let left = (1usize << self.slice_bits()) - first;
@@ -275,6 +294,7 @@ impl<E: Entries> Tables<E> {
             let next = self.entries.decode(word(first + number), end);
             match entry {
                 Entry::Data(offset) => next == Entry::Data(offset + *number as u64 * cluster_size),
+                Entry::Encoded(_) => false,
                 other => next == other,
             }
         };
@@ -344,6 +364,21 @@ impl<E: Entries> Tables<E> {
         let last = (range.offset + (range.length - 1)) >> self.shape.cluster_bits;
         let of_slice = (self.slice_of(first) + 1) << self.slice_bits();
         first..(last + 1).min(of_slice).min(first + most)
+    }
+
+    /// Drops all content and cuts the file off at `end`, where the L1 table is the last thing in it. Nothing
+    /// else is under way.
+    pub(crate) async fn clear(&self, end: u64) -> Result<(), Errno> {
+        let node = self.file.node();
+        let l1 = ByteRange::new(self.shape.l1_offset, self.l1.len() * E::WIDTH as u64);
+        node.write_zeroes(l1, ZeroFlags::default()).await?;
+        node.flush().await?;
+        (0..self.l1.len())
+            .filter(|index| self.l1.entry(*index) != 0)
+            .for_each(|index| self.l1.set(index, 0));
+        self.cache.forget_all();
+        self.changes.fetch_add(1, AcqRel);
+        self.space.restart(&self.file, end).await
     }
 
     /// Flushes the file and cuts it off where the part in use ends. The image is being closed.

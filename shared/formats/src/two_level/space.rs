@@ -172,6 +172,25 @@ impl Space {
         }
     }
 
+    /// Forgets all places from `next` on, which nothing refers to any more, and cuts the file off there.
+    pub(super) async fn restart(&self, file: &Edge, next: u64) -> Result<(), Errno> {
+        let _growing = self.growing.lock().await;
+        {
+            let mut inner = self.inner();
+            self.end.store(next, Release);
+            *inner = Inner {
+                next,
+                fresh: u64::MAX,
+                spare: Vec::new(),
+            };
+        }
+        if file.node().grows() {
+            set_length(file, next).await?;
+            self.inner().fresh = next;
+        }
+        Ok(())
+    }
+
     /// Cuts the file off where the part in use ends, if it was made longer. Nothing is taken any more.
     pub(super) async fn trim(&self, file: &Edge) -> Result<(), Errno> {
         let next = self.next();

@@ -3,7 +3,7 @@
 use super::{Entries, Entry, Place, Tables};
 use crate::bytes::write_bytes;
 use block::format::{Fill, Mapping, WritePlan};
-use block::{ByteRange, Errno, Event, ZeroFlags};
+use block::{ByteRange, EncodedBytes, Errno, Event, WriteFlags, ZeroFlags};
 use executor::sync::RangeGuard;
 use std::sync::atomic::Ordering::{AcqRel, Acquire};
 
@@ -31,6 +31,8 @@ struct Allocation {
     first: u64,
     count: u64,
     ends: [Entry; 2],
+    /// Some hold what is encoded.
+    has_encoded: bool,
 }
 
 impl<E: Entries> Tables<E> {
@@ -74,6 +76,8 @@ impl<E: Entries> Tables<E> {
             first: clusters.start,
             count,
             ends: [first, entry(clusters.start + count - 1)],
+            has_encoded: (0..count)
+                .any(|number| matches!(entry(clusters.start + number), Entry::Encoded(_))),
         };
         let place = self.take(count * self.cluster_size()).await?;
         Ok(self.fit(cut(count), (allocation, place), guard))
@@ -95,14 +99,20 @@ impl<E: Entries> Tables<E> {
         guard: RangeGuard<'a>,
     ) -> WritePlan<Token<'a>> {
         let bits = self.shape().cluster_bits;
-        let Allocation { first, count, ends } = allocation;
+        let Allocation {
+            first,
+            count,
+            ends,
+            has_encoded,
+        } = allocation;
         let start = first << bits;
         let last = (first + count - 1) << bits;
         let backed = self.backing().map_or(0, |backing| backing.node().length());
         let fill = |(entry, cluster): (Entry, u64), length: u64| match entry {
             _ if length == 0 => Fill::Nothing,
             Entry::Unallocated if backed > cluster => Fill::Copy(length),
-            _ if place.is_fresh => Fill::Nothing,
+            Entry::Encoded(_) => Fill::Copy(length),
+            _ if place.is_fresh && self.entries.zeroes_are_plain() => Fill::Nothing,
             _ => Fill::Zeroes(length),
         };
         let head = range.offset - start;
@@ -118,7 +128,10 @@ impl<E: Entries> Tables<E> {
                     first,
                     count,
                     place,
-                    settles: self.backing().is_some() || !place.is_fresh,
+                    settles: self.backing().is_some()
+                        || !place.is_fresh
+                        || !self.entries.zeroes_are_plain()
+                        || has_encoded,
                 }),
             },
         }
@@ -147,6 +160,44 @@ impl<E: Entries> Tables<E> {
     pub(crate) fn abort(&self, plan: WritePlan<Token<'_>>) {
         if let Some(change) = plan.token.change {
             self.space.give_back(change.place);
+        }
+    }
+
+    /// Stores bytes that only the format can decode as the content of a cluster; `entry` makes its entry
+    /// of where they are.
+    pub(crate) async fn store_encoded(
+        &self,
+        (cluster, bytes): (u64, EncodedBytes),
+        entry: impl Fn(u64) -> Option<u64>,
+    ) -> Result<(), Errno> {
+        let _guard = self.clusters.lock(cluster..cluster + 1).await;
+        self.ensure_table(self.l1_index(cluster)).await?;
+        let words = self.words(cluster).await?.ok_or(Errno::EIO)?;
+        let old = words[self.index_in_slice(cluster)];
+        let old = self.entries.decode(old, self.space.end());
+        let prepare = || self.entries.before_growth(self.file());
+        let wanted = (bytes.length as u64, 1);
+        let place = self.space.take(self.file(), wanted, prepare).await?;
+        let stored = self.store_at(place, bytes, old).await;
+        let (Ok(()), Some(word)) = (stored, entry(place.offset)) else {
+            self.space.give_back(place);
+            return stored.and(Err(Errno::EFBIG));
+        };
+        self.set_entries(cluster, &[word]).await?;
+        self.changes.fetch_add(1, AcqRel);
+        Ok(())
+    }
+
+    async fn store_at(&self, place: Place, bytes: EncodedBytes, old: Entry) -> Result<(), Errno> {
+        let node = self.file().node();
+        node.event(Event::WriteCompressed).await;
+        let packed = bytes.memory.into_buffer().slice(0..bytes.length);
+        node.write(place.offset, packed, WriteFlags::default())
+            .await?;
+        let shows_zeroes = old == Entry::Unallocated && self.backing().is_none();
+        match place.is_fresh && shows_zeroes {
+            true => Ok(()),
+            false => self.settle().await,
         }
     }
 

@@ -98,16 +98,41 @@ fn qcow2(name: &'static str, options: &str, backed: bool) -> Subject {
 
 /// A qed image made by qemu-img, over a backing file that ends before it if `backed`.
 fn qed(name: &'static str, options: &str, backed: bool) -> Subject {
+    Subject {
+        check: |files| peer_check("qed", files),
+        ..allocating(name, ("qed", options), backed)
+    }
+}
+
+/// A qcow image made by qemu-img, which has no check for it, over a backing file that ends before it if
+/// `backed`.
+fn qcow(name: &'static str, options: &str, backed: bool) -> Subject {
+    let mut subject = allocating(name, ("qcow", options), backed);
+    if options.contains("aes") {
+        let encrypt = json!({"format": "aes", "key-secret": "s"});
+        subject.definition.insert("encrypt".to_owned(), encrypt);
+        subject.prepare = |graph| {
+            let password = Zeroizing::new(b"geheim".to_vec());
+            graph.secrets().insert("s".to_owned(), password);
+        };
+    }
+    subject
+}
+
+/// An image of a format that allocates clusters, made by qemu-img, over a backing file that ends before it if
+/// `backed`.
+fn allocating(name: &'static str, (format, options): (&str, &str), backed: bool) -> Subject {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("image");
     let created = Command::new("qemu-img")
-        .args(["create", "-q", "-f", "qed", "-o", options])
+        .args(["create", "-q", "--object", "secret,id=s,data=geheim"])
+        .args(["-f", format, "-o", options])
         .arg(&path)
         .arg((LENGTH + 1536).to_string())
         .status()
         .expect("scripts/setup installs QEMU's tools");
     assert!(created.success(), "{name}: qemu-img: {created:?}");
-    let mut definition = json!({"driver": "qed", "node-name": "subject", "discard": "unmap",
+    let mut definition = json!({"driver": format, "node-name": "subject", "discard": "unmap",
         "file": {"driver": "file", "filename": IMAGE}});
     let image = (PathBuf::from(IMAGE), std::fs::read(&path).unwrap());
     let mut files = Image::from([image]);
@@ -117,10 +142,7 @@ fn qed(name: &'static str, options: &str, backed: bool) -> Subject {
         definition["backing"] = json!({"driver": "raw",
             "file": {"driver": "file", "filename": base}});
     }
-    Subject {
-        check: |files| peer_check("qed", files),
-        ..subject(name, files, definition)
-    }
+    subject(name, files, definition)
 }
 
 /// A vdi image made by qemu-img, of some blocks.
@@ -315,9 +337,12 @@ fn dmg(codec: Codec, table: Table) -> Subject {
     only_read("dmg", samples::dmg::image(shape, &content()))
 }
 
-/// Everything that is written to the image is compressed first.
 fn compress(options: &str) -> Subject {
-    let mut subject = qcow2("compress", options, false);
+    compressing(qcow2("compress", options, false))
+}
+
+/// Everything that is written to the image is compressed first.
+fn compressing(mut subject: Subject) -> Subject {
     let mut image = std::mem::take(&mut subject.definition);
     image.remove("node-name");
     let filter =
@@ -514,6 +539,9 @@ conformance! {
     parallels_default: parallels("cluster_size=1M", false);
     parallels_odd_blocks: parallels("cluster_size=3584", false);
     parallels_overlay: parallels("cluster_size=64k", true);
+    qcow_default: qcow("qcow", "encryption=off", false);
+    qcow_overlay: qcow("qcow overlay", "encryption=off", true);
+    qcow_encrypted: qcow("qcow, AES", "encrypt.format=aes,encrypt.key-secret=s", false);
     qed_default: qed("qed", "cluster_size=64k", false);
     qed_overlay: qed("qed overlay", "cluster_size=16k", true);
     qed_small_clusters: qed("qed, 4 KiB clusters", "cluster_size=4k,table_size=2", false);
@@ -548,6 +576,8 @@ reading! {
     qcow2_reading: converted("qcow2", &[]);
     qcow2_compressed_reading: converted("qcow2", &["-c", "-o", "cluster_size=4k"]);
     qcow2_subclusters_reading: converted("qcow2", &["-o", "cluster_size=16k,extended_l2=on"]);
+    qcow_reading: converted("qcow", &[]);
+    qcow_sample_reading: only_read("qcow", samples::qcow::image(&content()));
     qed_reading: converted("qed", &[]);
     qed_sample_reading: only_read("qed", samples::qed::image(&content(), 0));
     qed_small_clusters_reading: converted("qed", &["-o", "cluster_size=4k,table_size=2"]);
@@ -578,6 +608,7 @@ fn qemu_img_reads_the_samples_as_they_were_meant() {
         dmg(Codec::Zlib, Table::Xml),
         dmg(Codec::Zlib, Table::Fork),
         dmg(Codec::Raw, Table::Xml),
+        only_read("qcow", samples::qcow::image(&content())),
         only_read("qed", samples::qed::image(&content(), 0)),
         only_read("vdi", samples::vdi::image(&content())),
     ];
@@ -602,6 +633,14 @@ fn qemu_img_reads_the_samples_as_they_were_meant() {
 fn copies_see_the_writes_of_requests_side_by_side() {
     let subject = quorum();
     seeds(8).for_each(|seed| concurrent_requests(&subject, seed));
+}
+
+#[test]
+fn compressed_writes_side_by_side_are_kept_without_reference_counts() {
+    for backed in [false, true] {
+        let subject = compressing(qcow("compress over qcow", "encryption=off", backed));
+        seeds(4).for_each(|seed| concurrent_requests(&subject, seed));
+    }
 }
 
 #[test]

@@ -13,11 +13,10 @@
 //! does not apply to them; images that encrypt take no compressed writes.
 
 mod cache;
-mod codec;
 mod read;
 mod write;
 
-pub use codec::Codec;
+pub use crate::codec::Codec;
 
 pub(super) use cache::Inflated;
 pub(super) use write::Packing;

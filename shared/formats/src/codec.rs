@@ -4,6 +4,7 @@
 //! that, because output ends where the buffer does and no window beyond it is kept. The states
 //! of the libraries are made once for each thread.
 
+use crate::chunks::BadStream;
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress};
 use std::cell::RefCell;
 use zstd_safe::{CCtx, DCtx};
@@ -17,10 +18,6 @@ pub enum Codec {
     /// Zstandard frames.
     Zstd,
 }
-
-/// A stream that does not hold what it has to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in super::super) struct BadStream;
 
 /// log2 of the window of deflate streams: readers allocate no more.
 const WINDOW_BITS: u8 = 12;
@@ -38,7 +35,7 @@ thread_local! {
 
 impl Codec {
     /// The codec of a header's compression type.
-    pub(in super::super) const fn from_number(number: u8) -> Option<Self> {
+    pub(crate) const fn from_number(number: u8) -> Option<Self> {
         match number {
             0 => Some(Self::Zlib),
             1 => Some(Self::Zstd),
@@ -56,7 +53,7 @@ impl Codec {
 
     /// Longest output that is decoded between two requests rather than on another thread: what
     /// takes about 50 microseconds.
-    pub(super) const fn decoded_inline(self) -> usize {
+    pub(crate) const fn decoded_inline(self) -> usize {
         match self {
             Self::Zlib => 32 << 10,
             Self::Zstd => 64 << 10,
@@ -64,7 +61,7 @@ impl Codec {
     }
 
     /// Longest input that is encoded between two requests.
-    pub(super) const fn encoded_inline(self) -> usize {
+    pub(crate) const fn encoded_inline(self) -> usize {
         match self {
             Self::Zlib => 4 << 10,
             Self::Zstd => 16 << 10,
@@ -72,7 +69,7 @@ impl Codec {
     }
 
     /// Encodes `plain` into `packed`; `None` when it does not fit. Answers with its length.
-    pub(super) fn encode(self, plain: &[u8], packed: &mut [u8]) -> Option<usize> {
+    pub(crate) fn encode(self, plain: &[u8], packed: &mut [u8]) -> Option<usize> {
         match self {
             Self::Zlib => DEFLATE.with_borrow_mut(|state| {
                 let level = Compression::new(ZLIB_LEVEL);
@@ -98,7 +95,7 @@ impl Codec {
     }
 
     /// Fills `plain` from `packed`, which may hold more behind the stream.
-    pub(in super::super) fn decode(self, packed: &[u8], plain: &mut [u8]) -> Result<(), BadStream> {
+    pub(crate) fn decode(self, packed: &[u8], plain: &mut [u8]) -> Result<(), BadStream> {
         match self {
             Self::Zlib => INFLATE.with_borrow_mut(|state| {
                 let inflate = state.get_or_insert_with(|| Decompress::new(false));
