@@ -15,6 +15,7 @@ use crate::driver::{BoxFuture, Preallocation, Resize, WriteFlags};
 use crate::edge::Edge;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::Graph;
+use crate::naming::{combine, has_protocol};
 use crate::node::{Node, NodeOptions};
 use crate::open::{ChildRole, FILE_PROTOCOL, Options, attach_as};
 use crate::redo_log::RedoLog;
@@ -254,6 +255,25 @@ impl CreateRequest<'_> {
     pub fn data_node(&mut self, name: &str) -> Result<Edge> {
         let node = self.graph.find(name)?;
         self.attach(&node, "data-file", ChildRole::Data)
+    }
+
+    /// What the image `name`, relative to the one that is made, says about itself as one of `format`;
+    /// `None` when it is none of that format.
+    ///
+    /// # Errors
+    /// Those of opening its file.
+    pub async fn describe_backing(
+        &self,
+        name: &str,
+        format: &str,
+    ) -> Result<Option<Map<String, Value>>> {
+        let is_relative = !name.starts_with('/') && !has_protocol(name);
+        let full = match &self.target {
+            Target::Name(target) if is_relative => combine(target, name),
+            Target::Node(node) if is_relative => node.absolute_name(name)?,
+            Target::Name(_) | Target::Node(_) => name.to_owned(),
+        };
+        self.graph.describe_named(&full, format).await
     }
 
     /// Options of the protocol that were given beside those of the format.

@@ -292,6 +292,10 @@ pub trait Driver: Send + Sync {
     fn compresses(&self) -> bool {
         false
     }
+    /// Whether it stores nothing but compressed clusters: whoever copies to it has to write them so.
+    fn stores_only_compressed(&self) -> bool {
+        false
+    }
     /// Whether a node of this driver that was just made and never written reads as zeroes (but for
     /// what a backing shows).
     fn reads_zero_when_new(&self) -> bool {
@@ -370,6 +374,11 @@ pub trait Driver: Send + Sync {
     }
     /// The edges to the children, with their roles ("file", "backing", "data-file").
     fn edges(&self) -> Vec<(&'static str, &crate::Edge)>;
+    /// The child that plain data at `offset` of the disk is stored in ([`BlockStatus::offset`]), for
+    /// drivers that spread a disk over several files; `None` from others: "data-file" or "file".
+    fn data_child(&self, _offset: u64) -> Option<&crate::Edge> {
+        None
+    }
     /// The child whose content is the node's own, for filters: questions about images pass on to it.
     fn filtered(&self) -> Option<&crate::Edge> {
         None

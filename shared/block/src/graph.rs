@@ -26,7 +26,7 @@ use crate::open::{
     PROBE_BYTES, Place, Source,
 };
 use crate::secret::Secrets;
-use executor::Buffer;
+use executor::{Buffer, HeapBuffer};
 use serde_json::{Map, Value};
 use std::cell::{Cell, Ref, RefCell};
 use std::path::{Path, PathBuf};
@@ -48,6 +48,20 @@ enum Formats {
     Named,
     /// From the image's first bytes, as users of command-line tools expect.
     Probed,
+}
+
+/// What a probe looks at.
+async fn start_of(file: &Node) -> Result<HeapBuffer> {
+    let length = file.length().min(PROBE_BYTES as u64) as usize;
+    let start = Buffer::zeroed(length);
+    file.read(0, start.clone()).await.map_err(|errno| {
+        let message = format!(
+            "Could not read image for determining its format: {}",
+            crate::error::reason(errno)
+        );
+        Error::new(ErrorKind::Io, message)
+    })?;
+    Ok(start.to_heap())
 }
 
 fn unknown_driver(name: &str) -> Error {
@@ -168,16 +182,7 @@ impl Graph {
     /// # Errors
     /// `Io` when the bytes cannot be read.
     pub async fn probe(&self, file: &Node) -> Result<&'static str> {
-        let length = file.length().min(PROBE_BYTES as u64) as usize;
-        let start = Buffer::zeroed(length);
-        file.read(0, start.clone()).await.map_err(|errno| {
-            let message = format!(
-                "Could not read image for determining its format: {}",
-                crate::error::reason(errno)
-            );
-            Error::new(ErrorKind::Io, message)
-        })?;
-        let start = start.to_heap();
+        let start = start_of(file).await?;
         let scores = self.drivers.iter().filter_map(|entry| {
             let score = entry.probe?(&start);
             (score > 0).then_some((score, entry.name))
@@ -191,6 +196,12 @@ impl Graph {
             let message = "Could not determine image format: No compatible driver found";
             Error::new(ErrorKind::Invalid, message)
         })
+    }
+    /// Whether the first bytes of `file` are those of an image of `format`.
+    pub(crate) async fn is_of(&self, file: &Node, format: &str) -> Result<bool> {
+        let start = start_of(file).await?;
+        let probe = self.entry(format).and_then(|entry| entry.probe);
+        Ok(probe.is_some_and(|probe| probe(&start) > 0))
     }
     /// Opens a node (and inline children) from `--blockdev`/`blockdev-add` options and adds it.
     /// Values may be typed JSON or strings (from `key=value`).

@@ -459,24 +459,52 @@ impl OpenRequest<'_> {
     /// Opens the file that an image names for its data, under the policy for backing files, and for
     /// writing when this node writes. Users of tools name it as it lies from the working directory.
     pub async fn data_file_named(&mut self, image_file: &Edge, name: &str) -> Result<Edge> {
-        let child = self.open_data_file(image_file, name).await?;
-        self.attach(&child, "data-file", ChildRole::Data)
-    }
-
-    async fn open_data_file(&self, image_file: &Edge, name: &str) -> Result<Arc<Node>> {
-        let access = match self.node.read_only {
-            true => Access::Read,
-            false => Access::ReadWrite,
-        };
-        let image = image_file.node();
-        let directory = image.base_directory()?;
         let resolve = match self.graph.probes() {
             true => names::resolve_from_here,
             false => names::resolve,
         };
-        let found = resolve(&directory, (name, access), &self.graph.policy())?;
-        let mut place = self.below("data-file")?;
-        place.chain.extend(files_of(image));
+        let directory = image_file.node().base_directory()?;
+        let found = resolve(&directory, (name, self.access()), &self.graph.policy())?;
+        let child = self.open_found(image_file, ("data-file", name), found);
+        self.attach(&child.await?, "data-file", ChildRole::Data)
+    }
+
+    /// Opens one of several files that an image names for parts of the disk, as
+    /// [`OpenRequest::data_file_named`] does. The child is called `extents.INDEX`; one in the role
+    /// of an image holds metadata, too.
+    ///
+    /// # Errors
+    /// `Forbidden` by policy, `Corrupt` for a file of the images above, those of opening a file.
+    pub async fn extent_named(
+        &mut self,
+        image_file: &Edge,
+        (index, name): (usize, &str),
+        role: ChildRole,
+    ) -> Result<Edge> {
+        let child_name = child_name("extents", index);
+        let directory = image_file.node().base_directory()?;
+        let found = names::resolve(&directory, (name, self.access()), &self.graph.policy())?;
+        let child = self.open_found(image_file, (child_name, name), found);
+        self.attach(&child.await?, child_name, role)
+    }
+
+    /// What files that an image names for its data are opened for.
+    fn access(&self) -> Access {
+        match self.node.read_only {
+            true => Access::Read,
+            false => Access::ReadWrite,
+        }
+    }
+
+    /// Opens a file that was found under the policy for names.
+    async fn open_found(
+        &self,
+        image_file: &Edge,
+        (child_name, name): (&str, &str),
+        found: names::Found,
+    ) -> Result<Arc<Node>> {
+        let mut place = self.below(child_name)?;
+        place.chain.extend(files_of(image_file.node()));
         place.enter(found.id, name)?;
         let definition = Definition {
             options: as_map([("driver", FILE_PROTOCOL), ("filename", &found.path)]),

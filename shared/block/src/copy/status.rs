@@ -101,7 +101,9 @@ async fn in_image(node: &Node, range: ByteRange) -> Result<Above<'_>, Errno> {
     let Some(offset) = found.status.offset else {
         return Ok(found);
     };
-    let Some((_, storage)) = find("data-file").or_else(|| find("file")) else {
+    let named = || find("data-file").or_else(|| find("file"));
+    let several = node.driver().data_child(range.offset);
+    let Some(storage) = several.or_else(|| named().map(|(_, edge)| *edge)) else {
         found.storage = Some(node);
         return Ok(found);
     };

@@ -66,6 +66,8 @@ impl Node {
             let child = Value::Object(edge.node().full_options());
             match *role {
                 "backing" if !overridden => {}
+                // The image names them.
+                role if role.starts_with("extents.") => {}
                 role if role.starts_with("children.") => list.push(child),
                 role => {
                     options.insert(role.to_owned(), child);

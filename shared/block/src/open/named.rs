@@ -13,7 +13,7 @@ use crate::check::Purpose;
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Graph, NamePolicy};
 use crate::naming::{Names, Reach, has_protocol};
-use crate::node::Node;
+use crate::node::{Node, NodeOptions};
 use serde_json::{Map, Value};
 use std::sync::Arc;
 
@@ -58,6 +58,44 @@ impl Graph {
         };
         let inherited = Inherited::of(of.options(), ChildRole::Backing);
         self.open_named(named, inherited, place).await
+    }
+
+    /// What the image that a user calls `name` says about itself as one of `format`; `None` when it is
+    /// none of that format. It may be in use.
+    pub(crate) async fn describe_named(
+        &self,
+        name: &str,
+        format: &str,
+    ) -> Result<Option<Map<String, Value>>> {
+        let mut options = self.definition_of(name)?;
+        let given = options.insert("driver".to_owned(), format.into());
+        let is_other = given.is_some_and(|given| given != *format);
+        let (false, Some(Value::Object(file))) = (is_other, options.shift_remove("file")) else {
+            return Ok(None);
+        };
+        let shared = NodeOptions {
+            read_only: true,
+            force_share: true,
+            ..NodeOptions::default()
+        };
+        let inherited = Some(Inherited::of(&shared, ChildRole::Backing));
+        let place = Place {
+            purpose: Purpose::Describe,
+            ..Place::default()
+        };
+        let definition = |options, file, place| Definition {
+            options,
+            inherited,
+            place,
+            descriptor: None,
+            file,
+        };
+        let file = self.open(definition(file, None, Place::default())).await?;
+        if !self.is_of(&file, format).await? {
+            return Ok(None);
+        }
+        let node = self.open(definition(options, Some(file), place)).await?;
+        Ok(Some(node.driver().describe()))
     }
 
     /// Opens what an image names, when policy allows.

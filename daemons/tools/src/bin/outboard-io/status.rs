@@ -136,7 +136,8 @@ fn info(session: &Session<'_>) -> Answer {
         output::line(&name);
     }
     // What is no image in a file has neither clusters nor machine state.
-    if cluster_size.is_none() && driver.identity().is_none() {
+    let is_image = facts.contains_key("format-specific");
+    if cluster_size.is_none() && !is_image && driver.identity().is_none() {
         return Err(Problem::Said);
     }
     output::line(&format!(

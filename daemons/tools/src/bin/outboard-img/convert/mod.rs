@@ -118,17 +118,18 @@ async fn copy(
 async fn options(request: &Request, target: &Image) -> Result<CopyOptions, Failure> {
     let limits = target.node.driver().limits();
     let cluster = u64::from(limits.optimal_transfer);
-    let is_long = request.compressed
-        || request.offload
-        || request.sparse.is_some_and(|bytes| bytes > SPARSE_BYTES);
+    let driver = target.node.driver();
+    let compressed = request.compressed || driver.stores_only_compressed();
+    let is_long =
+        compressed || request.offload || request.sparse.is_some_and(|bytes| bytes > SPARSE_BYTES);
     let least = match is_long {
         true => LONG_CHUNK_BYTES,
         false => CHUNK_BYTES,
     };
     let mut chunk = cluster.clamp(least, MAX_CHUNK);
-    let store = match request.compressed {
+    let store = match compressed {
         false => Store::Plain,
-        true if !target.node.driver().compresses() => {
+        true if !driver.compresses() => {
             return Err(Failure::message(target::NO_COMPRESSION));
         }
         true if cluster == 0 => return Err(Failure::message("invalid cluster size")),
