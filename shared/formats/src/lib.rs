@@ -21,6 +21,7 @@ mod samples_on_disk;
 mod two_level;
 pub mod vdi;
 pub mod vhdx;
+pub mod vmdk;
 
 use block::DriverEntry;
 
@@ -37,4 +38,5 @@ pub static DRIVERS: &[DriverEntry] = &[
     raw::ENTRY,
     vdi::ENTRY,
     vhdx::ENTRY,
+    vmdk::ENTRY,
 ];

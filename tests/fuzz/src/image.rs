@@ -35,7 +35,7 @@ const KINDS: &[Kind] = &[
 ];
 
 /// The formats with a target, which is called as they are.
-pub const FORMATS: &[&str] = &["bochs", "cloop", "dmg", "qcow", "qed", "vdi"];
+pub const FORMATS: &[&str] = &["bochs", "cloop", "dmg", "qcow", "qed", "vdi", "vmdk"];
 
 /// The name of the driver of the file in memory.
 const MEMORY: &str = "memory";
@@ -171,6 +171,7 @@ pub fn seeds(format: &str) -> Vec<Seed> {
             image.truncate(8192);
             vec![("dynamic".to_owned(), image)]
         }
+        "vmdk" => vmdk(&disk),
         _ => Vec::new(),
     };
     let with_script = |(name, image): (String, Vec<u8>)| {
@@ -180,6 +181,19 @@ pub fn seeds(format: &str) -> Vec<Seed> {
         })
     };
     images.into_iter().flat_map(with_script).collect()
+}
+
+fn vmdk(disk: &[u8]) -> Vec<(String, Vec<u8>)> {
+    let line = "RW 96 FLAT \"flat.vmdk\" 0\nRW 8 SPARSE \"sparse.vmdk\"\n";
+    let descriptor = samples::vmdk::descriptor("twoGbMaxExtentSparse", line);
+    [
+        ("stream", samples::vmdk::stream(disk)),
+        ("sparse", samples::vmdk::sparse(disk)),
+        ("cowd", samples::vmdk::cowd(disk, 8)),
+        ("descriptor", descriptor.into_bytes()),
+    ]
+    .map(|(name, image)| (name.to_owned(), image))
+    .to_vec()
 }
 
 fn bochs(disk: &[u8]) -> Vec<(String, Vec<u8>)> {

@@ -3,6 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod vmdk;
+
 use executor::sim::Image;
 use filters::throttle::{ThrottleGroup, ThrottleLimits};
 use harness::conformance::{
@@ -17,6 +19,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use vmdk::{vmdk, vmdk_extent, vmdk_extents};
 use zeroize::Zeroizing;
 
 /// Length of the disks.
@@ -547,6 +550,10 @@ conformance! {
     qed_small_clusters: qed("qed, 4 KiB clusters", "cluster_size=4k,table_size=2", false);
     vdi_dynamic: vdi("static=off");
     vhdx_dynamic: vhdx("subformat=dynamic");
+    vmdk_sparse: vmdk("zeroed_grain=off", false);
+    vmdk_overlay: vmdk("zeroed_grain=on", true);
+    vmdk_plain_overlay: vmdk("zeroed_grain=off", true);
+    vmdk_several: vmdk_extents();
     qcow2_version_2_overlay: qcow2("qcow2 v2 overlay", "compat=0.10,cluster_size=4k", true);
 }
 
@@ -584,6 +591,12 @@ reading! {
     vdi_reading: converted("vdi", &[]);
     vdi_sample_reading: only_read("vdi", samples::vdi::image(&content()));
     vhdx_reading: converted("vhdx", &["-o", "block_size=1M"]);
+    vmdk_reading: converted("vmdk", &[]);
+    vmdk_compressed_reading: converted("vmdk", &["-o", "subformat=streamOptimized"]);
+    vmdk_stream_reading: only_read("vmdk", samples::vmdk::stream(&content()));
+    vmdk_cowd_reading: vmdk_extent("vmfsSparse", "VMFSSPARSE", samples::vmdk::cowd(&content(), 1));
+    vmdk_se_sparse_reading: vmdk_extent("seSparse", "SESPARSE", samples::vmdk::se_sparse(&content()));
+    vmdk_flat_reading: vmdk_extent("vmfs", "VMFS", content());
     bochs_reading: bochs(2, 4096);
     bochs_version_1_reading: bochs(1, 64 << 10);
     bochs_one_extent_reading: bochs(2, 1 << 20);
@@ -611,6 +624,7 @@ fn qemu_img_reads_the_samples_as_they_were_meant() {
         only_read("qcow", samples::qcow::image(&content())),
         only_read("qed", samples::qed::image(&content(), 0)),
         only_read("vdi", samples::vdi::image(&content())),
+        only_read("vmdk", samples::vmdk::stream(&content())),
     ];
     for subject in subjects {
         std::fs::write(&image, &subject.files[Path::new(IMAGE)]).unwrap();

@@ -19,3 +19,4 @@ mod preallocate;
 mod quorum;
 mod rig;
 mod threads;
+mod vmdk;
