@@ -129,7 +129,8 @@ fn describe(node: &Node, flat: bool) -> Value {
         "drv": node.driver().driver_name(),
         "iops": 0,
         "bps_wr": 0,
-        "write_threshold": node.write_threshold(),
+        // Signed in the schema.
+        "write_threshold": node.write_threshold().cast_signed(),
     });
     if let Some(bitmaps) = crate::bitmaps::describe(node) {
         info["dirty-bitmaps"] = bitmaps;

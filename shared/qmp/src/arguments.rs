@@ -362,8 +362,12 @@ impl Leaf {
                 Some(value) => u64::try_from(value).ok(),
                 None => return self.expects("integer"),
             },
-            None if self.value.is_u64() || self.value.is_i64() => self.value.as_u64(),
-            None => return self.expects("uint64"),
+            None => match (self.value.as_u64(), self.value.as_i64()) {
+                (Some(value), _) => Some(value),
+                // Old clients say large numbers this way.
+                (None, Some(negative)) => Some(negative.cast_unsigned()),
+                (None, None) => return self.expects("uint64"),
+            },
         };
         let in_range = value.filter(|value| *value <= max);
         in_range.map_or_else(|| self.expects(type_name), Ok)

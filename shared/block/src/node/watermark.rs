@@ -23,6 +23,8 @@ struct Slot(AtomicU64);
 /// The watermark of one node.
 pub(super) struct Watermark {
     threshold: AtomicU64,
+    /// As it was asked for: 0 for none.
+    asked: AtomicU64,
     slots: [Slot; SLOTS],
     reporter: Mutex<Reporter>,
 }
@@ -31,6 +33,7 @@ impl Default for Watermark {
     fn default() -> Self {
         Self {
             threshold: AtomicU64::new(NONE),
+            asked: AtomicU64::default(),
             slots: Default::default(),
             reporter: Mutex::default(),
         }
@@ -63,6 +66,10 @@ impl Watermark {
         // Another thread may have been here first.
         if end > threshold {
             let reporter = self.reporter.lock().unwrap_or_else(PoisonError::into_inner);
+            // Unless another was set meanwhile.
+            if self.threshold.load(Ordering::Relaxed) == NONE {
+                self.asked.store(0, Ordering::Relaxed);
+            }
             reporter.write_threshold(WriteThreshold {
                 threshold,
                 exceeded_by: end - threshold,
@@ -74,16 +81,14 @@ impl Watermark {
     pub(super) fn set_threshold(&self, threshold: u64, reporter: Reporter) {
         let mut kept = self.reporter.lock().unwrap_or_else(PoisonError::into_inner);
         *kept = reporter;
+        self.asked.store(threshold, Ordering::Relaxed);
         let threshold = if threshold == 0 { NONE } else { threshold };
         self.threshold.store(threshold, Ordering::Relaxed);
     }
 
     /// The threshold; 0 when there is none.
     pub(super) fn threshold(&self) -> u64 {
-        match self.threshold.load(Ordering::Relaxed) {
-            NONE => 0,
-            threshold => threshold,
-        }
+        self.asked.load(Ordering::Relaxed)
     }
 
     /// The end of the furthest write; 0 before the first.

@@ -71,6 +71,38 @@ fn a_write_beyond_the_threshold_is_told_once_and_how_far_nodes_were_written_is_s
 }
 
 #[test]
+fn a_threshold_is_shown_as_it_was_set_and_negative_ones_are_large() {
+    on_executor(async {
+        let engine = engine();
+        let node = json!({"driver": "null-co", "node-name": "n", "size": 1 << 20});
+        run(&engine, "blockdev-add", node).await.unwrap();
+        let shown = async || {
+            let nodes = run(&engine, "query-named-block-nodes", json!({})).await;
+            nodes.unwrap()[0]["write_threshold"].clone()
+        };
+        for (set, expected) in [
+            (json!(4096), 4096),
+            (json!(-1), -1),
+            (json!(u64::MAX), -1),
+            (json!(i64::MIN), i64::MIN),
+            (json!(0), 0),
+        ] {
+            let set = json!({"node-name": "n", "write-threshold": set});
+            run(&engine, "block-set-write-threshold", set)
+                .await
+                .unwrap();
+            assert_eq!(shown().await, expected);
+        }
+        for wrong in [json!(1.5), json!("1"), json!(1e20)] {
+            let set = json!({"node-name": "n", "write-threshold": wrong});
+            let refused = run(&engine, "block-set-write-threshold", set).await;
+            let error = refused.unwrap_err();
+            assert_eq!(error, "Parameter 'write-threshold' expects uint64");
+        }
+    });
+}
+
+#[test]
 fn boundaries_are_those_of_an_export() {
     on_executor(async {
         let engine = engine();
