@@ -127,6 +127,27 @@ fn an_allowed_directory_widens_what_names_may_open() {
 }
 
 #[test]
+fn an_allowed_driver_does_not_allow_another() {
+    let dir = directories();
+    let allow = |name: &str| NamePolicy {
+        allowed_drivers: vec![name.to_owned()],
+        ..NamePolicy::default()
+    };
+    // Nobody listens there.
+    for (name, driver, other) in [
+        ("http://127.0.0.1:1/x", "http", "nbd"),
+        ("https://127.0.0.1:1/x", "https", "http"),
+        ("nbd://127.0.0.1:1/x", "nbd", "http"),
+    ] {
+        name_backing(&dir, name);
+        let error = open(&dir, allow(other)).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Forbidden, "{name}: {error}");
+        let error = open(&dir, allow(driver)).unwrap_err();
+        assert_ne!(error.kind, ErrorKind::Forbidden, "{name}: {error}");
+    }
+}
+
+#[test]
 fn a_chain_that_bites_its_tail_is_refused() {
     let dir = directories();
     let images = dir.path().join("images");
