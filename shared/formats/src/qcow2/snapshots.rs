@@ -85,6 +85,11 @@ pub(super) struct SnapshotEntry {
     pub(super) shown: Arc<()>,
 }
 
+/// A text up to its first zero byte: QEMU's end there.
+fn before_zero(bytes: &[u8]) -> &[u8] {
+    bytes.split(|byte| *byte == 0).next().unwrap_or_default()
+}
+
 fn number(bytes: &[u8], at: usize, length: usize) -> u64 {
     let bytes = bytes.get(at..at + length).unwrap_or_default();
     bytes
@@ -120,9 +125,14 @@ impl SnapshotEntry {
         (self.extra.len() >= at + 8).then(|| number(&self.extra, at, 8))
     }
 
+    /// Whether it is the one that [`SnapshotEntry::info`] calls `id`.
+    pub(super) fn has_id(&self, id: &str) -> bool {
+        before_zero(&self.id) == id.as_bytes()
+    }
+
     /// What is known of it; `disk_size` in bytes where the entry does not tell.
     pub(super) fn info(&self, disk_size: u64) -> SnapshotInfo {
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(before_zero(bytes)).into_owned();
         let short_state = number(&self.fixed, field::VM_STATE_SIZE, 4);
         SnapshotInfo {
             id: text(&self.id),
@@ -315,6 +325,24 @@ impl SnapshotTable {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn texts_end_at_their_first_zero_byte() {
+        let info = SnapshotInfo {
+            id: "1\0x".into(),
+            name: "\0\0".into(),
+            vm_state_size: 0,
+            date_seconds: 0,
+            date_ns: 0,
+            vm_clock_ns: 0,
+            icount: None,
+            disk_size: 0,
+        };
+        let entry = SnapshotEntry::new(&info);
+        let shown = entry.info(0);
+        assert_eq!((shown.id.as_str(), shown.name.as_str()), ("1", ""));
+        assert!(entry.has_id("1") && !entry.has_id("1\0x"));
+    }
 
     #[test]
     fn an_entry_keeps_what_it_does_not_know() {

@@ -67,7 +67,7 @@ impl Qcow2 {
         let state = self.state();
         let mut entries = state.snapshots.entries.iter().enumerate();
         entries
-            .find(|(_, entry)| entry.id == id.as_bytes())
+            .find(|(_, entry)| entry.has_id(id))
             .map(|(index, entry)| (index, entry.clone()))
             .ok_or_else(|| Error {
                 errno: Some(Errno::ENOENT),
