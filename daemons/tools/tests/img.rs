@@ -612,6 +612,60 @@ fn a_data_file_is_looked_for_from_the_working_directory() {
 }
 
 #[test]
+fn sigusr1_has_the_progress_told_once() {
+    let scratch = tempfile::tempdir().expect("a temporary directory");
+    let path = |name: &str| scratch.path().join(name);
+    std::fs::write(path("a"), vec![7; 1 << 20]).expect("a new file");
+    // Blocked and pending when the program starts, so that its first step finds it.
+    let script = "import os, signal, sys\n\
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})\n\
+        os.kill(os.getpid(), signal.SIGUSR1)\n\
+        os.execv(sys.argv[1], sys.argv[1:])";
+    let convert = format!("{} convert -f raw -O qcow2 a b", PROGRAMS[1]);
+    let arguments = [&["-c".to_owned(), script.to_owned()], &words(&convert)[..]].concat();
+    let Outcome(code, printed, error) = run(scratch.path(), "python3", &arguments);
+    assert_eq!((code, printed.as_str()), (Some(0), ""), "{error}");
+    let told = error
+        .strip_prefix('(')
+        .and_then(|error| error.strip_suffix("/100%)"));
+    let percent: f64 = told.and_then(|text| text.parse().ok()).expect(&error);
+    assert!((0.0..=100.0).contains(&percent), "{percent}");
+}
+
+#[test]
+fn convert_with_copy_range_leaves_the_copy_to_the_kernel() {
+    let traces = Command::new("strace")
+        .args(["-o", "/dev/null", "true"])
+        .status();
+    if !traces.is_ok_and(|status| status.success()) {
+        println!("skipped: strace does not work here");
+        return;
+    }
+    let scratch = tempfile::tempdir().expect("a temporary directory");
+    let content: Vec<u8> = (0..1 << 20)
+        .map(|index| (index / 4096 % 255) as u8 + 1)
+        .collect();
+    std::fs::write(scratch.path().join("a"), &content).expect("a new file");
+    let copied_bytes = |option: &str, name: &str| {
+        let own = PROGRAMS[1];
+        let line = format!(
+            "-f -qq -o calls -e trace=copy_file_range {own} convert {option} -f raw -O raw a {name}"
+        );
+        let outcome = run(scratch.path(), "strace", &words(&line));
+        assert_eq!(outcome.0, Some(0), "{outcome:?}");
+        assert!(std::fs::read(scratch.path().join(name)).expect("the copy") == content);
+        let calls = std::fs::read_to_string(scratch.path().join("calls")).expect("the calls");
+        let results = calls.lines().filter_map(|line| line.rsplit_once("= "));
+        let bytes: u64 = results
+            .filter_map(|(_, result)| result.trim().parse::<u64>().ok())
+            .sum();
+        bytes
+    };
+    assert_eq!(copied_bytes("-C", "b"), content.len() as u64);
+    assert_eq!(copied_bytes("", "c"), 0);
+}
+
+#[test]
 fn encrypted_images_are_made_and_measured_like_those_of_qemu_img() {
     if !has_qemu() {
         return;
