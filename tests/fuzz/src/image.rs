@@ -8,6 +8,7 @@ use crate::memory_file::MemoryFile;
 use crate::processor_time;
 use crate::script::{Kind, Script, Step};
 use crate::seeds::Seed;
+use crate::vhdx;
 use block::graph::{Graph, NamePolicy};
 use block::{
     Buffer, DriverEntry, Node, Permissions, Preallocation, Resize, Root, RootHandle, WriteFlags,
@@ -35,7 +36,9 @@ const KINDS: &[Kind] = &[
 ];
 
 /// The formats with a target, which is called as they are.
-pub const FORMATS: &[&str] = &["bochs", "cloop", "dmg", "qcow", "qed", "vdi", "vmdk"];
+pub const FORMATS: &[&str] = &[
+    "bochs", "cloop", "dmg", "qcow", "qed", "vdi", "vhdx", "vmdk",
+];
 
 /// The name of the driver of the file in memory.
 const MEMORY: &str = "memory";
@@ -61,7 +64,10 @@ pub fn run(format: &str, input: &[u8]) {
     let Some(script) = Script::of_kinds(KINDS, input) else {
         return;
     };
-    IMAGE.set(MemoryFile::new(script.image));
+    IMAGE.set(match format {
+        "vhdx" => vhdx::file(script.image),
+        _ => MemoryFile::new(script.image),
+    });
     processor_time::bounded(|| {
         EXECUTOR.with(|executor| executor.block_on(work(format, &script)));
     });
@@ -171,6 +177,7 @@ pub fn seeds(format: &str) -> Vec<Seed> {
             image.truncate(8192);
             vec![("dynamic".to_owned(), image)]
         }
+        "vhdx" => vhdx::seeds(&disk),
         "vmdk" => vmdk(&disk),
         _ => Vec::new(),
     };

@@ -7,7 +7,7 @@
 //!   input = script (header, steps) ++ image file
 //!     │ open in memory ─► steps: read, write, zero, discard ... ─► close ─► check ─► open again
 //!     └─ an image that was sound stays sound, and reads back what was written
-//! bochs, cloop, dmg, qcow, qed, vdi, vmdk:
+//! bochs, cloop, dmg, qcow, qed, vdi, vhdx, vmdk:
 //!   input = script ++ image file
 //!     │ open in memory ─► steps ─► close
 //! luks:
@@ -42,3 +42,4 @@ pub mod qcow2;
 pub mod script;
 pub mod seeds;
 pub mod target;
+mod vhdx;

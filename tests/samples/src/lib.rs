@@ -11,6 +11,7 @@ pub mod dmg;
 pub mod qcow;
 pub mod qed;
 pub mod vdi;
+pub mod vhdx;
 pub mod vmdk;
 
 /// Bytes of a sector.

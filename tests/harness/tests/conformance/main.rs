@@ -320,6 +320,14 @@ fn converted(driver: &'static str, arguments: &[&str]) -> Subject {
     only_read(driver, std::fs::read(&path).unwrap())
 }
 
+fn vhdx_sample(sector_bytes: u32) -> Subject {
+    let shape = samples::vhdx::Shape {
+        sector_bytes,
+        is_logged: false,
+    };
+    only_read("vhdx", samples::vhdx::image(shape, &content()))
+}
+
 fn bochs(version: u32, extent_bytes: usize) -> Subject {
     let shape = samples::bochs::Shape {
         version,
@@ -591,6 +599,7 @@ reading! {
     vdi_reading: converted("vdi", &[]);
     vdi_sample_reading: only_read("vdi", samples::vdi::image(&content()));
     vhdx_reading: converted("vhdx", &["-o", "block_size=1M"]);
+    vhdx_sample_reading: vhdx_sample(4096);
     vmdk_reading: converted("vmdk", &[]);
     vmdk_compressed_reading: converted("vmdk", &["-o", "subformat=streamOptimized"]);
     vmdk_stream_reading: only_read("vmdk", samples::vmdk::stream(&content()));
@@ -624,6 +633,8 @@ fn qemu_img_reads_the_samples_as_they_were_meant() {
         only_read("qcow", samples::qcow::image(&content())),
         only_read("qed", samples::qed::image(&content(), 0)),
         only_read("vdi", samples::vdi::image(&content())),
+        // The peer knows no larger sectors.
+        vhdx_sample(512),
         only_read("vmdk", samples::vmdk::stream(&content())),
     ];
     for subject in subjects {

@@ -3,6 +3,7 @@
 mod hostile;
 mod peer;
 mod power;
+mod sample;
 
 use super::create::{Kind, Plan};
 use super::metadata::Shape;
