@@ -634,13 +634,6 @@ fn sigusr1_has_the_progress_told_once() {
 
 #[test]
 fn convert_with_copy_range_leaves_the_copy_to_the_kernel() {
-    let traces = Command::new("strace")
-        .args(["-o", "/dev/null", "true"])
-        .status();
-    if !traces.is_ok_and(|status| status.success()) {
-        println!("skipped: strace does not work here");
-        return;
-    }
     let scratch = tempfile::tempdir().expect("a temporary directory");
     let content: Vec<u8> = (0..1 << 20)
         .map(|index| (index / 4096 % 255) as u8 + 1)
