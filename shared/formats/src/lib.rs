@@ -22,6 +22,7 @@ mod two_level;
 pub mod vdi;
 pub mod vhdx;
 pub mod vmdk;
+pub mod vpc;
 
 use block::DriverEntry;
 
@@ -39,4 +40,5 @@ pub static DRIVERS: &[DriverEntry] = &[
     vdi::ENTRY,
     vhdx::ENTRY,
     vmdk::ENTRY,
+    vpc::ENTRY,
 ];

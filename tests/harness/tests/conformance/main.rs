@@ -292,6 +292,39 @@ fn parallels_check(files: &Image) -> Result<(), String> {
     }
 }
 
+/// A vpc image: after whatever happened, the peer reads all of it, and all sectors of blocks count.
+fn vpc(options: &str) -> Subject {
+    Subject {
+        check: vpc_check,
+        ..mapped("vpc", options)
+    }
+}
+
+fn vpc_check(files: &Image) -> Result<(), String> {
+    let image = &files[Path::new(IMAGE)];
+    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let (path, raw) = (directory.path().join("image"), directory.path().join("raw"));
+    std::fs::write(&path, image).unwrap();
+    let output = Command::new("qemu-img")
+        .args(["convert", "-f", "vpc", "-O", "raw"])
+        .args([&path, &raw])
+        .output()
+        .unwrap();
+    if !output.status.success() {
+        return Err(format!("{output:?}"));
+    }
+    if image[512..].starts_with(b"cxsparse") {
+        let entries = image[1536..2048].as_chunks().0.iter();
+        for entry in entries.map(|entry| u32::from_be_bytes(*entry)) {
+            let bitmap = image.get(entry as usize * 512..).unwrap_or(&[0xff; 512]);
+            if entry != u32::MAX && bitmap.iter().take(512).any(|byte| *byte != 0xff) {
+                return Err(format!("sectors of the block at {entry} do not count"));
+            }
+        }
+    }
+    Ok(())
+}
+
 /// What the images that are read hold: zeroes, repeated bytes, noise.
 fn content() -> Vec<u8> {
     samples::disk(LENGTH, 7)
@@ -562,6 +595,8 @@ conformance! {
     vmdk_overlay: vmdk("zeroed_grain=on", true);
     vmdk_plain_overlay: vmdk("zeroed_grain=off", true);
     vmdk_several: vmdk_extents();
+    vpc_dynamic: vpc("force_size=on");
+    vpc_fixed: vpc("subformat=fixed");
     qcow2_version_2_overlay: qcow2("qcow2 v2 overlay", "compat=0.10,cluster_size=4k", true);
 }
 
@@ -597,6 +632,8 @@ reading! {
     qed_sample_reading: only_read("qed", samples::qed::image(&content(), 0));
     qed_small_clusters_reading: converted("qed", &["-o", "cluster_size=4k,table_size=2"]);
     vdi_reading: converted("vdi", &[]);
+    vpc_reading: converted("vpc", &["-o", "force_size=on"]);
+    vpc_fixed_reading: converted("vpc", &["-o", "subformat=fixed,force_size=on"]);
     vdi_sample_reading: only_read("vdi", samples::vdi::image(&content()));
     vhdx_reading: converted("vhdx", &["-o", "block_size=1M"]);
     vhdx_sample_reading: vhdx_sample(4096);
