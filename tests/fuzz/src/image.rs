@@ -37,7 +37,16 @@ const KINDS: &[Kind] = &[
 
 /// The formats with a target, which is called as they are.
 pub const FORMATS: &[&str] = &[
-    "bochs", "cloop", "dmg", "qcow", "qed", "vdi", "vhdx", "vmdk",
+    "bochs",
+    "cloop",
+    "dmg",
+    "parallels",
+    "qcow",
+    "qed",
+    "vdi",
+    "vhdx",
+    "vmdk",
+    "vpc",
 ];
 
 /// The name of the driver of the file in memory.
@@ -167,6 +176,7 @@ pub fn seeds(format: &str) -> Vec<Seed> {
             .map(|bytes| (format!("{bytes}"), samples::cloop::image(bytes, &disk)))
             .to_vec(),
         "dmg" => dmg(&disk),
+        "parallels" => parallels(&disk),
         "qcow" => vec![("packed".to_owned(), samples::qcow::image(&disk))],
         "qed" => qed(&disk),
         "vdi" => {
@@ -179,6 +189,9 @@ pub fn seeds(format: &str) -> Vec<Seed> {
         }
         "vhdx" => vhdx::seeds(&disk),
         "vmdk" => vmdk(&disk),
+        "vpc" => [512, 4096, 64 << 10]
+            .map(|bytes| (format!("{bytes}"), samples::vpc::image(bytes, &disk)))
+            .to_vec(),
         _ => Vec::new(),
     };
     let with_script = |(name, image): (String, Vec<u8>)| {
@@ -201,6 +214,20 @@ fn vmdk(disk: &[u8]) -> Vec<(String, Vec<u8>)> {
     ]
     .map(|(name, image)| (name.to_owned(), image))
     .to_vec()
+}
+
+fn parallels(disk: &[u8]) -> Vec<(String, Vec<u8>)> {
+    use samples::parallels::{Form, Shape};
+    let shapes = [(Form::Sectors, 7), (Form::Blocks, 8), (Form::Extended, 8)];
+    let image = |(form, block_sectors)| {
+        let shape = Shape {
+            form,
+            block_sectors,
+        };
+        let name = format!("{form:?}").to_lowercase();
+        (name, samples::parallels::image(shape, disk))
+    };
+    shapes.map(image).to_vec()
 }
 
 fn bochs(disk: &[u8]) -> Vec<(String, Vec<u8>)> {

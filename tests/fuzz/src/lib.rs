@@ -7,7 +7,7 @@
 //!   input = script (header, steps) ++ image file
 //!     │ open in memory ─► steps: read, write, zero, discard ... ─► close ─► check ─► open again
 //!     └─ an image that was sound stays sound, and reads back what was written
-//! bochs, cloop, dmg, qcow, qed, vdi, vhdx, vmdk:
+//! bochs, cloop, dmg, parallels, qcow, qed, vdi, vhdx, vmdk, vpc:
 //!   input = script ++ image file
 //!     │ open in memory ─► steps ─► close
 //! luks:

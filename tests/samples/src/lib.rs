@@ -8,11 +8,13 @@
 pub mod bochs;
 pub mod cloop;
 pub mod dmg;
+pub mod parallels;
 pub mod qcow;
 pub mod qed;
 pub mod vdi;
 pub mod vhdx;
 pub mod vmdk;
+pub mod vpc;
 
 /// Bytes of a sector.
 pub const SECTOR: usize = 512;

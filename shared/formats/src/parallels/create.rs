@@ -14,13 +14,13 @@ const MAX_BLOCKS: u64 = 1 << 32;
 /// How images are made.
 pub(super) const CREATOR: Creator = Creator {
     options: &[
+        OptionSpec::new(("size", "size"), OptionKind::Size, "Virtual disk size"),
         OptionSpec::new(
             ("cluster_size", "cluster-size"),
             OptionKind::Size,
             "Parallels image cluster size",
         )
         .with_default("1048576"),
-        OptionSpec::new(("size", "size"), OptionKind::Size, "Virtual disk size"),
     ],
     size_unit: SECTOR,
     create: |request| Box::pin(create(request)),

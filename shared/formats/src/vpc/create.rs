@@ -20,17 +20,17 @@ const EPOCH: u64 = 946_684_800;
 /// How images are made.
 pub(super) const CREATOR: Creator = Creator {
     options: &[
-        OptionSpec::new(
-            ("force_size", "force-size"),
-            OptionKind::Switch,
-            "Force disk size calculation to use the actual size specified, rather than using the \
-             nearest CHS-based calculation",
-        ),
         OptionSpec::new(("size", "size"), OptionKind::Size, "Virtual disk size"),
         OptionSpec::new(
             ("subformat", "subformat"),
             OptionKind::Text,
             "Type of virtual hard disk format. Supported formats are {dynamic (default) | fixed} ",
+        ),
+        OptionSpec::new(
+            ("force_size", "force-size"),
+            OptionKind::Switch,
+            "Force disk size calculation to use the actual size specified, rather than using the \
+             nearest CHS-based calculation",
         ),
     ],
     size_unit: SECTOR,

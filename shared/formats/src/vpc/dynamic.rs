@@ -237,7 +237,7 @@ impl Layout for Dynamic {
     }
     fn mapping(&self, entry: u32) -> Mapping {
         match entry {
-            NOWHERE => Mapping::Unallocated,
+            NOWHERE => Mapping::Zero(None),
             entry => Mapping::Data(Self::bitmap_offset(entry) + self.header.bitmap_bytes()),
         }
     }

@@ -278,11 +278,6 @@ impl Header {
         if !bytes.starts_with(HEADER_COOKIE) {
             return Err(corrupt("invalid VPC image: no dynamic disk header"));
         }
-        if u32::from_be_bytes(field(bytes, HEADER_CHECKSUM_AT))
-            != checksum(bytes, HEADER_CHECKSUM_AT)
-        {
-            return Err(corrupt("Incorrect dynamic disk header checksum"));
-        }
         let header = Self {
             map_offset: u64::from_be_bytes(field(bytes, 16)),
             entries: u32::from_be_bytes(field(bytes, 28)),
@@ -301,6 +296,11 @@ impl Header {
         }
         if header.map_offset > i64::MAX as u64 / 2 {
             return Err(corrupt("invalid VPC image: block map beyond 2^62"));
+        }
+        if u32::from_be_bytes(field(bytes, HEADER_CHECKSUM_AT))
+            != checksum(bytes, HEADER_CHECKSUM_AT)
+        {
+            return Err(corrupt("Incorrect dynamic disk header checksum"));
         }
         Ok(header)
     }

@@ -370,6 +370,14 @@ fn bochs(version: u32, extent_bytes: usize) -> Subject {
     only_read("bochs", samples::bochs::image(shape, &content()))
 }
 
+fn parallels_sample(form: samples::parallels::Form, block_sectors: usize) -> Subject {
+    let shape = samples::parallels::Shape {
+        form,
+        block_sectors,
+    };
+    only_read("parallels", samples::parallels::image(shape, &content()))
+}
+
 fn dmg(codec: Codec, table: Table) -> Subject {
     let shape = samples::dmg::Shape {
         codec,
@@ -622,6 +630,7 @@ macro_rules! reading {
 
 reading! {
     parallels_reading: converted("parallels", &["-o", "cluster_size=64k"]);
+    parallels_older_reading: parallels_sample(samples::parallels::Form::Sectors, 63);
     raw_reading: converted("raw", &[]);
     qcow2_reading: converted("qcow2", &[]);
     qcow2_compressed_reading: converted("qcow2", &["-c", "-o", "cluster_size=4k"]);
@@ -633,6 +642,7 @@ reading! {
     qed_small_clusters_reading: converted("qed", &["-o", "cluster_size=4k,table_size=2"]);
     vdi_reading: converted("vdi", &[]);
     vpc_reading: converted("vpc", &["-o", "force_size=on"]);
+    vpc_sample_reading: only_read("vpc", samples::vpc::image(8192, &content()));
     vpc_fixed_reading: converted("vpc", &["-o", "subformat=fixed,force_size=on"]);
     vdi_sample_reading: only_read("vdi", samples::vdi::image(&content()));
     vhdx_reading: converted("vhdx", &["-o", "block_size=1M"]);
@@ -673,6 +683,9 @@ fn qemu_img_reads_the_samples_as_they_were_meant() {
         // The peer knows no larger sectors.
         vhdx_sample(512),
         only_read("vmdk", samples::vmdk::stream(&content())),
+        parallels_sample(samples::parallels::Form::Sectors, 63),
+        parallels_sample(samples::parallels::Form::Blocks, 128),
+        only_read("vpc", samples::vpc::image(8192, &content())),
     ];
     for subject in subjects {
         std::fs::write(&image, &subject.files[Path::new(IMAGE)]).unwrap();
