@@ -36,6 +36,9 @@ pub enum RateError {
     /// A bucket that holds nothing.
     #[error("'{0}-burst' must be at least 1")]
     EmptyBurst(&'static str),
+    /// A number that is negative where it was written.
+    #[error("'{0}' must be below 2^63")]
+    TooLarge(&'static str),
 }
 
 impl RateOptions {
@@ -47,8 +50,19 @@ impl RateOptions {
     /// Refuses what makes no sense.
     ///
     /// # Errors
-    /// A burst without a rate, or an empty one.
+    /// A burst without a rate, or an empty one; a number of 2^63 or more, which is how QMP's negative numbers
+    /// arrive.
     pub fn check(&self) -> Result<(), RateError> {
+        for (name, value) in [
+            ("bytes", self.bytes),
+            ("bytes-burst", self.bytes_burst),
+            ("packets", self.packets),
+            ("packets-burst", self.packets_burst),
+        ] {
+            if i64::try_from(value.unwrap_or(0)).is_err() {
+                return Err(RateError::TooLarge(name));
+            }
+        }
         for (name, rate, burst) in [
             ("bytes", self.bytes, self.bytes_burst),
             ("packets", self.packets, self.packets_burst),

@@ -237,6 +237,10 @@ fn bursts_that_make_no_sense_are_refused() {
     };
     assert_eq!(lone.check(), Err(RateError::BurstWithoutRate("packets")));
     assert_eq!(bytes(1, 0).check(), Err(RateError::EmptyBurst("bytes")));
+    assert_eq!(
+        bytes(u64::MAX, 1).check(),
+        Err(RateError::TooLarge("bytes"))
+    );
     assert_eq!(bytes(1, 1).check(), Ok(()));
     assert_eq!(RateOptions::default().check(), Ok(()));
 }
