@@ -106,7 +106,8 @@ image() {
 }
 fillraw() { dd if=/dev/zero bs=1M count=$SIZE_MB status=none | tr '\0' '\125' | dd of="$1" bs=1M conv=notrunc,fsync iflag=fullblock status=none; }
 fillq() { for o in $(seq 0 64 $((SIZE_MB - 64))); do echo "write -P 0x55 ${o}M 64M"; done | $QIO -f qcow2 "$1" >/dev/null; }
-first_data() { $QIMG map --output=json "$1" | python3 -c 'import json, sys; print(next(e["offset"] for e in json.load(sys.stdin) if "offset" in e))'; }
+# Not of every format does qemu-img tell where the data is.
+first_data() { "$TARGET/outboard-img" map --output=json "$1" | python3 -c 'import json, sys; print(next(e["offset"] for e in json.load(sys.stdin) if "offset" in e))'; }
 mkfull() { local options=()
   # Of a VHD's length only what its geometry can express, unless told otherwise.
   [ "$FMT" = vpc ] && options=(-o force_size=on)
