@@ -6,7 +6,7 @@ use block::{Buffer, Edge, Errno, WriteFlags};
 pub(crate) async fn read_bytes(file: &Edge, offset: u64, length: usize) -> Result<Vec<u8>, Errno> {
     let buffer = Buffer::zeroed(length);
     file.node().read(offset, buffer.clone()).await?;
-    Ok(buffer.to_heap().to_vec())
+    Ok(buffer.into_heap().to_vec())
 }
 
 /// Writes `bytes` at `offset` of a child.

@@ -1,6 +1,11 @@
 //! A map of blocks in memory: one atomic for each block of the disk.
 
+use crate::bytes::read_bytes;
+use block::{Edge, Error, ErrorKind};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+/// Bytes of a map that are read at a time: an image may have tens of MiB of it.
+const READ_STEP: usize = 1 << 20;
 
 /// An entry of a map as it is kept in memory.
 pub(crate) trait Entry: Copy + Eq + Send + Sync + 'static {
@@ -38,6 +43,33 @@ entry!(u64, AtomicU64);
 pub(crate) struct BlockMap<E: Entry>(Box<[E::Atomic]>);
 
 impl<E: Entry> BlockMap<E> {
+    /// The `count` entries of `N` bytes at `offset` of a file.
+    ///
+    /// # Errors
+    /// `Corrupt` when the file ends before they do, `Io`; said behind `context`.
+    pub(crate) async fn read<const N: usize>(
+        file: &Edge,
+        (offset, count): (u64, usize),
+        (decode, context): (impl Fn([u8; N]) -> E, &str),
+    ) -> Result<Self, Error> {
+        let end = offset.saturating_add((count * N) as u64);
+        let length = file.node().length();
+        if end > length {
+            let message =
+                format!("{context}: it ends at {end}, beyond the end of the file ({length})");
+            return Err(Error::new(ErrorKind::Corrupt, message));
+        }
+        let mut entries = Vec::with_capacity(count);
+        while entries.len() < count {
+            let next = (count - entries.len()).min(READ_STEP / N);
+            let at = offset + (entries.len() * N) as u64;
+            let bytes = read_bytes(file, at, next * N).await;
+            let bytes = bytes.map_err(|errno| Error::io(context, errno))?;
+            let (read, _) = bytes.as_chunks();
+            entries.extend(read.iter().map(|entry| decode(*entry).kept()));
+        }
+        Ok(Self(entries.into()))
+    }
     /// The number of blocks that have an entry.
     pub(crate) fn len(&self) -> usize {
         self.0.len()

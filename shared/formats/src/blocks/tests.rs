@@ -3,7 +3,7 @@
 use super::*;
 use crate::qcow2::tests::rig::{edge, leaf};
 use block::open::ChildRole;
-use block::{Buffer, FormatNode, Node, NodeOptions, WriteFlags};
+use block::{Buffer, ErrorKind, FormatNode, Node, NodeOptions, WriteFlags};
 use executor::Executor;
 use executor::sim::{Config, Image, World};
 use std::path::Path;
@@ -211,4 +211,24 @@ fn blocks_beside_the_grid_take_two_places() {
     assert!(places(10_000 - stride).is_empty());
     assert!(places(u64::MAX - LEAD).is_empty());
     assert_eq!(shape.places_before(10_000 + stride + 1), 2);
+}
+
+#[test]
+fn a_map_is_read_in_pieces_and_must_be_in_the_file() {
+    // Longer than what is read at a time.
+    const ENTRIES: usize = (1 << 18) + 5;
+    let file: Vec<u8> = (0..ENTRIES as u32).flat_map(u32::to_le_bytes).collect();
+    let world = World::with_files(Config::default(), Image::from([(IMAGE.into(), file)]));
+    Executor::simulated(&world).block_on(async {
+        let file = edge(&leaf(Path::new(IMAGE)), "file", ChildRole::Image);
+        let read = async |place| BlockMap::read(&file, place, (u32::from_le_bytes, "map")).await;
+        let map = read((4, ENTRIES - 1)).await.unwrap();
+        assert!(map.iter().eq(1..ENTRIES as u32));
+        // The file is as long as whole sectors.
+        for (offset, entries) in [(4, ENTRIES + 200), (u64::MAX, 1), (0, 1 << 30)] {
+            let refused = read((offset, entries)).await.err().unwrap();
+            assert_eq!(refused.kind, ErrorKind::Corrupt);
+            assert!(refused.message.contains("beyond the end of the file"));
+        }
+    });
 }

@@ -150,11 +150,9 @@ impl Parallels {
     }
 
     async fn read_map(&self) -> Result<BlockMap<u32>, Error> {
-        let length = self.header.entries as usize * size_of::<u32>();
-        let bytes = read_bytes(&self.file, HEADER_BYTES as u64, length).await;
-        let bytes = bytes.map_err(|errno| Error::io("Could not read the block map", errno))?;
-        let entries = bytes.as_chunks().0.iter();
-        Ok(entries.map(|entry| u32::from_le_bytes(*entry)).collect())
+        let place = (HEADER_BYTES as u64, self.header.entries as usize);
+        let how = (u32::from_le_bytes, "Could not read the block map");
+        BlockMap::read(&self.file, place, how).await
     }
 
     /// Refuses to write to an image that another writer left, or whose blocks are its own map.

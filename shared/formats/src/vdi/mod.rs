@@ -75,23 +75,17 @@ impl Vdi {
     /// # Errors
     /// `Corrupt`, `Unsupported` naming what it is, `Io`.
     async fn open(file: Edge, purpose: Purpose) -> Result<Blocks<Self>, Error> {
-        let failed = |what: &str| {
-            let context = format!("Could not read the {what}");
-            move |errno| Error::io(context, errno)
-        };
         let bytes = read_bytes(&file, 0, HEADER_BYTES).await;
-        let bytes = bytes.map_err(failed("header"))?;
+        let bytes = bytes.map_err(|errno| Error::io("Could not read the header", errno))?;
         let header = Header::parse(bytes.first_chunk().expect("as many as were asked for"))?;
         let mapped = match purpose {
             Purpose::Describe => 0,
             _ if header.blocks > MAX_MAPPED => return Err(too_large(header.disk_bytes)),
             _ => header.blocks,
         };
-        let length = mapped as usize * size_of::<u32>();
-        let bytes = read_bytes(&file, u64::from(header.map_offset), length).await;
-        let bytes = bytes.map_err(failed("block map"))?;
-        let entries = bytes.as_chunks().0.iter();
-        let map: BlockMap<u32> = entries.map(|entry| u32::from_le_bytes(*entry)).collect();
+        let place = (u64::from(header.map_offset), mapped as usize);
+        let how = (u32::from_le_bytes, "Could not read the block map");
+        let map = BlockMap::read(&file, place, how).await?;
         let shape = Shape {
             disk_bytes: header.disk_bytes,
             block_bytes: BLOCK,

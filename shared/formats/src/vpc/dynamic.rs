@@ -186,11 +186,9 @@ async fn read_header(file: &Edge, opened: &Opened) -> Result<Header, Error> {
 }
 
 async fn read_map(file: &Edge, header: &Header) -> Result<BlockMap<u32>, Error> {
-    let length = header.entries as usize * size_of::<u32>();
-    let bytes = read_bytes(file, header.map_offset, length).await;
-    let bytes = bytes.map_err(|errno| Error::io("Error reading pagetable", errno))?;
-    let entries = bytes.as_chunks().0.iter();
-    Ok(entries.map(|entry| u32::from_be_bytes(*entry)).collect())
+    let place = (header.map_offset, header.entries as usize);
+    let how = (u32::from_be_bytes, "Error reading pagetable");
+    BlockMap::read(file, place, how).await
 }
 
 /// Behind the map and all blocks.
