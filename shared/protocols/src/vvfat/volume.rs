@@ -388,20 +388,14 @@ fn bytes_or_zeroes(bytes: &[u8], at: u64, end: u64) -> (Piece<'_>, u64) {
     }
 }
 
-/// The names of all entries.
+/// The names of all entries. The top directory's own, the first, is nowhere to be seen.
 fn names_of(tree: &Tree) -> Vec<Names> {
-    let mut taken = Taken::default();
-    let mut parent = None;
-    let entries = tree.entries().iter().enumerate();
-    let names = entries.map(|(index, entry)| {
-        // A directory's entries follow one another.
-        if index == 0 || parent.replace(entry.parent) != Some(entry.parent) {
-            taken = Taken::default();
-        }
-        if index == 0 {
-            parent = None;
-        }
-        taken.names(&entry.name)
+    let (top, below) = tree.entries().split_at(1);
+    let directories = below.chunk_by(|one, other| one.parent == other.parent);
+    let directories = std::iter::once(top).chain(directories);
+    let names = directories.flat_map(|entries| {
+        let mut taken = Taken::default();
+        entries.iter().map(move |entry| taken.names(&entry.name))
     });
     names.collect()
 }
