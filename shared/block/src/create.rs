@@ -321,10 +321,7 @@ enum Made {
 /// Makes sure that nothing is found in what was there before, and that it is long enough.
 async fn clear(node: &Node, length: u64) -> Result<()> {
     if node.length() < length {
-        let resize = Resize {
-            length,
-            preallocation: Preallocation::Off,
-        };
+        let resize = Resize::to(length);
         node.resize(resize).await?;
     }
     let first = Buffer::zeroed(node.length().min(SECTOR) as usize);

@@ -177,6 +177,16 @@ pub struct Resize {
     pub preallocation: Preallocation,
 }
 
+impl Resize {
+    /// To `length` bytes, without allocating anything.
+    pub const fn to(length: u64) -> Self {
+        Self {
+            length,
+            preallocation: Preallocation::Off,
+        }
+    }
+}
+
 /// What an image says about its backing file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BackingReference {

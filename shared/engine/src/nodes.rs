@@ -3,8 +3,8 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
+use block::Resize;
 use block::node::{DetectZeroes, Node};
-use block::{Preallocation, Resize};
 use qmp::{Arguments, Error, Map, Result, Value, json};
 use serde::Deserialize;
 
@@ -71,10 +71,7 @@ pub(crate) async fn block_resize(engine: &Rc<Engine>, arguments: Arguments) -> R
     )?;
     let length =
         u64::try_from(request.size).map_err(|_| Error::parameter_expects("size", "a >0 size"))?;
-    let resize = Resize {
-        length,
-        preallocation: Preallocation::Off,
-    };
+    let resize = Resize::to(length);
     node.resize(resize).await.map_err(from_block)?;
     tracing::info!(node = node.name(), bytes = length, "node resized");
     Ok(json!({}))

@@ -140,10 +140,7 @@ impl Preallocate {
     async fn trim(&self, reserved: &mut Reserved) -> Result<()> {
         let length = self.data_end();
         if self.child().length() > length {
-            let trimmed = Resize {
-                length,
-                preallocation: Preallocation::Off,
-            };
+            let trimmed = Resize::to(length);
             self.child().resize(trimmed).await?;
         }
         reserved.end = length;

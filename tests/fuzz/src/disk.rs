@@ -11,8 +11,8 @@ use block::open::ChildRole;
 use block::snapshot::NewSnapshot;
 use block::{
     Buffer, ByteRange, CheckOptions, CheckResult, CheckSink, Driver, Edge, Errno, FormatNode, Node,
-    NodeOptions, Permissions, Preallocation, RedoLog, Repair, Resize, Root, RootHandle, Tweak,
-    WriteFlags, ZeroFlags,
+    NodeOptions, Permissions, RedoLog, Repair, Resize, Root, RootHandle, Tweak, WriteFlags,
+    ZeroFlags,
 };
 use formats::luks::{self, Algorithm, IvKind, Mode};
 use formats::qcow2::{self, CacheOptions, Crypto, OpenOptions, Qcow2};
@@ -392,10 +392,7 @@ impl<'s> Disk<'s> {
         if self.node.options().read_only {
             return;
         }
-        let resize = Resize {
-            length,
-            preallocation: Preallocation::Off,
-        };
+        let resize = Resize::to(length);
         self.model.borrow_mut().cut(length);
         if self.node.resize(resize).await.is_ok() {
             assert_eq!(self.node.length(), length, "resized to another length");

@@ -11,8 +11,7 @@ use crate::seeds::Seed;
 use crate::vhdx;
 use block::graph::{Graph, NamePolicy};
 use block::{
-    Buffer, DriverEntry, Node, Permissions, Preallocation, Resize, Root, RootHandle, WriteFlags,
-    ZeroFlags,
+    Buffer, DriverEntry, Node, Permissions, Resize, Root, RootHandle, WriteFlags, ZeroFlags,
 };
 use executor::{Config, Executor};
 use serde_json::json;
@@ -137,10 +136,7 @@ async fn request(node: &Node, root: &RootHandle, step: Step) {
         Kind::Discard => root.discard(range).await,
         Kind::Flush => root.flush().await,
         Kind::Resize => {
-            let resize = Resize {
-                length: (range.offset + range.length).min(MAX_DISK),
-                preallocation: Preallocation::Off,
-            };
+            let resize = Resize::to((range.offset + range.length).min(MAX_DISK));
             let resized = node.resize(resize).await;
             resized.map_err(|_| block::Errno::EINVAL)
         }

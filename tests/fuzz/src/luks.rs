@@ -13,7 +13,7 @@ use crate::disk::{edge, leaf};
 use crate::memory_file::MemoryFile;
 use crate::qcow2::in_time;
 use block::open::ChildRole;
-use block::{Edge, Preallocation, Resize, SectorCipher, Tweak};
+use block::{Edge, Resize, SectorCipher, Tweak};
 use formats::luks::{Amend, Header, Location, SLOTS, Select, Served, Volume};
 use std::sync::Arc;
 use zeroize::Zeroizing;
@@ -41,10 +41,7 @@ pub fn run(input: &[u8]) {
 
 async fn run_header(choice: u8, bytes: &[u8]) {
     let node = leaf(MemoryFile::new(bytes), "luks");
-    let grown = node.resize(Resize {
-        length: LENGTH,
-        preallocation: Preallocation::Off,
-    });
+    let grown = node.resize(Resize::to(LENGTH));
     if (bytes.len() as u64) < LENGTH {
         grown.await.expect("the file grows");
     }

@@ -8,7 +8,7 @@ use block::accounting::Accounting;
 use block::bitmap::Unusable;
 use block::edge::Permissions;
 use block::error::{Error, ErrorKind, Result};
-use block::{ChildRole, DirtyBitmap, Errno, Node, Preallocation, Resize, Root};
+use block::{ChildRole, DirtyBitmap, Errno, Node, Resize, Root};
 use executor::Handle;
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
@@ -158,10 +158,7 @@ impl Core {
 
     /// Makes the node as long as clients see it, before they write to its last sector.
     pub(super) async fn reach_size(&self) -> std::result::Result<(), Errno> {
-        let resize = Resize {
-            length: self.size(),
-            preallocation: Preallocation::Off,
-        };
+        let resize = Resize::to(self.size());
         if self.root.node().length() == resize.length {
             return Ok(());
         }

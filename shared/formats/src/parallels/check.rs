@@ -5,7 +5,7 @@ use super::Parallels;
 use super::header::{CLOSED, IN_USE_AT};
 use crate::blocks::BlockMap;
 use crate::bytes::write_bytes;
-use block::{CheckOptions, CheckResult, CheckSink, Error, Preallocation, Resize};
+use block::{CheckOptions, CheckResult, CheckSink, Error, Resize};
 use std::sync::atomic::Ordering;
 
 /// What is being found out.
@@ -120,10 +120,7 @@ impl Check<'_> {
             self.found.leaks += blocks;
             return Ok(());
         }
-        let resize = Resize {
-            length: end,
-            preallocation: Preallocation::Off,
-        };
+        let resize = Resize::to(end);
         self.image.file.node().resize(resize).await?;
         self.found.leaks_fixed += blocks;
         Ok(())

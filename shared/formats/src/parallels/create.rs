@@ -2,9 +2,9 @@
 
 use super::SECTOR;
 use super::header::{Header, MAX_BLOCK_SECTORS};
-use crate::bytes::write_bytes;
+use crate::bytes::{write_bytes, zero_file};
 use block::create::{CreateRequest, Creator, OptionKind, OptionSpec};
-use block::{Error, ErrorKind, Preallocation, Resize};
+use block::{Error, ErrorKind};
 
 /// Length of a block in bytes, unless another is asked for.
 const DEFAULT_BLOCK: u64 = 1 << 20;
@@ -33,14 +33,7 @@ async fn create(request: &mut CreateRequest<'_>) -> Result<(), Error> {
     let file = request.file().await?;
     request.finish()?;
     // All that is not the header is zeroes, which the file is longer by.
-    for length in [0, u64::from(header.data_sector) * SECTOR] {
-        let preallocation = Preallocation::Off;
-        let resize = Resize {
-            length,
-            preallocation,
-        };
-        file.node().resize(resize).await?;
-    }
+    zero_file(&file, u64::from(header.data_sector) * SECTOR).await?;
     let failed = |errno| Error::io("Failed to create Parallels image", errno);
     let written = write_bytes(&file, 0, &header.encode()).await;
     written.map_err(failed)?;

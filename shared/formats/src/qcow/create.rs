@@ -1,10 +1,10 @@
 //! Making images: the name of the backing file and an empty L1 table, then the header.
 
 use super::header::{Crypt, Header};
-use crate::bytes::write_bytes;
 use crate::luks::options::Members;
+use crate::two_level::NewImage;
 use block::create::{CreateRequest, Creator, OptionKind, OptionSpec};
-use block::{ByteRange, Error, ErrorKind, Preallocation, Resize, ZeroFlags};
+use block::{ByteRange, Error, ErrorKind, Preallocation};
 
 const SECTOR: u64 = 512;
 
@@ -77,29 +77,14 @@ async fn create(request: &mut CreateRequest<'_>) -> Result<(), Error> {
     }
     let file = request.file().await?;
     request.finish()?;
-    let failed = |errno| Error::io("Could not write the new image", errno);
-    let node = file.node();
-    let l1 = ByteRange::new(header.l1_offset, header.l1_end() - header.l1_offset);
-    if node.grows() {
-        let end = header.l1_offset + l1.length.next_multiple_of(SECTOR);
-        for length in [0, end] {
-            let preallocation = Preallocation::Off;
-            let resize = Resize {
-                length,
-                preallocation,
-            };
-            node.resize(resize).await?;
-        }
-    } else {
-        let zeroed = node.write_zeroes(l1, ZeroFlags::default()).await;
-        zeroed.map_err(failed)?;
-    }
-    if let (Some(place), Some(name)) = (header.name, &name) {
-        let written = write_bytes(&file, place.offset, name.as_bytes()).await;
-        written.map_err(failed)?;
-    }
-    node.flush().await.map_err(failed)?;
-    let written = write_bytes(&file, 0, &header.encode()).await;
-    written.map_err(failed)?;
-    node.flush().await.map_err(failed)
+    let image = NewImage {
+        l1: ByteRange::new(header.l1_offset, header.l1_end() - header.l1_offset),
+        name: header
+            .name
+            .as_ref()
+            .zip(name.as_deref())
+            .map(|(place, name)| (place.offset, name)),
+        header: &header.encode(),
+    };
+    image.write(&file).await
 }

@@ -23,7 +23,7 @@ use super::width::change_refcount_width;
 use super::{OpenOptions, Qcow2};
 use block::amend::{AmendRequest, Amender};
 use block::create::{OptionKind, OptionSpec};
-use block::{Driver, Edge, Error, ErrorKind, FormatNode, OpenRequest, Preallocation, Resize};
+use block::{Driver, Edge, Error, ErrorKind, FormatNode, OpenRequest, Resize};
 use std::sync::Arc;
 
 const fn text(name: &'static str, member: &'static str, help: &'static str) -> OptionSpec {
@@ -320,10 +320,7 @@ impl Amended {
     }
 
     async fn resize(self, length: u64) -> Result<Self, Error> {
-        let resize = Resize {
-            length,
-            preallocation: Preallocation::Off,
-        };
+        let resize = Resize::to(length);
         let resized = self.with_driver(OpenOptions::default(), async |node| {
             node.resize(resize).await
         });

@@ -246,10 +246,7 @@ pub async fn create_with_data(
     let reserved = reserved.div_ceil(geometry.cluster_size());
     let layout = Layout::new(&geometry, options.size, reserved).ok_or_else(too_large)?;
     let header = header_cluster(options, &geometry, &layout)?;
-    let empty = Resize {
-        length: 0,
-        preallocation: Preallocation::Off,
-    };
+    let empty = Resize::to(0);
     // Elsewhere what was there before stays, without anything that refers to it.
     if file.node().grows() {
         file.node().resize(empty).await?;

@@ -150,10 +150,7 @@ impl Qcow2 {
         };
         let node = data.node();
         if node.length() > from && resize.length > from {
-            let cut = Resize {
-                length: from,
-                preallocation: Preallocation::Off,
-            };
+            let cut = Resize::to(from);
             node.resize(cut).await?;
         }
         let preallocation = match resize.preallocation {
@@ -229,10 +226,7 @@ impl Qcow2 {
         if self.file.node().length() >= length {
             return Ok(());
         }
-        let resize = Resize {
-            length,
-            preallocation: Preallocation::Off,
-        };
+        let resize = Resize::to(length);
         self.file.node().resize(resize).await
     }
 }

@@ -217,10 +217,7 @@ impl Qcow2 {
         if !node.grows() || node.length() >= end || self.shrunk.load(Relaxed) {
             return Ok(());
         }
-        let resize = Resize {
-            length: end,
-            preallocation: Preallocation::Off,
-        };
+        let resize = Resize::to(end);
         let completed = node.resize(resize).await;
         completed.map_err(|error| error.errno.unwrap_or(Errno::EIO))
     }
@@ -247,10 +244,7 @@ impl Qcow2 {
         if end >= length {
             return Ok(());
         }
-        let resize = Resize {
-            length: end,
-            preallocation: Preallocation::Off,
-        };
+        let resize = Resize::to(end);
         let trimmed = self.file.node().resize(resize).await;
         trimmed.map_err(|error| error.errno.unwrap_or(Errno::EIO))
     }

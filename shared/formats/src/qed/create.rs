@@ -2,9 +2,9 @@
 
 use super::header::{BACKING_FILE, BACKING_IS_RAW, Header, MAX_NAME, NamePlace};
 use super::header::{HEADER_BYTES, check_cluster_size, check_table_size};
-use crate::bytes::write_bytes;
+use crate::two_level::NewImage;
 use block::create::{CreateRequest, Creator, OptionKind, OptionSpec};
-use block::{ByteRange, Error, ErrorKind, Preallocation, Resize, ZeroFlags};
+use block::{ByteRange, Error, ErrorKind, Preallocation};
 
 const DEFAULT_CLUSTER: u64 = 64 << 10;
 /// Clusters of a table.
@@ -60,32 +60,16 @@ async fn create(request: &mut CreateRequest<'_>) -> Result<(), Error> {
     }
     let file = request.file().await?;
     request.finish()?;
-    let node = file.node();
-    let l1_end = header.l1_offset + header.table_bytes();
-    let failed = |errno| Error::io("Could not write the new image", errno);
-    if node.grows() {
-        for length in [0, l1_end] {
-            let preallocation = Preallocation::Off;
-            let resize = Resize {
-                length,
-                preallocation,
-            };
-            node.resize(resize).await?;
-        }
-    } else {
-        let l1 = ByteRange::new(header.l1_offset, header.table_bytes());
-        let zeroed = node.write_zeroes(l1, ZeroFlags::default()).await;
-        zeroed.map_err(failed)?;
-    }
-    if let (Some(place), Some(name)) = (header.name, &name) {
-        let offset = place.offset.into();
-        let written = write_bytes(&file, offset, name.as_bytes()).await;
-        written.map_err(failed)?;
-    }
-    node.flush().await.map_err(failed)?;
-    let written = write_bytes(&file, 0, &header.encode()).await;
-    written.map_err(failed)?;
-    node.flush().await.map_err(failed)
+    let image = NewImage {
+        l1: ByteRange::new(header.l1_offset, header.table_bytes()),
+        name: header
+            .name
+            .as_ref()
+            .zip(name.as_deref())
+            .map(|(place, name)| (place.offset.into(), name)),
+        header: &header.encode(),
+    };
+    image.write(&file).await
 }
 
 /// Makes a header refer to a backing file, whose name goes where the one before is not.

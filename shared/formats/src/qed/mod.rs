@@ -272,10 +272,7 @@ async fn repair(file: &Edge, (header, entries): (&Header, &QedEntries)) -> Resul
     }
     let node = file.node();
     if node.grows() && node.length() > checked.used_end {
-        let resize = Resize {
-            length: checked.used_end,
-            preallocation: Preallocation::Off,
-        };
+        let resize = Resize::to(checked.used_end);
         node.resize(resize).await.map_err(context)?;
     }
     node.flush().await.map_err(failed)?;

@@ -25,10 +25,12 @@
 //! Memory: 32 MiB for the L1 table and 8 MiB for slices, at most.
 
 mod cache;
+mod create;
 mod l1;
 mod space;
 mod write;
 
+pub(crate) use create::NewImage;
 pub(crate) use l1::{L1Table, MAX_ENTRIES as MAX_L1_ENTRIES};
 pub(crate) use space::Place;
 pub(crate) use write::Token;

@@ -10,7 +10,7 @@
 //! zeroes. So the file is made longer ahead of use, in steps that grow with it, and cut off again
 //! when the image is closed. Must not know: what the space is for.
 
-use block::{Edge, Errno, Preallocation, Resize};
+use block::{Edge, Errno, Resize};
 use executor::sync::Mutex as AsyncMutex;
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -203,10 +203,7 @@ impl Space {
 }
 
 async fn set_length(file: &Edge, length: u64) -> Result<(), Errno> {
-    let resize = Resize {
-        length,
-        preallocation: Preallocation::Off,
-    };
+    let resize = Resize::to(length);
     let resized = file.node().resize(resize).await;
     resized.map_err(|error| error.errno.unwrap_or(Errno::EIO))
 }

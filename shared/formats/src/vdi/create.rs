@@ -2,9 +2,9 @@
 
 use super::header::{Header, Kind};
 use super::{BLOCK, MAX_MAPPED, NO_BLOCK, too_large};
-use crate::bytes::write_bytes;
+use crate::bytes::{write_bytes, zero_file};
 use block::create::{CreateRequest, Creator, OptionKind, OptionSpec};
-use block::{Error, ErrorKind, Preallocation, Resize};
+use block::{Error, ErrorKind, Preallocation};
 use rand::TryRngCore;
 use rand::rngs::OsRng;
 
@@ -42,14 +42,7 @@ async fn create(request: &mut CreateRequest<'_>) -> Result<(), Error> {
     let blocks = size.div_ceil(BLOCK) as u32;
     let header = Header::new(kind, size, blocks);
     let length = u64::from(header.data_offset) + u64::from(header.allocated) * BLOCK;
-    for length in [0, length] {
-        let preallocation = Preallocation::Off;
-        let resize = Resize {
-            length,
-            preallocation,
-        };
-        file.node().resize(resize).await?;
-    }
+    zero_file(&file, length).await?;
     let entry = |block| match kind {
         Kind::Dynamic => NO_BLOCK,
         Kind::Static => block,

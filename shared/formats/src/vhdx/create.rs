@@ -5,9 +5,9 @@ use super::header::{Current, FIRST_REGION, identifier, random_guid};
 use super::metadata::{BLOCK_BYTES, Shape};
 use super::regions::{PLACES, Regions};
 use super::{FileRegion, MAX_DISK, MAX_MAPPED, MIB, metadata, too_large};
-use crate::bytes::write_bytes;
+use crate::bytes::{write_bytes, zero_file};
 use block::create::{CreateRequest, Creator, OptionKind, OptionSpec};
-use block::{Edge, Errno, Error, ErrorKind, Preallocation, Resize};
+use block::{Edge, Errno, Error, ErrorKind, Preallocation};
 
 /// Sectors of new disks, in bytes.
 const SECTOR: u32 = 512;
@@ -104,14 +104,7 @@ async fn create(request: &mut CreateRequest<'_>) -> Result<(), Error> {
     let file = request.file().await?;
     request.finish()?;
     let plan = Plan::new(shape, log, kind);
-    for length in [0, plan.end] {
-        let preallocation = Preallocation::Off;
-        let resize = Resize {
-            length,
-            preallocation,
-        };
-        file.node().resize(resize).await?;
-    }
+    zero_file(&file, plan.end).await?;
     let failed = |errno| Error::io("Error writing the image", errno);
     plan.write(&file).await.map_err(failed)
 }

@@ -13,7 +13,7 @@ use super::header::{Current, NO_GUID, random_guid};
 use super::log::{Lengths, Log, MAX_PAGES, PAGE, Pages};
 use super::{MIB, Vhdx};
 use crate::bytes::{read_bytes, write_bytes};
-use block::{Edge, Errno, Preallocation, Resize};
+use block::{Edge, Errno, Resize};
 use executor::sync::Mutex as AsyncMutex;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -281,11 +281,7 @@ impl Vhdx {
         if end <= node.length() {
             return Ok(());
         }
-        let preallocation = Preallocation::Off;
-        let resize = Resize {
-            length: end,
-            preallocation,
-        };
+        let resize = Resize::to(end);
         let resized = node.resize(resize).await;
         resized.map_err(|error| error.errno.unwrap_or(Errno::ENOSPC))
     }

@@ -13,7 +13,7 @@ use super::header::{
     HEADER_BYTES, HOSTED_MAGIC,
 };
 use super::image::random;
-use crate::bytes::write_bytes;
+use crate::bytes::{write_bytes, zero_file};
 use block::create::{CreateRequest, Creator, OptionKind, OptionSpec};
 use block::{Edge, Errno, Error, ErrorKind, Preallocation, Resize};
 use serde_json::Value;
@@ -255,7 +255,7 @@ async fn create(request: &mut CreateRequest<'_>) -> Result<(), Error> {
         let sectors = length.div_ceil(SECTOR);
         lines += &match new.is_flat() {
             true => {
-                resize(&file, sectors * SECTOR).await?;
+                file.node().resize(Resize::to(sectors * SECTOR)).await?;
                 file.node().flush().await.map_err(failed)?;
                 format!("RW {sectors} {kind} \"{extent}\" 0\n")
             }
@@ -267,7 +267,7 @@ async fn create(request: &mut CreateRequest<'_>) -> Result<(), Error> {
     }
     let file = request.file().await?;
     request.finish()?;
-    resize(&file, 0).await?;
+    file.node().resize(Resize::to(0)).await?;
     let descriptor = new.descriptor(&lines);
     write_bytes(&file, 0, descriptor.as_bytes())
         .await
@@ -335,15 +335,6 @@ impl ExtentNames {
     }
 }
 
-async fn resize(file: &Edge, length: u64) -> Result<(), Error> {
-    let preallocation = Preallocation::Off;
-    let resize = Resize {
-        length,
-        preallocation,
-    };
-    file.node().resize(resize).await
-}
-
 /// Makes a sparse extent: the header comes last.
 async fn create_sparse(
     file: &Edge,
@@ -357,9 +348,7 @@ async fn create_sparse(
     let redundant = DESCRIPTOR_AT + DESCRIPTOR_SECTORS;
     let directory = redundant + all;
     let grains = (directory + all).next_multiple_of(GRAIN_SECTORS);
-    for length in [0, grains * SECTOR] {
-        resize(file, length).await?;
-    }
+    zero_file(file, grains * SECTOR).await?;
     for first in [redundant, directory] {
         let table = |number| (first + directory_sectors + number * TABLE_SECTORS) as u32;
         let entries: Vec<u8> = (0..tables).flat_map(|it| table(it).to_le_bytes()).collect();

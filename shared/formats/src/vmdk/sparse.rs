@@ -24,9 +24,7 @@ use super::{Entry, SECTOR, stream};
 use crate::bytes::{read_bytes, write_bytes};
 use crate::chunks::Chunks;
 use block::format::{EncodedBytes, Extent, Fill, Format, Lookup, Mapping, WritePlan};
-use block::{
-    Buffer, ByteRange, Edge, Errno, Error, ErrorKind, Limits, Preallocation, Resize, ZeroFlags,
-};
+use block::{Buffer, ByteRange, Edge, Errno, Error, ErrorKind, Limits, Resize, ZeroFlags};
 use executor::sync::{Mutex as AsyncMutex, RangeGuard, RangeLock};
 use serde_json::{Map, Value};
 use std::sync::Arc;
@@ -302,11 +300,7 @@ impl Sparse {
     }
 
     async fn resize_file(&self, length: u64) -> Result<(), Errno> {
-        let preallocation = Preallocation::Off;
-        let resize = Resize {
-            length,
-            preallocation,
-        };
+        let resize = Resize::to(length);
         let resized = self.file.node().resize(resize).await;
         resized.map_err(|error| error.errno.unwrap_or(Errno::ENOSPC))
     }

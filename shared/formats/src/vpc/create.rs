@@ -4,7 +4,7 @@ use super::SECTOR;
 use super::footer::{FOOTER_BYTES, Footer, Geometry, Header, Kind, MAX_SECTORS};
 use crate::bytes::write_bytes;
 use block::create::{CreateRequest, Creator, OptionKind, OptionSpec};
-use block::{Edge, Errno, Error, ErrorKind, Preallocation, Resize};
+use block::{Edge, Errno, Error, ErrorKind, Resize};
 use rand::TryRngCore;
 use rand::rngs::OsRng;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -47,10 +47,11 @@ async fn create(request: &mut CreateRequest<'_>) -> Result<(), Error> {
     let footer = footer((size, kind), is_exact)?;
     let file = request.file().await?;
     request.finish()?;
-    set_length(&file, 0).await?;
+    file.node().resize(Resize::to(0)).await?;
     let written = match kind {
         Kind::Fixed => {
-            set_length(&file, footer.bytes + FOOTER_BYTES as u64).await?;
+            let length = footer.bytes + FOOTER_BYTES as u64;
+            file.node().resize(Resize::to(length)).await?;
             write_bytes(&file, footer.bytes, &footer.encode()).await
         }
         _ => write_dynamic(&file, &footer).await,
@@ -58,14 +59,6 @@ async fn create(request: &mut CreateRequest<'_>) -> Result<(), Error> {
     let failed = |errno| Error::io("Error writing the image", errno);
     written.map_err(failed)?;
     file.node().flush().await.map_err(failed)
-}
-
-async fn set_length(file: &Edge, length: u64) -> Result<(), Error> {
-    let resize = Resize {
-        length,
-        preallocation: Preallocation::Off,
-    };
-    file.node().resize(resize).await
 }
 
 /// The footer of a disk with at least `size` bytes, or just so many.

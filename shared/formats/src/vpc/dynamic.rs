@@ -23,7 +23,7 @@ use super::footer::{FOOTER_BYTES, Footer, HEADER_BYTES, Header};
 use crate::blocks::{BlockMap, Blocks, Layout, NewBlock, Shape};
 use crate::bytes::{read_bytes, write_bytes};
 use block::format::Mapping;
-use block::{Edge, Errno, Error, ErrorKind, Preallocation, Purpose, Resize};
+use block::{Edge, Errno, Error, ErrorKind, Purpose, Resize};
 use executor::sync::Mutex as AsyncMutex;
 use serde_json::{Map, Value, json};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -278,10 +278,7 @@ impl Layout for Dynamic {
             return Ok(());
         }
         self.write_footer(length - FOOTER_BYTES as u64).await?;
-        let resize = Resize {
-            length,
-            preallocation: Preallocation::Off,
-        };
+        let resize = Resize::to(length);
         let cut = self.file.node().resize(resize).await;
         cut.map_err(|error| error.errno.unwrap_or(Errno::EIO))?;
         self.flush().await

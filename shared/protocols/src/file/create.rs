@@ -77,10 +77,7 @@ async fn fill(
         ..Permissions::NONE
     };
     node.set_permissions(claimed, shared)?;
-    let empty = Resize {
-        length: 0,
-        preallocation: Preallocation::Off,
-    };
+    let empty = Resize::to(0);
     node.set_length(empty).await?;
     if no_cow {
         turn_off_copy_on_write(node);

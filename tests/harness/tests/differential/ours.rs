@@ -4,8 +4,7 @@ use crate::operation::{Change, Content, NOISE, Operation, snapshot_name};
 use block::graph::{Graph, NamePolicy};
 use block::snapshot::{NewSnapshot, find_by_id_or_name};
 use block::{
-    Buffer, ByteRange, Errno, Node, Permissions, Preallocation, Resize, Root, RootHandle,
-    WriteFlags, ZeroFlags,
+    Buffer, ByteRange, Errno, Node, Permissions, Resize, Root, RootHandle, WriteFlags, ZeroFlags,
 };
 use executor::{Config, Executor};
 use rand::rngs::SmallRng;
@@ -81,10 +80,7 @@ impl Disk {
             Operation::Discard { range } => self.root.discard(range).await,
             Operation::Flush => self.root.flush().await,
             Operation::Resize { length } => {
-                let resize = Resize {
-                    length,
-                    preallocation: Preallocation::Off,
-                };
+                let resize = Resize::to(length);
                 self.node.resize(resize).await.unwrap();
                 Ok(())
             }

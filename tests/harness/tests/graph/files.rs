@@ -174,10 +174,7 @@ fn a_window_shows_its_part_of_the_file_only() {
             root.read(u64::MAX - 10, Buffer::zeroed(512)).await,
             Err(Errno::EINVAL)
         );
-        let resize = Resize {
-            length: 4096,
-            preallocation: Preallocation::Off,
-        };
+        let resize = Resize::to(4096);
         assert_eq!(
             node.resize(resize).await.unwrap_err().message,
             "Cannot resize fixed-size raw disks"

@@ -11,7 +11,7 @@ use crate::{Command, Running};
 use block::copy::status::backing_of;
 use block::copy::{Backed, Copy, CopyOptions, Observer, Sources};
 use block::naming;
-use block::{Errno, Node, Permissions, Preallocation, Resize, Root};
+use block::{Errno, Node, Permissions, Resize, Root};
 use serde_json::{Value, json};
 use std::cell::Cell;
 use std::path::Path;
@@ -215,10 +215,7 @@ async fn grow(base: &Node, length: u64) -> Result<(), Failure> {
     if base.length() >= length {
         return Ok(());
     }
-    let resize = Resize {
-        length,
-        preallocation: Preallocation::Off,
-    };
+    let resize = Resize::to(length);
     let grown = base.resize(resize).await;
     grown.map_err(|error| match error.errno {
         Some(errno) => failed(errno),

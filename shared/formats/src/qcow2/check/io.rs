@@ -4,7 +4,7 @@
 
 use super::super::tables::HostOffset;
 use super::layout::Extent;
-use block::{Buffer, Edge, Errno, Preallocation, Resize, WriteFlags};
+use block::{Buffer, Edge, Errno, Resize, WriteFlags};
 
 /// Least that is read at once, in bytes.
 const WINDOW: u64 = 64 << 10;
@@ -100,10 +100,7 @@ impl<'a> Io<'a> {
 
     /// Makes the file longer; the new part is zeroes.
     pub(super) async fn grow(&mut self, length: u64) -> Result<(), Errno> {
-        let resize = Resize {
-            length,
-            preallocation: Preallocation::Off,
-        };
+        let resize = Resize::to(length);
         let node = self.file.node();
         let resized = node.resize(resize).await;
         resized.map_err(|error| error.errno.unwrap_or(Errno::EIO))?;

@@ -8,7 +8,7 @@ use super::peers::{Files, has_qemu, on_host, open, qemu};
 use super::rig::{self, Disk, Setup};
 use crate::qcow2::CreateOptions;
 use block::bitmap::ops;
-use block::{Errno, Preallocation, RedoLog, Resize};
+use block::{Errno, RedoLog, Resize};
 use executor::Executor;
 use executor::sim::{Config, Fault, Subset, World};
 use rand::rngs::SmallRng;
@@ -24,10 +24,7 @@ const SIZE: u64 = 400 * CLUSTER;
 const LENGTHS: [u64; 3] = [SIZE * 11, SIZE / 2 + 512, 3 * CLUSTER];
 
 fn resize(length: u64) -> Resize {
-    Resize {
-        length,
-        preallocation: Preallocation::Off,
-    }
+    Resize::to(length)
 }
 
 /// A closed image with two bitmaps, one of which does not record, and no data.

@@ -6,7 +6,7 @@ use super::rig::{self, Disk, Setup};
 use super::workload::Check;
 use crate::qcow2::CreateOptions;
 use block::bitmap::ops::{self, NewBitmap};
-use block::{ByteRange, Preallocation, Resize};
+use block::{ByteRange, Resize};
 
 /// Adds a bitmap that is stored.
 pub(super) fn add(disk: &Disk, name: &str, granularity: u32) {
@@ -120,10 +120,7 @@ fn bitmaps_stored_here_are_qemus_and_the_other_way_round() {
             assert_eq!(areas(&disk, "disabled"), []);
             ops::clear(&disk.node, "ours").unwrap();
             ops::remove(&disk.node, "disabled").await.unwrap();
-            let resize = Resize {
-                length: 9 << 20,
-                preallocation: Preallocation::Off,
-            };
+            let resize = Resize::to(9 << 20);
             disk.node.resize(resize).await.unwrap();
             disk.close().await.unwrap();
         });

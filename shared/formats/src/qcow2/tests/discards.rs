@@ -3,7 +3,7 @@
 use super::checker::Checker;
 use super::rig::{self, Disk, Setup, leaf, take_holes};
 use crate::qcow2::{CreateOptions, DiscardPolicy};
-use block::{ByteRange, NewSnapshot, Preallocation, Resize, WriteFlags, ZeroFlags};
+use block::{ByteRange, NewSnapshot, Resize, WriteFlags, ZeroFlags};
 use executor::Executor;
 use executor::sim::{Config, World};
 use std::ops::Range;
@@ -370,10 +370,7 @@ fn tables_that_moved_are_holes_when_other_discards_are_passed_on() {
                 let field = files[Path::new(IMAGE)][40..48].try_into().unwrap();
                 u64::from_be_bytes(field)
             };
-            let resize = Resize {
-                length: (CLUSTER / 8 + 1) * (CLUSTER / 8) * CLUSTER,
-                preallocation: Preallocation::Off,
-            };
+            let resize = Resize::to((CLUSTER / 8 + 1) * (CLUSTER / 8) * CLUSTER);
             rig.disk.node.resize(resize).await.unwrap();
             rig.settle().await;
             assert_eq!(rig.refcount(table), 0);

@@ -2,7 +2,7 @@
 
 use super::rig::{self, Disk, Setup};
 use crate::qcow2::CreateOptions;
-use block::{ByteRange, ErrorKind, Preallocation, Resize, ZeroFlags};
+use block::{ByteRange, ErrorKind, Resize, ZeroFlags};
 use executor::Executor;
 use executor::sim::{Config, Image, World};
 use rand::rngs::SmallRng;
@@ -67,10 +67,7 @@ async fn exercise() {
         let _ = disk.write(offset, &[1; 40 << 10]).await;
         let _ = disk.root.flush().await;
     }
-    let resize = Resize {
-        length: end.saturating_add(1 << 20),
-        preallocation: Preallocation::Off,
-    };
+    let resize = Resize::to(end.saturating_add(1 << 20));
     let _ = disk.node.resize(resize).await;
     let _ = disk.close().await;
 }

@@ -5,7 +5,7 @@ use super::checker::Checker;
 use super::rig::{self, Disk, Setup};
 use super::workload::pattern;
 use crate::qcow2::CreateOptions;
-use block::{Preallocation, Resize};
+use block::Resize;
 use executor::Executor;
 use executor::sim::{Config, Subset, World};
 use std::path::Path;
@@ -48,10 +48,7 @@ fn an_l1_table_longer_than_a_refcount_block_covers_survives_a_power_cut() {
         let disk = Disk::open(Path::new(IMAGE), Setup::default())
             .await
             .unwrap();
-        let larger = Resize {
-            length: LARGE,
-            preallocation: Preallocation::Off,
-        };
+        let larger = Resize::to(LARGE);
         disk.node.resize(larger).await.unwrap();
         disk.write(LARGE - CLUSTER, &[7; CLUSTER as usize])
             .await

@@ -3,9 +3,7 @@
 use super::rig::{self, Disk, Setup};
 use crate::qcow2::CreateOptions;
 use block::check::Silent;
-use block::{
-    Buffer, ByteRange, CheckOptions, Errno, NewSnapshot, Preallocation, Resize, ZeroFlags,
-};
+use block::{Buffer, ByteRange, CheckOptions, Errno, NewSnapshot, Resize, ZeroFlags};
 use executor::Executor;
 use executor::sim::{Config, World};
 use std::path::Path;
@@ -86,10 +84,7 @@ fn a_disk_that_shrinks_gives_its_machine_state_back() {
     on_an_image(async || {
         let disk = open().await;
         write_state(&disk, 0, 1).await.unwrap();
-        let resize = Resize {
-            length: SIZE / 2,
-            preallocation: Preallocation::Off,
-        };
+        let resize = Resize::to(SIZE / 2);
         disk.node.resize(resize).await.unwrap();
         assert_eq!(read_state(&disk, 0).await, [0; 3 * CLUSTER as usize]);
         disk.close().await.unwrap();
@@ -102,10 +97,7 @@ fn machine_state_never_shows_when_the_disk_grows_over_it() {
         let disk = open().await;
         let start = disk.node.driver().machine_state().unwrap().offset();
         write_state(&disk, 0, 1).await.unwrap();
-        let resize = Resize {
-            length: start + (1 << 20),
-            preallocation: Preallocation::Off,
-        };
+        let resize = Resize::to(start + (1 << 20));
         disk.node.resize(resize).await.unwrap();
         let shown = disk.read(start, 3 * CLUSTER as usize).await.unwrap();
         assert_eq!(shown, [0; 3 * CLUSTER as usize]);

@@ -333,10 +333,7 @@ fn a_resized_disk_keeps_what_still_belongs_to_it() {
         println!("to {length}");
         on_host(async {
             let disk = open(&path).await;
-            let resize = Resize {
-                length,
-                preallocation: Preallocation::Off,
-            };
+            let resize = Resize::to(length);
             disk.node.resize(resize).await.unwrap();
             assert_eq!(disk.node.length(), length);
             disk.close().await.unwrap();

@@ -18,7 +18,7 @@ use super::entry::{
     restore,
 };
 use crate::bytes::{read_bytes, write_bytes};
-use block::{ByteRange, Edge, Error, ErrorKind, Preallocation, Resize, ZeroFlags};
+use block::{ByteRange, Edge, Error, ErrorKind, Resize, ZeroFlags};
 use std::collections::BTreeMap;
 
 /// How often, on average, a byte of the log is added to a checksum before the log is given up.
@@ -110,11 +110,7 @@ impl Replay {
             .await?;
         }
         if end > node.length() {
-            let preallocation = Preallocation::Off;
-            let resize = Resize {
-                length: end,
-                preallocation,
-            };
+            let resize = Resize::to(end);
             node.resize(resize).await?;
         }
         for entry in &self.entries {

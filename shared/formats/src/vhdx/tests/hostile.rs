@@ -4,7 +4,7 @@ use super::super::header::{Current, Guid, is_sealed, seal};
 use super::super::log::Pages;
 use super::super::log::entry::{EntryHeader, NewEntry, PAGE};
 use super::*;
-use block::{Preallocation, Resize};
+use block::Resize;
 use std::sync::LazyLock;
 
 const GUID: Guid = [0x5a; 16];
@@ -192,10 +192,7 @@ fn too_large_a_table_is_described_and_not_opened() {
     }
     let world = world(image);
     Executor::simulated(&world).block_on(async {
-        let resize = Resize {
-            length: 517 << 20,
-            preallocation: Preallocation::Off,
-        };
+        let resize = Resize::to(517 << 20);
         file().node().resize(resize).await.unwrap();
     });
     let how = (Purpose::Describe, Access::Read);
