@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::sync::Arc;
 use vmdk::{vmdk, vmdk_extent, vmdk_extents};
 use zeroize::Zeroizing;
@@ -150,33 +150,24 @@ fn allocating(name: &'static str, (format, options): (&str, &str), backed: bool)
 
 /// A vdi image made by qemu-img, of some blocks.
 fn vdi(options: &str) -> Subject {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("image");
-    let created = Command::new("qemu-img")
-        .args(["create", "-q", "-f", "vdi", "-o", options])
-        .arg(&path)
-        .arg((LENGTH + LENGTH / 2 + 1536).to_string())
-        .status()
-        .expect("scripts/setup installs QEMU's tools");
-    assert!(created.success(), "qemu-img: {created:?}");
-    let definition = json!({"driver": "vdi", "node-name": "subject", "discard": "unmap",
-        "file": {"driver": "file", "filename": IMAGE}});
-    let files = Image::from([(PathBuf::from(IMAGE), std::fs::read(&path).unwrap())]);
     Subject {
         check: vdi_check,
-        ..subject("vdi", files, definition)
+        ..mapped("vdi", options)
     }
+}
+
+/// What `qemu-img check` says of the image, as `driver`.
+fn checked(files: &Image, driver: &str, arguments: &[&str]) -> Output {
+    let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+    file.write_all(&files[Path::new(IMAGE)]).unwrap();
+    let mut command = Command::new("qemu-img");
+    command.args(["check", "-f", driver]).args(arguments);
+    command.arg(file.path()).output().unwrap()
 }
 
 /// No block is used twice or lies outside. A count that is behind the map does no harm.
 fn vdi_check(files: &Image) -> Result<(), String> {
-    let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
-    file.write_all(&files[Path::new(IMAGE)]).unwrap();
-    let output = Command::new("qemu-img")
-        .args(["check", "-f", "vdi"])
-        .arg(file.path())
-        .output()
-        .unwrap();
+    let output = checked(files, "vdi", &[]);
     let errors = String::from_utf8_lossy(&output.stderr);
     let is_harmless = |line: &str| line.is_empty() || line.contains("allocated blocks mismatch");
     let counted = ["errors were found", "Data may be corrupted"];
@@ -191,39 +182,22 @@ fn vdi_check(files: &Image) -> Result<(), String> {
 
 /// A vhdx image made by qemu-img, of some blocks.
 fn vhdx(options: &str) -> Subject {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("image");
-    let options = format!("block_size=1M,{options}");
-    let created = Command::new("qemu-img")
-        .args(["create", "-q", "-f", "vhdx", "-o", &options])
-        .arg(&path)
-        .arg((LENGTH + LENGTH / 2 + 1536).to_string())
-        .status()
-        .expect("scripts/setup installs QEMU's tools");
-    assert!(created.success(), "qemu-img: {created:?}");
-    let definition = json!({"driver": "vhdx", "node-name": "subject", "discard": "unmap",
-        "file": {"driver": "file", "filename": IMAGE}});
-    let mut image = std::fs::read(&path).unwrap();
-    if !options.contains("fixed") {
+    let mut subject = mapped("vhdx", &format!("block_size=1M,{options}"));
+    if !options.contains("fixed")
+        && let Some(image) = subject.files.get_mut(Path::new(IMAGE))
+    {
         // Headers, log, table and metadata; the rest is not used yet.
         image.truncate(4 << 20);
     }
-    let files = Image::from([(PathBuf::from(IMAGE), image)]);
     Subject {
         check: vhdx_check,
-        ..subject("vhdx", files, definition)
+        ..subject
     }
 }
 
 /// The peer replays the log, if there is anything in it, and finds nothing wrong.
 fn vhdx_check(files: &Image) -> Result<(), String> {
-    let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
-    file.write_all(&files[Path::new(IMAGE)]).unwrap();
-    let output = Command::new("qemu-img")
-        .args(["check", "-f", "vhdx", "-r", "all"])
-        .arg(file.path())
-        .output()
-        .unwrap();
+    let output = checked(files, "vhdx", &["-r", "all"]);
     match output.status.success() {
         true => Ok(()),
         false => Err(format!("{output:?}")),
@@ -269,13 +243,7 @@ fn parallels(options: &str, backed: bool) -> Subject {
 
 /// No block is outside of the file or of another one. Marks and what is preallocated do no harm.
 fn parallels_check(files: &Image) -> Result<(), String> {
-    let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
-    file.write_all(&files[Path::new(IMAGE)]).unwrap();
-    let output = Command::new("qemu-img")
-        .args(["check", "-f", "parallels"])
-        .arg(file.path())
-        .output()
-        .unwrap();
+    let output = checked(files, "parallels", &[]);
     let errors = String::from_utf8_lossy(&output.stderr);
     let harmless = [
         "was not closed correctly",
@@ -532,13 +500,7 @@ fn qemu_img_check(files: &Image) -> Result<(), String> {
 
 /// Leaked clusters are no error.
 fn peer_check(format: &str, files: &Image) -> Result<(), String> {
-    let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
-    file.write_all(&files[Path::new(IMAGE)]).unwrap();
-    let output = Command::new("qemu-img")
-        .args(["check", "-f", format])
-        .arg(file.path())
-        .output()
-        .unwrap();
+    let output = checked(files, format, &[]);
     match output.status.code() {
         Some(0 | 3) => Ok(()),
         _ => Err(format!("{output:?}")),
