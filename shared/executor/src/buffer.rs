@@ -17,15 +17,21 @@
     reason = "memory shared with a guest is reached by raw pointers only"
 )]
 
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use smallvec::SmallVec;
 use std::alloc::{self, Layout};
 use std::any::Any;
+use std::num::NonZeroUsize;
 use std::ops::{Deref, DerefMut, Range};
 use std::ptr::{self, NonNull};
 use std::rc::Rc;
 
 /// Alignment of heap buffers in bytes; serves direct I/O on every known device.
 pub const HEAP_ALIGN: usize = 4096;
+
+/// Buffers of this many bytes and more have a mapping of their own. It costs nothing until it is used, goes
+/// back to the system at once, and leaves no hole in the heap; shorter ones would pay more for its pages.
+const MAPPED_BYTES: usize = 4 << 20;
 
 /// A page-aligned private allocation; what metadata and bounced data live in.
 pub struct HeapBuffer {
@@ -46,12 +52,21 @@ impl HeapBuffer {
             return Self { ptr, len };
         }
         let layout = Self::layout(len);
-        // SAFETY: the layout's size is not zero.
-        let ptr = unsafe { alloc::alloc_zeroed(layout) };
-        let Some(ptr) = NonNull::new(ptr) else {
-            alloc::handle_alloc_error(layout)
+        let ptr = match len < MAPPED_BYTES {
+            // SAFETY: the layout's size is not zero.
+            true => NonNull::new(unsafe { alloc::alloc_zeroed(layout) }),
+            false => Self::map(layout.size()),
         };
+        let ptr = ptr.unwrap_or_else(|| alloc::handle_alloc_error(layout));
         Self { ptr, len }
+    }
+
+    fn map(len: usize) -> Option<NonNull<u8>> {
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let len = NonZeroUsize::new(len)?;
+        // SAFETY: a new private mapping, of no file, that nobody else knows.
+        let base = unsafe { mmap_anonymous(None, len, protection, MapFlags::MAP_PRIVATE) };
+        base.ok().map(NonNull::cast)
     }
 
     /// Turns it into a shareable buffer; [`Buffer::try_into_heap`] is the way back.
@@ -73,9 +88,16 @@ impl HeapBuffer {
 
 impl Drop for HeapBuffer {
     fn drop(&mut self) {
-        if self.len != 0 {
+        match self.len {
+            0 => {}
             // SAFETY: allocated in `zeroed` with the same layout, freed once.
-            unsafe { alloc::dealloc(self.ptr.as_ptr(), Self::layout(self.len)) }
+            1..MAPPED_BYTES => unsafe {
+                alloc::dealloc(self.ptr.as_ptr(), Self::layout(self.len));
+            },
+            // SAFETY: mapped in `zeroed` with the same length, unmapped once.
+            MAPPED_BYTES.. => unsafe {
+                munmap(self.ptr.cast(), self.len).expect("the mapping is there");
+            },
         }
     }
 }
