@@ -26,7 +26,7 @@
     reason = "mapped files are reached through raw pointers, like a guest's memory"
 )]
 
-use super::Direction;
+use super::{Direction, streaming};
 use crate::sigbus::Registration;
 use crate::{Buffer, Errno};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -51,6 +51,8 @@ const GRANULE: usize = 1 << GRANULE_SHIFT;
 const PAGE: usize = 4096;
 /// Bytes of a cache line.
 const LINE: usize = 64;
+/// Writes of this many bytes and more go past the caches: they would push out much of what is there.
+const STREAMED_BYTES: usize = 128 << 10;
 /// Granules looked at for one transfer.
 const LOOKS: usize = 64;
 
@@ -139,6 +141,7 @@ impl Window {
     fn copy(&self, buffer: &Buffer, at: usize, direction: Direction) {
         // SAFETY: `at` is within the window, and so is `at` plus the buffer's length.
         let mut mapped = unsafe { self.map.0.as_ptr().add(at) };
+        let streams = direction == Direction::Write && buffer.len() >= STREAMED_BYTES;
         buffer.for_each_piece(|memory, len| {
             // SAFETY: both ranges are mapped, and by different mappings, so they do not overlap.
             // Others may write either meanwhile: no reference to them is made, and whoever lets
@@ -146,11 +149,15 @@ impl Window {
             unsafe {
                 match direction {
                     Direction::Read => ptr::copy_nonoverlapping(mapped, memory, len),
+                    Direction::Write if streams => streaming::copy(memory, mapped, len),
                     Direction::Write => ptr::copy_nonoverlapping(memory, mapped, len),
                 }
                 mapped = mapped.add(len);
             }
         });
+        if streams {
+            streaming::finish();
+        }
     }
 
     /// Admits those of `count` granules from `first` whose pages the file all has.

@@ -8,6 +8,7 @@
 
 mod host;
 mod mapped;
+mod streaming;
 mod transfer;
 
 use crate::op::{InFlight, Op};

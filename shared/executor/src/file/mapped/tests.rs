@@ -88,6 +88,22 @@ fn mapped_transfers_and_those_of_others_see_each_other() {
 }
 
 #[test]
+fn long_writes_are_seen_by_others_with_what_is_beside_them() {
+    let rig = rig();
+    for granule in 0..4 {
+        rig.warm(granule * GRANULE as u64);
+    }
+    let bytes: Vec<u8> = (0..STREAMED_BYTES + 11)
+        .map(|at| (at % 251) as u8)
+        .collect();
+    let mappings = rig.file.mappings().unwrap();
+    assert!(mappings.transfer(&Buffer::from(&bytes[..]), 4095, Direction::Write));
+    let mut seen = vec![0; bytes.len() + 2];
+    rig.other.read_exact_at(&mut seen, 4094).unwrap();
+    assert_eq!(seen, [&[0x11], &bytes[..], &[0x11]].concat());
+}
+
+#[test]
 fn what_is_written_as_a_whole_is_mapped_at_once_unless_it_shrank_meanwhile() {
     let rig = rig();
     rig.write(2 * GRANULE as u64 - 1, &[3; GRANULE + 1])
