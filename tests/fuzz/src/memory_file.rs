@@ -36,6 +36,16 @@ impl MemoryFile {
         file
     }
 
+    /// A file that ends with the last of these pages, each with its number; zeroes are between them.
+    pub(crate) fn of_pages<'a>(pages: impl Iterator<Item = (u64, &'a [u8])>) -> Self {
+        let file = Self::default();
+        for (number, page) in pages {
+            let written = file.content().write(number * PAGE, page);
+            written.expect("an input is shorter than a disk");
+        }
+        file
+    }
+
     /// Another file with the same content.
     pub fn duplicate(&self) -> Self {
         let content = self.content().clone();

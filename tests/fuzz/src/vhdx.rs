@@ -7,7 +7,7 @@
 
 use crate::memory_file::MemoryFile;
 use samples::vhdx::{Shape, image, seal};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 const PAGE: usize = 4096;
 /// The part of the file that pages go to.
@@ -34,31 +34,40 @@ pub(crate) fn file(input: &[u8]) -> MemoryFile {
         }
     }
     let end = pages.keys().next_back().map_or(0, |last| (last + 1) * PAGE);
-    let mut file = vec![0; end];
-    for (number, page) in pages {
-        file[number * PAGE..][..page.len()].copy_from_slice(page);
+    let mut bytes = vec![0; end];
+    for (number, page) in &pages {
+        bytes[number * PAGE..][..page.len()].copy_from_slice(page);
     }
     if flags & 1 != 0 {
         for (offset, length) in SEALED {
-            if let Some(structure) = file.get_mut(offset..offset + length) {
+            if let Some(structure) = bytes.get_mut(offset..offset + length) {
                 seal(structure);
             }
         }
-        seal_entries(&mut file);
+        for number in pages.keys() {
+            seal_entry(&mut bytes[number * PAGE..]);
+        }
     }
-    MemoryFile::new(&file)
+    // Most pages are in no record, and never looked at.
+    let sealed = SEALED.map(|(offset, length)| offset / PAGE..(offset + length) / PAGE);
+    let written: BTreeSet<usize> = sealed
+        .into_iter()
+        .flatten()
+        .chain(pages.into_keys())
+        .collect();
+    MemoryFile::of_pages(written.into_iter().map_while(|number| {
+        let page = bytes.get(number * PAGE..(number + 1) * PAGE)?;
+        Some((number as u64, page))
+    }))
 }
 
-/// Makes the checksums right of what looks like entries of a log. They are short.
-fn seal_entries(file: &mut [u8]) {
-    for at in (0..file.len()).step_by(PAGE) {
-        let Some(&length) = file[at..].get(8..12).and_then(|bytes| bytes.first_chunk()) else {
-            continue;
-        };
-        let length = (u32::from_le_bytes(length) as usize).clamp(PAGE, 16 * PAGE);
-        if file[at..].starts_with(b"loge") && at + length <= file.len() {
-            seal(&mut file[at..at + length]);
-        }
+/// Makes the checksum right of what looks like an entry of a log, if one begins here. They are short.
+fn seal_entry(bytes: &mut [u8]) {
+    let length = bytes.get(8..12).and_then(|length| length.first_chunk());
+    let length = length.map_or(0, |length| u32::from_le_bytes(*length) as usize);
+    let entry = bytes.get_mut(..length.clamp(PAGE, 16 * PAGE));
+    if let Some(entry) = entry.filter(|entry| entry.starts_with(b"loge")) {
+        seal(entry);
     }
 }
 

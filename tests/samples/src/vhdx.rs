@@ -21,21 +21,10 @@ pub struct Shape {
     pub is_logged: bool,
 }
 
-fn crc32c(bytes: &[u8]) -> u32 {
-    let mut sum = u32::MAX;
-    for byte in bytes {
-        sum ^= u32::from(*byte);
-        for _ in 0..8 {
-            sum = (sum >> 1) ^ (0x82f6_3b78 & (sum & 1).wrapping_neg());
-        }
-    }
-    !sum
-}
-
 /// Makes the checksum right of a structure whose checksum is at offset 4.
 pub fn seal(structure: &mut [u8]) {
     structure[4..8].fill(0);
-    let sum = crc32c(structure);
+    let sum = crc32c::crc32c(structure);
     structure[4..8].copy_from_slice(&sum.to_le_bytes());
 }
 
