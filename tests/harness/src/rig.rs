@@ -25,6 +25,8 @@ pub enum Format {
     Qcow2,
     /// qcow2 on top of a raw base image of half the size, with small clusters.
     Qcow2Overlay,
+    /// Another format, by its driver's name, default options.
+    Other(&'static str),
 }
 
 impl Format {
@@ -33,7 +35,13 @@ impl Format {
         match self {
             Self::Raw => "raw",
             Self::Qcow2 | Self::Qcow2Overlay => "qcow2",
+            Self::Other(name) => name,
         }
+    }
+
+    /// QEMU's tools can check such images.
+    fn has_check(self) -> bool {
+        !matches!(self.name(), "raw" | "qcow" | "vpc")
     }
 }
 
@@ -364,7 +372,7 @@ impl Rig {
         let expected = self.directory.path().join("expected.raw");
         self.oracle.write_raw(&expected)?;
         let format = self.disk.format.name();
-        if self.disk.format != Format::Raw {
+        if self.disk.format.has_check() {
             match leaks {
                 Leaks::Refused => peer::check(format, &self.paths.image)?,
                 Leaks::Allowed => peer::check_allowing_leaks(format, &self.paths.image)?,
@@ -388,6 +396,9 @@ fn create_image(disk: &Disk, paths: &Paths) -> Result<()> {
         Format::Raw | Format::Qcow2 => {
             peer::create(disk.format.name(), &paths.image, disk.bytes, "")
         }
+        // Otherwise the disk has the length of some geometry.
+        Format::Other("vpc") => peer::create("vpc", &paths.image, disk.bytes, "force_size=on"),
+        Format::Other(name) => peer::create(name, &paths.image, disk.bytes, ""),
         Format::Qcow2Overlay => {
             peer::create("raw", &paths.base, disk.bytes / 2, "")?;
             let options = format!(

@@ -1,6 +1,6 @@
 //! kill -9 under verified load: the guest notices a pause and nothing else.
 //!
-//! The tests of this module share [`KILLS`] kills; `OUTBOARD_KILLS=1000` asks for more, and
+//! The tests of raw and qcow2 share [`KILLS`] kills, each other format has 2 % of them; `OUTBOARD_KILLS=1000` asks for more, and
 //! `OUTBOARD_SEED` for other moments and other load.
 
 use std::time::Duration;
@@ -102,4 +102,16 @@ fn qcow2_overlay_with_split_rings_survives_kills_without_loss_or_error() -> Resu
 #[test]
 fn qcow2_overlay_with_packed_rings_survives_kills_without_loss_or_error() -> Result<()> {
     survive((Format::Qcow2Overlay, Rings::Packed), 10, 26)
+}
+
+/// The other formats that a guest may write to.
+const OTHERS: [&str; 7] = ["parallels", "qcow", "qed", "vdi", "vhdx", "vmdk", "vpc"];
+
+#[test]
+fn disks_of_every_format_survive_kills_without_loss_or_error() -> Result<()> {
+    for (number, format) in (0..).zip(OTHERS) {
+        let format = Format::Other(format);
+        survive((format, Rings::Split), 2, 30 + number).context(format.name())?;
+    }
+    Ok(())
 }
