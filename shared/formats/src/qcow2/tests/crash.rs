@@ -1,7 +1,7 @@
 //! Crashes on the simulated world: power cuts, failing disks, kills.
 //!
 //! A failure names its seed: `OUTBOARD_SEED=N OUTBOARD_SEEDS=1` runs that seed alone, in every test.
-//! A larger `OUTBOARD_SEEDS` runs more seeds, and every point of those sweeps that otherwise sample.
+//! A larger `OUTBOARD_SEEDS` runs more seeds; `OUTBOARD_EVERY_POINT=1` leaves no point out where sweeps sample otherwise.
 
 use super::bitmaps::{self, State};
 use super::cases::{
@@ -43,16 +43,22 @@ fn seeds(usual: Range<u64>) -> Range<u64> {
     first..first + count
 }
 
-fn is_soak() -> bool {
-    setting("OUTBOARD_SEEDS").is_some()
+/// Nothing is left out.
+fn is_exhaustive() -> bool {
+    setting("OUTBOARD_EVERY_POINT").is_some_and(|number| number != 0)
 }
 
-/// The step that leaves about `points` of `total`; a soak leaves nothing out.
+/// The step that leaves about `points` of `total`.
 fn sample(total: u64, points: u64) -> usize {
-    if is_soak() {
+    if is_exhaustive() {
         return 1;
     }
     (total / points).max(1) as usize
+}
+
+/// How densely power is cut, unless everywhere: at each so-manieth point, in so many ways.
+fn density(usual: (usize, usize)) -> (usize, usize) {
+    if is_exhaustive() { (1, SUBSETS) } else { usual }
 }
 
 /// A new encrypted image, and what its data is encrypted with.
@@ -125,7 +131,7 @@ thread_local! {
     static JUDGED: Cell<u64> = const { Cell::new(0) };
 }
 
-/// One image in how many the driver's own check looks at, too; a soak leaves none out.
+/// One image in how many the driver's own check looks at, too.
 const OWN_CHECK: u64 = 32;
 
 /// Whether the dirty bit is set (QEMU docs/interop/qcow2.txt, incompatible features).
@@ -163,7 +169,7 @@ impl Files {
         let findings = self.checker().check();
         assert!(findings.corruptions.is_empty(), "{context}: {findings:#x?}");
         let number = JUDGED.replace(JUDGED.get() + 1);
-        if is_soak() || number.is_multiple_of(OWN_CHECK) {
+        if is_exhaustive() || number.is_multiple_of(OWN_CHECK) {
             let (checked, messages) = check_bytes(&self.image);
             let found = (checked.corruptions, checked.check_errors);
             assert_eq!(found, (0, 0), "{context}: {messages:#?}");
@@ -253,7 +259,7 @@ fn flushed_data_survives_a_power_cut_at_every_moment() {
 fn flushed_data_survives_a_power_cut_with_full_caches_and_growing_tables() {
     for seed in seeds(30..31) {
         println!("seed {seed}");
-        let density = if is_soak() { (1, SUBSETS) } else { (6, 5) };
+        let density = density((6, 5));
         cut_power_everywhere(&TIGHT, seed, density);
     }
 }
@@ -262,7 +268,7 @@ fn flushed_data_survives_a_power_cut_with_full_caches_and_growing_tables() {
 fn snapshots_survive_a_power_cut_at_every_moment() {
     for seed in seeds(60..61) {
         println!("seed {seed}");
-        let density = if is_soak() { (1, SUBSETS) } else { (4, 10) };
+        let density = density((4, 10));
         cut_power_everywhere(&SNAPSHOTS, seed, density);
         cut_power_everywhere(&BRIEF_SNAPSHOTS, seed, (1, SUBSETS));
     }
@@ -277,7 +283,7 @@ fn subclusters_and_data_files_survive_a_power_cut() {
     ] {
         for seed in seeds(usual) {
             println!("seed {seed}");
-            let density = if is_soak() { (1, SUBSETS) } else { (5, 20) };
+            let density = density((5, 20));
             cut_power_everywhere(case, seed, density);
         }
     }
@@ -288,7 +294,7 @@ fn kept_clusters_survive_a_power_cut_at_every_moment() {
     for seed in seeds(100..101) {
         println!("seed {seed}");
         cut_power_everywhere(&BRIEF_KEPT, seed, (1, SUBSETS));
-        let density = if is_soak() { (1, SUBSETS) } else { (8, 10) };
+        let density = density((8, 10));
         cut_power_everywhere(&KEPT, seed, density);
         cut_power_everywhere(&KEPT_SUBCLUSTERS, seed, density);
     }
@@ -299,7 +305,7 @@ fn encrypted_data_survives_a_power_cut_at_every_moment() {
     for seed in seeds(80..81) {
         println!("seed {seed}");
         cut_power_everywhere(&BRIEF_AES, seed, (1, SUBSETS));
-        let density = if is_soak() { (1, SUBSETS) } else { (2, 10) };
+        let density = density((2, 10));
         cut_power_everywhere(&BRIEF_LUKS, seed, density);
     }
 }
@@ -310,7 +316,7 @@ fn encrypted_data_whose_place_stays_survives_a_power_cut_at_every_moment() {
         println!("seed {seed}");
         cut_power_everywhere(&BRIEF_AES_DATA_FILE, seed, (1, SUBSETS));
         cut_power_everywhere(&BRIEF_AES_KEPT, seed, (1, SUBSETS));
-        let density = if is_soak() { (1, SUBSETS) } else { (2, 10) };
+        let density = density((2, 10));
         cut_power_everywhere(&BRIEF_LUKS_DATA_FILE, seed, density);
     }
 }
@@ -324,10 +330,10 @@ fn lazy_refcounts_survive_a_power_cut_at_every_moment() {
             (&LAZY, (16, 3)),
             (&LAZY_BITMAPS, (16, 3)),
         ] {
-            let density = if is_soak() { (1, SUBSETS) } else { density };
+            let density = self::density(density);
             cut_power_everywhere(case, seed, density);
         }
-        if is_soak() {
+        if is_exhaustive() {
             cut_power_everywhere(&TIGHT_LAZY, seed, (6, 5));
         }
     }
@@ -380,28 +386,44 @@ fn assert_survived(case: &Case, (world, history): (&World, &History), cut: &Powe
 
 #[test]
 fn a_failing_disk_never_succeeds_silently() {
-    let cases = [
+    fail_everywhere(&[
         (&BRIEF, u64::MAX),
         (&BRIEF_SNAPSHOTS, u64::MAX),
         (&BITMAPS, u64::MAX),
         (&ROOMY, 24),
         (&TIGHT, 6),
         (&TIGHT_SNAPSHOTS, 12),
+    ]);
+}
+
+#[test]
+fn a_failing_disk_never_succeeds_silently_with_any_feature() {
+    fail_everywhere(&[
         (&SUBCLUSTERS, 16),
         (&SUBCLUSTER_SNAPSHOTS, 12),
         (&DATA_FILE, 8),
-        (&BRIEF_AES, u64::MAX),
-        (&BRIEF_LUKS, 20),
         (&BRIEF_LAZY, 60),
         (&LAZY_BITMAPS, 24),
         (&TIGHT_LAZY, 2),
+        (&BRIEF_KEPT, 24),
+        (&KEPT_SUBCLUSTERS, 8),
+    ]);
+}
+
+#[test]
+fn a_failing_disk_never_succeeds_silently_with_encryption() {
+    fail_everywhere(&[
+        (&BRIEF_AES, u64::MAX),
+        (&BRIEF_LUKS, 20),
         (&BRIEF_AES_DATA_FILE, 16),
         (&BRIEF_AES_KEPT, 12),
         (&BRIEF_LUKS_DATA_FILE, 4),
-        (&BRIEF_KEPT, 24),
-        (&KEPT_SUBCLUSTERS, 8),
-    ];
-    for (case, points) in cases {
+    ]);
+}
+
+/// Runs the workloads of cases with about so many operations failing, once and for good.
+fn fail_everywhere(cases: &[(&Case, u64)]) {
+    for &(case, points) in cases {
         for seed in seeds(7..8) {
             println!("seed {seed}");
             let probe = run_with_fault(case, seed, None);
