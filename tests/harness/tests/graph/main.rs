@@ -6,6 +6,7 @@ mod allocation;
 mod catalogue;
 mod compress;
 mod copy_on_read;
+mod damage;
 mod drain;
 mod files;
 mod http;
