@@ -288,7 +288,9 @@ impl Mappings {
             for granule in &window.granules[written] {
                 granule.store(ADMITTED, Ordering::Relaxed);
             }
-        } else if let Ok(stat) = fstat(fd) {
+        }
+        // Those at the ends, too, which a write covers in part.
+        if look && let Ok(stat) = fstat(fd) {
             let count = window.granules(at, done.len).len().min(LOOKS);
             let file_len = u64::try_from(stat.st_size).unwrap_or(0);
             window.admit(at >> GRANULE_SHIFT, count, file_len);

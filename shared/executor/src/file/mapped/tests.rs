@@ -126,6 +126,17 @@ fn what_is_written_as_a_whole_is_mapped_at_once_unless_it_shrank_meanwhile() {
 }
 
 #[test]
+fn granules_at_the_ends_of_long_writes_are_mapped_once_they_are_there() {
+    let rig = rig();
+    let long = vec![5; 2 * GRANULE];
+    for _ in 0..WRITES_BEFORE_LOOK {
+        assert!(!rig.mapped(512) && !rig.mapped(2 * GRANULE as u64));
+        rig.write(512, &long).unwrap();
+    }
+    assert!(rig.mapped(512) && rig.mapped(2 * GRANULE as u64));
+}
+
+#[test]
 fn a_prefetch_of_any_offset_changes_nothing() {
     let rig = rig();
     rig.warm(0);
