@@ -137,6 +137,18 @@ fn granules_at_the_ends_of_long_writes_are_mapped_once_they_are_there() {
 }
 
 #[test]
+fn a_granule_that_is_written_in_parts_is_mapped_after_some_writes() {
+    let rig = rig();
+    for number in 0..u64::from(WRITES_BEFORE_LOOK) {
+        let mappings = rig.file.mappings().unwrap();
+        let mapped = mappings.transfer(&Buffer::zeroed(1), 4096, Direction::Read);
+        assert!(!mapped, "after {number} writes");
+        rig.write(4096 + 10 * number, &[7; 10]).unwrap();
+    }
+    assert!(rig.mapped(4096));
+}
+
+#[test]
 fn a_prefetch_of_any_offset_changes_nothing() {
     let rig = rig();
     rig.warm(0);
