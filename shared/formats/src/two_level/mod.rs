@@ -230,19 +230,18 @@ impl<E: Entries> Tables<E> {
         self.entries.table(entry, self.space.end())
     }
 
-    /// Maps the start of `range` from memory.
+    /// Maps the start of `range` from memory. A slice that is kept has a table: the L1 table, another line
+    /// of memory, is asked only without one.
     pub(crate) fn lookup(&self, range: ByteRange) -> Lookup {
         let cluster = range.offset >> self.shape.cluster_bits;
-        match self.table(self.l1_index(cluster)) {
-            Ok(Some(_)) => {}
-            Ok(None) => return Lookup::Hit(self.without_table(range)),
-            Err(_) => return Lookup::Miss,
+        if let Some(view) = self.cache.view(self.slice_of(cluster)) {
+            return match self.extent(range, |index| view.word(index)) {
+                Ok(extent) if view.is_valid() => Lookup::Hit(extent),
+                _ => Lookup::Miss,
+            };
         }
-        let Some(view) = self.cache.view(self.slice_of(cluster)) else {
-            return Lookup::Miss;
-        };
-        match self.extent(range, |index| view.word(index)) {
-            Ok(extent) if view.is_valid() => Lookup::Hit(extent),
+        match self.table(self.l1_index(cluster)) {
+            Ok(None) => Lookup::Hit(self.without_table(range)),
             _ => Lookup::Miss,
         }
     }
