@@ -214,7 +214,8 @@ impl NetDevice {
     /// When the successor is not there in time, or no longer offers what is in use.
     pub fn reconnect(&mut self) -> Result<()> {
         let mut bases = Vec::new();
-        for pair in &self.pairs {
+        for pair in &mut self.pairs {
+            pair.rx.change_hands();
             bases.push(pair.rx.inner.ring.device_base());
             bases.push(pair.tx.inner.ring.device_base());
         }
@@ -586,6 +587,7 @@ impl<'a> Builder<'a> {
                 cuts: self.options.rx_cuts.clone(),
                 mergeable: self.features & bits::MRG_RXBUF != 0,
                 written: BTreeSet::new(),
+                begun: BTreeSet::new(),
             },
             tx: TransmitQueue { inner: tx, timeout },
         })

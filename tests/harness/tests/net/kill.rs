@@ -79,6 +79,12 @@ fn survives(options: Options, seed: u64) -> Result<()> {
         }
         if kill < KILLS {
             rig.kill_and_restart()?;
+            // What was there before the kill is not repeated.
+            while let Some(received) = device.pairs[0].rx.try_frame()? {
+                let number = number_of(&received.frame)?;
+                ensure!(number == next, "frame {number} came instead of {next}");
+                next = number + 1;
+            }
             device
                 .reconnect()
                 .with_context(|| format!("after kill {kill}"))?;
