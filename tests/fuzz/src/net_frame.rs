@@ -83,8 +83,15 @@ fn check_finished(frame: &Frame<'_>, receiver: Offloads, out: Option<&[Finished]
         return;
     };
     assert!((1..=MAX_SEGMENTS).contains(&out.len()), "{}", out.len());
+    // A header does not say which IP a datagram is of; a receiver may take those of one only.
+    let uso = receiver.uso4 || receiver.uso6;
+    let of_either = Offloads {
+        uso4: uso,
+        uso6: uso,
+        ..receiver
+    };
     for (header, bytes) in out {
-        assert!(!needs_work(*header, receiver), "{header:?}");
+        assert!(!needs_work(*header, of_either), "{header:?}");
         assert!(bytes.len() <= frame.len(), "{} bytes", bytes.len());
     }
     let payload: usize = out.iter().map(|(_, bytes)| bytes.len()).sum();

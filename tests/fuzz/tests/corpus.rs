@@ -27,17 +27,35 @@ fn every_seed_of_a_format_runs() {
     }
 }
 
-/// A finding of one target is an input of the others, too.
-#[test]
-fn what_fuzzing_found_stays_fixed() {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("regressions/qcow2");
-    for entry in std::fs::read_dir(directory).unwrap() {
+/// What fuzzing found in a folder of `regressions`.
+fn findings(folder: &str) -> Vec<Vec<u8>> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("regressions")
+        .join(folder);
+    let read = |entry: std::io::Result<std::fs::DirEntry>| {
         let path = entry.unwrap().path();
         println!("{}", path.display());
-        let input = std::fs::read(path).unwrap();
+        std::fs::read(path).unwrap()
+    };
+    let found: Vec<_> = std::fs::read_dir(directory).unwrap().map(read).collect();
+    assert!(!found.is_empty(), "{folder}");
+    found
+}
+
+/// A finding of one target is an input of the others, too.
+#[test]
+fn what_fuzzing_found_in_qcow2_stays_fixed() {
+    for input in findings("qcow2") {
         for target in Target::ALL {
             fuzz::qcow2::run(target, &input);
         }
+    }
+}
+
+#[test]
+fn what_fuzzing_found_in_frames_stays_fixed() {
+    for input in findings("net_frame") {
+        fuzz::net_frame::run(&input);
     }
 }
 
