@@ -235,11 +235,13 @@ impl Pair {
 impl Poller for Pair {
     #[inline]
     fn poll(&self) -> bool {
-        let discarded = self.discards() && self.tx.discard();
+        let discards = self.discards();
+        let discarded = discards && self.tx.discard();
         if !self.connected.get() {
             return self.look_for_use() || discarded;
         }
-        let mut worked = discarded || self.tx.poll(&*self.network);
+        // What comes after the look is discarded with the next one, not sent.
+        let mut worked = discarded || (!discards && self.tx.poll(&*self.network));
         worked |= self.rx.poll();
         if self.polled {
             let received = self.network.receive(BURST);

@@ -292,8 +292,21 @@ fn an_interface_that_goes_down_comes_back_and_one_that_goes_away_is_an_error() {
         });
         assert_eq!(reasons, [DropReason::LinkDown]);
         run(["ip", "link", "set", "ob-rm0", "up"]);
-        send(&*there, &bytes);
-        receive_until(&*here, &near, |sink| ours(sink).len() == 1).await;
+        // The other end may be told of the link a moment later, and loses frames until then.
+        let send_again = || {
+            with_frame(VnetHeader::default(), &bytes, |frame| {
+                there.transmit(&[*frame], &mut |_| {})
+            });
+            there.flush();
+        };
+        let arrives = async || receive_until(&*here, &near, |sink| !ours(sink).is_empty()).await;
+        send_again();
+        while executor::time::timeout(Duration::from_millis(20), arrives())
+            .await
+            .is_none()
+        {
+            send_again();
+        }
         run(["ip", "link", "del", "ob-rm0"]);
         let error = loop {
             match here.receive(32) {
