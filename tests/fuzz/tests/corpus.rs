@@ -1,5 +1,7 @@
 //! Every seed, and everything that fuzzing ever found, once.
 
+#![expect(clippy::unwrap_used, reason = "tests")]
+
 use fuzz::target::Target;
 use std::path::Path;
 
