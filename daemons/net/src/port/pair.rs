@@ -241,7 +241,10 @@ impl Poller for Pair {
             return self.look_for_use() || discarded;
         }
         // What comes after the look is discarded with the next one, not sent.
-        let mut worked = discarded || (!discards && self.tx.poll(&*self.network));
+        let mut worked = match discards {
+            true => discarded,
+            false => self.tx.poll(&*self.network),
+        };
         worked |= self.rx.poll();
         if self.polled {
             let received = self.network.receive(BURST);

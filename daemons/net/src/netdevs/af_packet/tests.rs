@@ -293,19 +293,18 @@ fn an_interface_that_goes_down_comes_back_and_one_that_goes_away_is_an_error() {
         assert_eq!(reasons, [DropReason::LinkDown]);
         run(["ip", "link", "set", "ob-rm0", "up"]);
         // The other end may be told of the link a moment later, and loses frames until then.
-        let send_again = || {
+        loop {
             with_frame(VnetHeader::default(), &bytes, |frame| {
                 there.transmit(&[*frame], &mut |_| {})
             });
             there.flush();
-        };
-        let arrives = async || receive_until(&*here, &near, |sink| !ours(sink).is_empty()).await;
-        send_again();
-        while executor::time::timeout(Duration::from_millis(20), arrives())
-            .await
-            .is_none()
-        {
-            send_again();
+            let arrives = receive_until(&*here, &near, |sink| !ours(sink).is_empty());
+            if executor::time::timeout(Duration::from_millis(20), arrives)
+                .await
+                .is_some()
+            {
+                break;
+            }
         }
         run(["ip", "link", "del", "ob-rm0"]);
         let error = loop {
