@@ -319,7 +319,7 @@ impl Sectors {
         for (number, group) in (first..).step_by(GROUP).zip(groups) {
             let (blocks, _) = Array::slice_as_chunks_mut(group);
             let count = blocks.len() / BLOCKS;
-            let mut ivs = self.initial_vectors(number);
+            let mut ivs = self.initial_vectors(number, count);
             match (&self.mode, direction) {
                 (KeyedMode::Ecb, Direction::Encrypt) => self.data.encrypt(blocks),
                 (KeyedMode::Ecb, Direction::Decrypt) => self.data.decrypt(blocks),
@@ -334,16 +334,17 @@ impl Sectors {
         }
     }
 
-    fn initial_vectors(&self, first: u64) -> [Block; GROUP] {
+    /// Those of `count` sectors, and nothing behind them.
+    fn initial_vectors(&self, first: u64, count: usize) -> [Block; GROUP] {
         let mut ivs = [Block::default(); GROUP];
-        for (number, iv) in (first..).zip(&mut ivs) {
+        for (number, iv) in (first..).zip(&mut ivs[..count]) {
             match self.iv {
                 Iv::Plain => iv[..4].copy_from_slice(&(number as u32).to_le_bytes()),
                 Iv::Plain64 | Iv::Essiv(_) => iv[..8].copy_from_slice(&number.to_le_bytes()),
             }
         }
         if let Iv::Essiv(cipher) = &self.iv {
-            cipher.encrypt(&mut ivs);
+            cipher.encrypt(&mut ivs[..count]);
         }
         ivs
     }
