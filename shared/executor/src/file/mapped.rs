@@ -50,7 +50,7 @@ const GRANULE: usize = 1 << GRANULE_SHIFT;
 /// Bytes of a page, the unit in which `mincore` answers.
 const PAGE: usize = 4096;
 /// Bytes of a cache line.
-const LINE: usize = 64;
+pub(super) const LINE: usize = 64;
 /// Writes of this many bytes and more go past the caches: they would push out much of what is there.
 const STREAMED_BYTES: usize = 128 << 10;
 /// Granules looked at for one transfer.

@@ -4,8 +4,8 @@
 //! for it. For long copies to memory that is not in the cache anyway that is a third of the traffic.
 #![expect(unsafe_code, reason = "pieces of shared memory are raw pointers")]
 
-/// Bytes of a cache line.
-const LINE: usize = 64;
+#[cfg(target_arch = "x86_64")]
+use super::mapped::LINE;
 
 /// Copies `len` bytes; [`finish`] is due before anybody is told.
 ///
