@@ -29,14 +29,11 @@ pub struct MemoryFile {
 impl MemoryFile {
     /// A file that holds `bytes`.
     pub fn new(bytes: &[u8]) -> Self {
-        let file = Self::default();
-        file.content()
-            .write(0, bytes)
-            .expect("an input is shorter than a disk");
-        file
+        Self::of_pages((0..).zip(bytes.chunks(PAGE as usize)))
     }
 
-    /// A file that ends with the last of these pages, each with its number; zeroes are between them.
+    /// A file that ends with the last of these pages, each with its number and all but the last one whole; zeroes are
+    /// between them.
     pub(crate) fn of_pages<'a>(pages: impl Iterator<Item = (u64, &'a [u8])>) -> Self {
         let file = Self::default();
         for (number, page) in pages {
